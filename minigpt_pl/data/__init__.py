@@ -1,0 +1,1 @@
+"""Text to batches: where text comes from, its ids and their cache, the order of batches, the DataModule."""

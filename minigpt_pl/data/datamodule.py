@@ -1,0 +1,59 @@
+"""The DataModule: the corpus's two splits as loaders of batches."""
+
+import lightning.pytorch as L
+
+from minigpt_pl.config import TrainConfig
+from minigpt_pl.data.batches import BatchLoader, Sequences
+from minigpt_pl.data.corpus import Corpus, Ids, open_corpus
+from minigpt_pl.errors import InputError
+
+
+class TextDataModule(L.LightningDataModule):
+    """Opens (and, the first time, encodes) the text on construction, since the model's size hangs on its words.
+
+    Args:
+        config: `model.vocab_size` and `model.max_length`, `data`, and the trainer's limits are used.
+
+    Attributes:
+        corpus: the encoded text with its tokenizer.
+    """
+
+    def __init__(self, config: TrainConfig):
+        super().__init__()
+        self.config = config
+        self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
+        rows = len(self.train_dataloader().rows)
+        if rows < config.data.batch_size:
+            raise InputError(
+                f"data.batch_size={config.data.batch_size}: the text gives only {rows} sequences;"
+                " lower data.batch_size, or give more text"
+            )
+
+    def _sequences(self, ids: Ids) -> Sequences:
+        data = self.config.data
+        return Sequences(ids, self.config.model.max_length, data.cut, data.end_token, data.loss_on_padding)
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training text."""
+        return -(-len(self.train_dataloader()) // self.config.trainer.accumulate_grad_batches)
+
+    def train_dataloader(self) -> BatchLoader:
+        config = self.config
+        return BatchLoader(
+            self._sequences(self.corpus.train),
+            config.data.batch_size,
+            config.seed,
+            *self._rank_and_world_size(),
+            accumulate=config.trainer.accumulate_grad_batches,
+            max_batches=config.trainer.limit_train_batches,
+            max_sequences=config.data.max_sequences,
+        )
+
+    def val_dataloader(self) -> BatchLoader | list:
+        if self.corpus.validation is None:
+            return []
+        sequences = self._sequences(self.corpus.validation)
+        return BatchLoader(sequences, self.config.data.batch_size, None, *self._rank_and_world_size())
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

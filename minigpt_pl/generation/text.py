@@ -1,0 +1,149 @@
+"""Text in, text out: `load` a run, `generate_text` from it."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from minigpt_pl.errors import InputError
+from minigpt_pl.generation.engine import generate_ids
+from minigpt_pl.model import MiniGPT
+from minigpt_pl.runs import find_checkpoint, load_network
+from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID, load_tokenizer
+
+BATCH_TEXTS = 256  # written at once; bounds the memory for a thousand prompts
+
+
+@dataclass
+class TextModel:
+    """A network with its words: what `load` gives and `generate_text` takes."""
+
+    network: MiniGPT
+    tokenizer: Tokenizer
+    checkpoint: Path | None = field(default=None)
+
+
+def load(path: str | Path) -> TextModel:
+    """Load a trained model.
+
+    Args:
+        path: a run folder (its best checkpoint, else its last), or a checkpoint inside one.
+
+    Raises:
+        InputError: there is none, or it is not one of ours.
+    """
+    checkpoint = find_checkpoint(Path(path))
+    network = load_network(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json")
+    if tokenizer.get_vocab_size() != network.vocab_size:
+        raise InputError(
+            f"{checkpoint}: {network.vocab_size} logits, but the tokenizer.json beside it has"
+            f" {tokenizer.get_vocab_size()} entries; copy both from the same run"
+        )
+    return TextModel(network.eval(), tokenizer, checkpoint)
+
+
+def generate_text(
+    model: TextModel,
+    prompt: str,
+    num_tokens: int = 60,
+    temperature: float = 0.8,
+    top_k: int | None = 20,
+    seed: int | None = None,
+) -> str:
+    """Continue a prompt: the seed homework's call.
+
+    Args:
+        model: from `load`.
+        prompt: any text; it is split into words as the training text was.
+        num_tokens: new tokens; fewer only where the model ends the text itself.
+        temperature: 0 (greedy) or above; under 1 is safer, over 1 is bolder.
+        top_k: draw from this many likeliest words, 1 to the vocabulary's size; None: from all.
+        seed: the same seed gives the same text; None: a new one each time.
+
+    Returns:
+        The prompt as given, and its continuation.
+
+    Raises:
+        InputError: a value out of range, or a prompt without a word that the model knows.
+
+    Example:
+        >>> model = minigpt_pl.load("outputs/quick-001")
+        >>> generate_text(model, "this movie is", num_tokens=60, temperature=0.8, top_k=20)
+    """
+    return generate_texts(model, [prompt], num_tokens, temperature, top_k, seed)[0][0]
+
+
+def generate_texts(
+    model: TextModel,
+    prompts: Sequence[str],
+    num_tokens: int = 60,
+    temperature: float = 0.8,
+    top_k: int | None = 20,
+    seed: int | None = None,
+    num_samples: int = 1,
+) -> list[list[str]]:
+    """`generate_text` for many prompts at once: `num_samples` texts for each, in the prompts' order.
+
+    Sample i of any prompt is drawn with seed + i, so a text is the same alone and in company.
+    """
+    _check_controls(num_tokens, temperature, top_k, model.network.vocab_size)
+    prompt_ids = [_encode_prompt(model.tokenizer, prompt) for prompt in prompts]
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    jobs = [(ids, seed + i) for ids in prompt_ids for i in range(num_samples)]
+    new_ids: list[list[int]] = []
+    for start in range(0, len(jobs), BATCH_TEXTS):
+        ids, seeds = zip(*jobs[start : start + BATCH_TEXTS], strict=True)
+        new_ids += generate_ids(
+            model.network,
+            ids,
+            num_tokens,
+            temperature,
+            top_k,
+            seeds,
+            banned_ids=(PADDING_ID, UNKNOWN_ID),
+            end_id=model.tokenizer.token_to_id(END),
+        )
+    texts = [
+        prompts[i // num_samples].rstrip() + _continuation(model.tokenizer, ids, new)
+        for i, ((ids, _), new) in enumerate(zip(jobs, new_ids, strict=True))
+    ]
+    return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+
+
+def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
+    """The prompt's words, as typed, that are not in the vocabulary."""
+    encoding = tokenizer.encode(prompt)
+    return [
+        prompt[slice(*place)] for id_, place in zip(encoding.ids, encoding.offsets, strict=True) if id_ == UNKNOWN_ID
+    ]
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise InputError(f"prompt={prompt!r}: has no words; give the beginning of a text")
+    if all(id_ == UNKNOWN_ID for id_ in ids):
+        raise InputError(f"prompt={prompt!r}: none of its words is in the model's vocabulary; use commoner words")
+    return ids
+
+
+def _check_controls(num_tokens: int, temperature: float, top_k: int | None, vocab_size: int) -> None:
+    problems = []
+    if num_tokens < 1:
+        problems.append(f"num_tokens={num_tokens}: must be at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        problems.append(f"temperature={temperature}: must be 0 (greedy) or a finite number above")
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        problems.append(f"top_k={top_k}: must be 1 to {vocab_size}, the vocabulary's size, or null for all words")
+    if problems:
+        raise InputError(*problems)
+
+
+def _continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: list[int]) -> str:
+    # Each word brings its own space, so the text of a beginning is the beginning of the text.
+    known = [id_ for id_ in prompt_ids if id_ != UNKNOWN_ID][:1]
+    return tokenizer.decode([*known, *new_ids])[len(tokenizer.decode(known)) :]

@@ -1,0 +1,130 @@
+"""Run folders: their names, their record, their checkpoints. Knows PyTorch but not Lightning.
+
+outputs/<run name>/
+    run.json         the record: status, command, source of the text, versions
+    config.yaml      every setting
+    tokenizer.json   the words
+    checkpoints/     best.ckpt, last.ckpt
+    metrics.csv  samples.jsonl  loss.png
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt_pl.errors import InputError
+from minigpt_pl.model import MiniGPT
+
+RECORD = "run.json"
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def make_run_folder(output_dir: Path, run_name: str | None, prefix: str) -> Path:
+    """Create a run's folder.
+
+    Args:
+        run_name: its name; None: `<prefix>-001`, or the next free number.
+
+    Raises:
+        InputError: a run of that name exists.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if run_name is not None:
+        folder = output_dir / run_name
+        if (folder / RECORD).exists():
+            raise InputError(
+                f"run_name={run_name}: {folder} exists; add resume=auto to go on with it, or take another name"
+            )
+        folder.mkdir(exist_ok=True)
+        return folder
+    number = 1
+    while True:
+        folder = output_dir / f"{prefix}-{number:03d}"
+        try:
+            folder.mkdir()  # fails if it exists, so two runs that start together get two folders
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's record; empty if the folder has none."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore it or remove the run") from error
+
+
+def update_record(folder: Path, **values: Any) -> None:
+    """Add values to a run's record, and the time (seconds since 1970, UTC)."""
+    record = read_record(folder) | values | {"updated": time.time()}
+    write_aside(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def newest_run(output_dir: Path, *statuses: str) -> Path | None:
+    """The run of one of these statuses whose record changed last; None if there is none."""
+    folders = [path.parent for path in output_dir.glob(f"*/{RECORD}")]
+    candidates = [folder for folder in folders if read_record(folder).get("status") in statuses]
+    return max(candidates, key=lambda folder: read_record(folder)["updated"], default=None)
+
+
+def find_checkpoint(path: Path, *names: str) -> Path:
+    """The checkpoint that a path stands for: itself, or the first of `names` in a run folder.
+
+    Args:
+        names: as they stand in `checkpoints/`; without any: the best, else the last.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise InputError(f"{path}: no such run folder or checkpoint")
+    for name in names or ("best.ckpt", "last.ckpt"):
+        checkpoint = path / "checkpoints" / name
+        if checkpoint.is_file():
+            return checkpoint
+    raise InputError(f"{path}: holds no checkpoint; give a run folder that was trained, or a checkpoint's path")
+
+
+def load_network(checkpoint: Path) -> MiniGPT:
+    """The network of a checkpoint; nothing else of the file is read from the disk.
+
+    Raises:
+        InputError: the file is damaged, or not a checkpoint of this project.
+    """
+    contents = read_checkpoint(checkpoint)
+    network = MiniGPT(**contents["hyper_parameters"]["model"])
+    weights = {name.removeprefix("model."): tensor for name, tensor in contents["state_dict"].items()}
+    network.load_state_dict(weights)
+    return network
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU, memory-mapped.
+
+    Raises:
+        InputError: the file is damaged, or not a checkpoint of this project.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and runtime errors, by where the damage is
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"checkpoint={path}: cannot be read ({reason}); it is damaged or no checkpoint") from error
+    if not isinstance(contents, dict) or "model" not in contents.get("hyper_parameters", {}):
+        raise InputError(f"checkpoint={path}: not a checkpoint of minigpt_pl; give one from a run folder")
+    return contents

@@ -1,0 +1,82 @@
+"""python -m minigpt_pl.sample: write text with a trained model."""
+
+import sys
+from pathlib import Path
+
+from minigpt_pl import command_line, runs
+from minigpt_pl.config import SampleConfig
+from minigpt_pl.errors import InputError
+
+
+def main() -> None:
+    sys.argv[1:] = [_take_prompt_literally(argument) for argument in sys.argv[1:]]
+    command_line.run("sample", SampleConfig, sample)
+
+
+def sample(config: SampleConfig) -> None:
+    """Print a text for each prompt and sample to standard output; which checkpoint wrote it, to standard error."""
+    from minigpt_pl.generation.text import generate_texts, load, unknown_words
+
+    prompts = _prompts(config)
+    model = load(_checkpoint(config))
+    print(f"checkpoint: {model.checkpoint}", file=sys.stderr)
+    for prompt in prompts:
+        if unknown := unknown_words(model.tokenizer, prompt):
+            print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
+    controls = {name: getattr(config, name) for name in ("num_tokens", "temperature", "top_k", "seed", "num_samples")}
+    texts = [text for group in generate_texts(model, prompts, **controls) for text in group]
+    print("\n\n".join(texts))
+
+
+def _take_prompt_literally(argument: str) -> str:
+    """`prompt=it's a, b` as it stands; Hydra would read quotes, commas and brackets as grammar.
+
+    A list (`prompt=[...]`), null and what is quoted already stay Hydra's.
+    """
+    name, _, value = argument.partition("=")
+    if name != "prompt" or value == "null" or value[:1] in ("[", "'", '"'):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'prompt="{escaped}"'
+
+
+def _prompts(config: SampleConfig) -> list[str]:
+    if (config.prompt is None) == (config.prompts_file is None):
+        raise InputError(
+            "prompt=: give prompt='this movie is', or prompts_file=FILE (- for standard input), and not both"
+        )
+    if config.prompts_file is None:
+        prompts = config.prompt if isinstance(config.prompt, list) else [config.prompt]
+    else:
+        prompts = [line for line in _read_prompts(config.prompts_file).splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"prompts_file={config.prompts_file}: holds no prompt; write one a line")
+    return [str(prompt) for prompt in prompts]
+
+
+def _read_prompts(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"prompts_file={name}: cannot be read ({error}); give a UTF-8 file, or - for standard input"
+        ) from error
+
+
+def _checkpoint(config: SampleConfig) -> Path:
+    if config.checkpoint is not None:
+        return Path(config.checkpoint)
+    output_dir = Path(config.output_dir)
+    if config.run is not None:
+        named = output_dir / config.run
+        return named if named.is_dir() else Path(config.run)
+    newest = runs.newest_run(output_dir, "finished")
+    if newest is None:
+        raise InputError(
+            f"output_dir={config.output_dir}: no finished run there; train one, or give run=FOLDER or checkpoint=PATH"
+        )
+    return newest
+
+
+if __name__ == "__main__":
+    main()

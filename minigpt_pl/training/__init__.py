@@ -1,0 +1,1 @@
+"""The training step, the optimizer and its schedule, callbacks. The only part that knows Lightning, with `data`."""

@@ -1,0 +1,276 @@
+"""From settings to a trained run folder: text, module, Trainer, record."""
+
+import dataclasses
+import logging
+import os
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import yaml
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch import loggers as lightning_loggers
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import rank_zero_only
+
+from minigpt_pl import runs
+from minigpt_pl.config import TrainConfig
+from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.errors import InputError
+from minigpt_pl.tokenizer import END
+from minigpt_pl.training import curve
+from minigpt_pl.training.callbacks import Interrupted, StopAtStep, StopOnSignal, TextGenerator, Throughput
+from minigpt_pl.training.module import MiniGPTModule
+from minigpt_pl.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from: Path | None) -> Path:
+    """Train into a run folder.
+
+    Args:
+        name_prefix: of the run's name, where the settings give none.
+        overrides: the command line's settings, kept in the record for a later resume.
+        resume_from: a checkpoint in the run folder to go on with.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: the text, the machine or the checkpoint does not fit the settings.
+        Interrupted: a signal ended it; the last checkpoint is written.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what matters of it, we say
+    logging.getLogger("lightning.pytorch").handlers.clear()  # it would print each line a second time
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    first_process = rank_zero_only.rank == 0
+    if not first_process:
+        logging.getLogger().setLevel(logging.ERROR)
+    _quiet_known_warnings()
+
+    L.seed_everything(config.seed, verbose=False)
+    datamodule = TextDataModule(config)
+    module = _build_module(config, datamodule)
+    if config.find_learning_rate:
+        return _find_learning_rate(config, module, datamodule)
+    if resume_from is not None:
+        folder = resume_from.parent.parent
+        _check_resumable(resume_from, folder, module, datamodule)
+    elif first_process:
+        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix)
+    else:
+        folder = Path(config.output_dir)  # ModelCheckpoint takes the first process's; nothing else writes here
+    trainer = _build_trainer(config, folder, datamodule, resume_from)
+    if first_process:
+        datamodule.corpus.tokenizer.save(str(folder / "tokenizer.json"))
+        runs.write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        runs.update_record(folder, status="running", overrides=overrides, **_circumstances(trainer, datamodule))
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        log.info("Run: %s (%s parameters, %s)", folder, f"{parameters:,}", trainer.precision)
+
+    status = "failed"
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+        status = "finished"
+    except (Interrupted, KeyboardInterrupt):
+        status = "interrupted"
+        raise
+    finally:
+        if first_process:
+            runs.update_record(folder, status=status, epochs=trainer.current_epoch, steps=trainer.global_step)
+            if (folder / "metrics.csv").exists():
+                curve.draw(folder)
+            log.info("Run %s: %s after %s steps.", folder, status, trainer.global_step)
+    return folder
+
+
+def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTModule:
+    tokenizer = datamodule.corpus.tokenizer
+    total_steps = config.trainer.max_epochs * datamodule.steps_per_epoch()
+    words = tokenizer.get_vocab_size()
+    if words < config.model.vocab_size:
+        log.info("The text has %s different words, so the model has as many logits.", f"{words:,}")
+    return MiniGPTModule(
+        model=dataclasses.asdict(config.model) | {"vocab_size": words},
+        optimizer=dataclasses.asdict(config.optimizer),
+        schedule=dataclasses.asdict(config.schedule),
+        total_steps=min(total_steps, config.trainer.max_steps or total_steps),
+        end_id=tokenizer.token_to_id(END) if config.data.end_token else None,
+        loss_on_padding=config.data.loss_on_padding,
+        seed=config.seed,
+    )
+
+
+def _build_trainer(
+    config: TrainConfig, folder: Path, datamodule: TextDataModule, resume_from: Path | None
+) -> L.Trainer:
+    settings = config.trainer
+    checkpoints = folder / "checkpoints"
+    callbacks = [
+        TextGenerator(config.text_generator, datamodule.corpus.tokenizer, folder, config.seed),
+        Throughput(),
+        StopOnSignal(checkpoints / "last.ckpt"),
+        lightning_callbacks.LearningRateMonitor(logging_interval="step"),
+        # Two, since one with save_last=True leaves last.ckpt behind whenever val/loss has not improved.
+        lightning_callbacks.ModelCheckpoint(
+            checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+        ),
+    ]
+    validates = datamodule.corpus.validation is not None and settings.limit_val_batches != 0
+    if validates:
+        best = lightning_callbacks.ModelCheckpoint(
+            checkpoints, "best", monitor="val/loss", enable_version_counter=False
+        )
+        callbacks.append(best)
+    if settings.patience is not None:
+        if not validates:
+            raise InputError(
+                f"trainer.patience={settings.patience}: nothing is held out to watch; set data.validation_share"
+            )
+        callbacks.append(lightning_callbacks.EarlyStopping("val/loss", patience=settings.patience))
+    if settings.max_steps is not None:
+        callbacks.append(StopAtStep(settings.max_steps))
+    if settings.ema_decay is not None:
+        callbacks.append(lightning_callbacks.EMAWeightAveraging(decay=settings.ema_decay))
+    if settings.progress_bar:
+        callbacks.append(Progress())
+    loggers = _build_loggers(config, folder, resume_from) if rank_zero_only.rank == 0 else True
+    return L.Trainer(
+        **_processes(settings),
+        precision=_precision(settings.precision, settings.accelerator),
+        max_epochs=settings.max_epochs,
+        max_time=settings.max_time,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
+        check_val_every_n_epoch=settings.check_val_every_n_epoch,
+        val_check_interval=settings.val_check_interval,
+        limit_val_batches=1.0 if settings.limit_val_batches is None else settings.limit_val_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=settings.log_every_n_steps,
+        profiler=settings.profiler,
+        deterministic=settings.deterministic,
+        detect_anomaly=settings.detect_anomaly,
+        enable_progress_bar=False,  # our own shows the numbers in full
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the loader shares out its batches itself
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=loggers,
+    )
+
+
+def _processes(settings: Any) -> dict[str, Any]:
+    """Devices, machines and strategy; where torchrun has started the processes, its numbers."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
+    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    strategy = "ddp" if everywhere > 1 else settings.strategy
+    return {
+        "accelerator": settings.accelerator,
+        "devices": here,
+        "num_nodes": everywhere // here,
+        "strategy": strategy,
+    }
+
+
+def _precision(wanted: str, accelerator: str) -> str:
+    if wanted != "auto":
+        return wanted
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return "32-true"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:
+    kept = [] if resume_from is None else curve.read_metrics(folder)
+    csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    steps_done = 0 if resume_from is None else runs.read_checkpoint(resume_from)["global_step"]
+    for row in kept:  # the logger begins an empty file: give it what stands, up to where the run goes on
+        step = int(row.pop("step"))
+        if step < steps_done:
+            csv_logger.experiment.log_metrics(row, step)
+    if config.logger.name == "tensorboard":
+        return [
+            csv_logger,
+            _needs("tensorboard", lightning_loggers.TensorBoardLogger, folder, name="", version=""),
+        ]
+    if config.logger.name == "wandb":
+        options = {"project": config.logger.project, "offline": config.logger.offline, "save_dir": folder}
+        return [csv_logger, _needs("wandb", lightning_loggers.WandbLogger, name=folder.name, **options)]
+    return [csv_logger]
+
+
+def _needs(extra: str, logger_class: type, *args: Any, **options: Any) -> Any:
+    try:
+        return logger_class(*args, **options)
+    except ModuleNotFoundError as error:
+        raise InputError(f"logger.name={extra}: not installed; pip install 'minigpt_pl[{extra}]'") from error
+
+
+def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodule: TextDataModule) -> None:
+    contents = runs.read_checkpoint(checkpoint)
+    before, now = contents["hyper_parameters"]["model"], module.hparams["model"]
+    problems = [
+        f"model.{name}={now[name]}: the checkpoint has {before[name]}; keep it, or begin a new run"
+        for name in now
+        if now[name] != before[name] and name != "dropout"
+    ]
+    text_before, text_now = runs.read_record(folder).get("text", {}), datamodule.corpus.record
+    if text_before.get("fingerprint") != text_now["fingerprint"]:
+        problems.append(
+            f"data: the text is not the one that {folder} began with ({text_before.get('source')});"
+            " give that one, or begin a new run"
+        )
+    if problems:
+        raise InputError(*problems)
+    log.info("Going on with %s, %s steps done.", checkpoint, contents["global_step"])
+
+
+def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:
+    output_dir = Path(config.output_dir)
+    trainer = L.Trainer(
+        **_processes(config.trainer),
+        precision=_precision(config.trainer.precision, config.trainer.accelerator),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=output_dir,
+    )
+    finder = Tuner(trainer).lr_find(module, datamodule=datamodule, attr_name="learning_rate")
+    picture = output_dir / "learning_rate.png"
+    curve.save(finder.plot(suggest=True), picture)
+    log.info("Proposal: optimizer.learning_rate=%.2g (the curve: %s)", finder.suggestion(), picture)
+    return output_dir
+
+
+def _circumstances(trainer: L.Trainer, datamodule: TextDataModule) -> dict[str, Any]:
+    packages = ("minigpt_pl", "torch", "lightning", "tokenizers", "datasets", "numpy")
+    return {
+        "text": datamodule.corpus.record,
+        "command": sys.argv,
+        "precision": trainer.precision,
+        "processes": trainer.world_size,
+        "device": str(trainer.strategy.root_device),
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
+    }
+
+
+def _quiet_known_warnings() -> None:
+    for message in (
+        "Experiment logs directory",  # the run folder holds more than the log, and the rows are kept
+        "The 'train_dataloader' does not have many workers",  # the loader slices mapped memory: nothing to wait for
+        "The 'val_dataloader' does not have many workers",
+        "Checkpoint directory .* exists and is not empty",  # a resumed run
+        "You're resuming from a checkpoint that ended before the epoch ended",  # exact here: see data/batches.py
+        ".*srun. command is available",
+        ".*LeafSpec.* is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,101 @@
+"""Progress, numbers and time left: a bar in a terminal, a line now and then in a log file."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_only
+
+LOG_SECONDS = 30  # between lines where nobody looks on
+
+
+class Progress(L.Callback):
+    """Shows epoch, step, loss, perplexity, tokens per second and time left, on two lines that fit 60 columns.
+
+    Needs the package rich for the bar; without it, and where the output is no terminal, prints a line every
+    30 s. After each validation a line with its result stays.
+    """
+
+    def __init__(self):
+        self.bar = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started, self.steps_before, self.last_line = time.monotonic(), trainer.global_step, time.monotonic()
+        self.bar = _rich_bar() if sys.stderr.isatty() else None
+        if self.bar is not None:
+            self.task = self.bar.add_task(
+                "", total=self._total_steps(trainer), completed=trainer.global_step, numbers=""
+            )
+            self.bar.start()
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        metrics = trainer.callback_metrics
+        numbers = (
+            f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:,.1f}"
+            f"  {metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=trainer.global_step, description=epoch, numbers=numbers)
+        elif time.monotonic() - self.last_line >= LOG_SECONDS:
+            self.last_line = time.monotonic()
+            done, total = trainer.global_step, self._total_steps(trainer)
+            per_step = (time.monotonic() - self.started) / (done - self.steps_before)
+            left = _hours_minutes_seconds(per_step * (total - done))
+            print(f"{epoch}  step {done}/{total}  {numbers}  {left} left", file=sys.stderr, flush=True)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        print(
+            f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: val/loss {metrics['val/loss']:.4f},"
+            f" perplexity {metrics['val/perplexity']:,.2f}, a word {metrics['val/word_perplexity']:,.2f}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    @staticmethod
+    def _total_steps(trainer: L.Trainer) -> int:
+        return trainer.lightning_module.hparams.total_steps
+
+
+def _rich_bar() -> Any:
+    try:
+        from rich import progress
+        from rich.console import Console
+    except ImportError:
+        print("For a progress bar: pip install 'minigpt_pl[show]'", file=sys.stderr)
+        return None
+
+    class TwoLines(progress.Progress):
+        def get_renderables(self):
+            yield self.make_tasks_table(self.tasks)
+            yield from (task.fields["numbers"] for task in self.tasks)
+
+    return TwoLines(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(elapsed_when_finished=False),
+        console=Console(stderr=True),
+        expand=True,
+    )
+
+
+def _hours_minutes_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
