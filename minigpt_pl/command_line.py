@@ -48,6 +48,8 @@ def run(config_name: str, schema: type, task: Callable[..., None]) -> None:
     register_schemas()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Hydra's parser reads a sweep's -m before or after the settings, not among them.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     if "--help" in sys.argv:
         _print_help(config_name, schema)
         return

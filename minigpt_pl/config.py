@@ -157,7 +157,9 @@ class LoggerConfig:
 class TextGeneratorConfig:
     """The texts written while training."""
 
-    prompts: list[str] = setting("one text for each, after an epoch")
+    prompts: list[str] | None = setting(
+        "one text for each, after an epoch; null: 'this movie is' for IMDB, the text's own first words otherwise"
+    )
     every_n_epochs: int = setting("epochs between texts; 0: none", minimum=0)
     num_tokens: int = setting("new tokens in each", minimum=1)
     temperature: float = setting("randomness; 0: the likeliest token each time", minimum=0)
@@ -258,7 +260,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     processes = trainer.devices * trainer.num_nodes
     if data.batch_size % processes:
         yield f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes"
-    if not config.text_generator.prompts and config.text_generator.every_n_epochs:
+    if config.text_generator.prompts == [] and config.text_generator.every_n_epochs:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
     if config.run_name is not None and (
         not config.run_name or set(config.run_name) & set("/\\") or config.run_name[0] == "."

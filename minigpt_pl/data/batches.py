@@ -5,7 +5,7 @@ epoch depends on (seed, epoch) alone. So a loader's state is two numbers, and a 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -127,9 +127,11 @@ class BatchLoader:
                 torch.tensor(sum(step_counts) / (self.accumulate * self.world_size)),
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    # Not state_dict and load_state_dict: Lightning would use them, but leaves out the loading when a checkpoint
+    # was written at an epoch's end. The DataModule's own state is always loaded.
+    def state(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batches_done": self.batches_done}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, int]) -> None:
         self.epoch, self.batches_done = state["epoch"], state["batches_done"]
         self._resumed = True

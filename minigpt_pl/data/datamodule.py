@@ -21,8 +21,10 @@ class TextDataModule(L.LightningDataModule):
     def __init__(self, config: TrainConfig):
         super().__init__()
         self.config = config
+        self.train_loader: BatchLoader | None = None
+        self.resumed_state: dict[str, int] | None = None
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
-        rows = len(self.train_dataloader().rows)
+        rows = len(self._new_train_loader().rows)
         if rows < config.data.batch_size:
             raise InputError(
                 f"data.batch_size={config.data.batch_size}: the text gives only {rows} sequences;"
@@ -35,9 +37,15 @@ class TextDataModule(L.LightningDataModule):
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the training text."""
-        return -(-len(self.train_dataloader()) // self.config.trainer.accumulate_grad_batches)
+        return -(-len(self._new_train_loader()) // self.config.trainer.accumulate_grad_batches)
 
     def train_dataloader(self) -> BatchLoader:
+        self.train_loader = self._new_train_loader()
+        if self.resumed_state is not None:
+            self.train_loader.restore(self.resumed_state)
+        return self.train_loader
+
+    def _new_train_loader(self) -> BatchLoader:
         config = self.config
         return BatchLoader(
             self._sequences(self.corpus.train),
@@ -48,6 +56,14 @@ class TextDataModule(L.LightningDataModule):
             max_batches=config.trainer.limit_train_batches,
             max_sequences=config.data.max_sequences,
         )
+
+    def state_dict(self) -> dict[str, int]:
+        return {} if self.train_loader is None else self.train_loader.state()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.resumed_state = state_dict
+        if self.train_loader is not None:
+            self.train_loader.restore(state_dict)
 
     def val_dataloader(self) -> BatchLoader | list:
         if self.corpus.validation is None:

@@ -91,7 +91,7 @@ def generate_texts(
     Sample i of any prompt is drawn with seed + i, so a text is the same alone and in company.
     """
     _check_controls(num_tokens, temperature, top_k, model.network.vocab_size)
-    prompt_ids = [_encode_prompt(model.tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [encode_prompt(model.tokenizer, prompt) for prompt in prompts]
     seed = secrets.randbelow(2**31) if seed is None else seed
     jobs = [(ids, seed + i) for ids in prompt_ids for i in range(num_samples)]
     new_ids: list[list[int]] = []
@@ -122,7 +122,12 @@ def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
     ]
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids.
+
+    Raises:
+        InputError: it has no word, or none that the model knows.
+    """
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise InputError(f"prompt={prompt!r}: has no words; give the beginning of a text")

@@ -28,8 +28,8 @@ class TextGenerator(L.Callback):
     They have generators of their own, so training is the same with and without them.
     """
 
-    def __init__(self, config: TextGeneratorConfig, tokenizer: Tokenizer, folder: Path, seed: int):
-        self.config, self.tokenizer, self.folder, self.seed = config, tokenizer, folder, seed
+    def __init__(self, config: TextGeneratorConfig, prompts: list[str], tokenizer: Tokenizer, folder: Path, seed: int):
+        self.config, self.prompts, self.tokenizer, self.folder, self.seed = config, prompts, tokenizer, folder, seed
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -38,11 +38,11 @@ class TextGenerator(L.Callback):
         controls = {name: getattr(self.config, name) for name in ("num_tokens", "temperature", "top_k")}
         pl_module.eval()
         model = TextModel(pl_module.model, self.tokenizer)
-        texts = [group[0] for group in generate_texts(model, self.config.prompts, seed=self.seed, **controls)]
+        texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **controls)]
         pl_module.train()
         place = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt, text in zip(self.config.prompts, texts, strict=True):
+            for prompt, text in zip(self.prompts, texts, strict=True):
                 record = place | {"prompt": prompt, **controls, "seed": self.seed, "text": text}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         for text in texts:
@@ -59,9 +59,9 @@ def _log_texts(trainer: L.Trainer, texts: list[str]) -> None:
 
 
 class Throughput(L.Callback):
-    """Logs `tokens_per_second`: input tokens of all processes, padding included, over the epoch so far."""
+    """Logs `tokens_per_second`: input tokens of all processes, padding included, validation left out."""
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.tokens, self.seconds = 0, 0.0
 
     def on_train_batch_start(
@@ -88,13 +88,14 @@ class StopAtStep(L.Callback):
 
 
 class StopOnSignal(L.Callback):
-    """The first Ctrl-C (or SIGTERM) ends training after the batch at work, with `last.ckpt` written.
+    """The first Ctrl-C (or SIGTERM) ends training after the batch at work, with `last.ckpt` written; after an
+    epoch's last batch, with its validation.
 
     A second Ctrl-C ends it at once, without.
     """
 
     def __init__(self, checkpoint: Path):
-        self.checkpoint, self.asked, self.previous = checkpoint, False, {}
+        self.checkpoint, self.asked, self.agreed, self.previous = checkpoint, False, False, {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -106,8 +107,12 @@ class StopOnSignal(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         # Signals reach the processes at different batches; they must agree, or one would wait for ever.
-        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+        self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        if self.agreed and not trainer.is_last_batch:  # after the last, the epoch ends with a checkpoint of its own
             trainer.save_checkpoint(self.checkpoint)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.agreed:  # only now, since the batch's numbers are logged after on_train_batch_end
             raise Interrupted
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

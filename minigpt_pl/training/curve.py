@@ -33,7 +33,8 @@ def draw(folder: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     save(figure, folder / "loss.png")
 
 

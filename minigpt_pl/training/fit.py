@@ -18,9 +18,11 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl import runs
-from minigpt_pl.config import TrainConfig
+from minigpt_pl.config import ImdbConfig, TrainConfig
+from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
+from minigpt_pl.generation.text import encode_prompt
 from minigpt_pl.tokenizer import END
 from minigpt_pl.training import curve
 from minigpt_pl.training.callbacks import Interrupted, StopAtStep, StopOnSignal, TextGenerator, Throughput
@@ -56,6 +58,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     L.seed_everything(config.seed, verbose=False)
     datamodule = TextDataModule(config)
     module = _build_module(config, datamodule)
+    prompts = _prompts(config, datamodule.corpus)
     if config.find_learning_rate:
         return _find_learning_rate(config, module, datamodule)
     if resume_from is not None:
@@ -65,7 +68,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix)
     else:
         folder = Path(config.output_dir)  # ModelCheckpoint takes the first process's; nothing else writes here
-    trainer = _build_trainer(config, folder, datamodule, resume_from)
+    trainer = _build_trainer(config, folder, datamodule, prompts, resume_from)
     if first_process:
         datamodule.corpus.tokenizer.save(str(folder / "tokenizer.json"))
         runs.write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -106,13 +109,24 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     )
 
 
+def _prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
+    """The prompts of the TextGenerator, found usable before anything starts."""
+    prompts = config.text_generator.prompts
+    if prompts is None:
+        first_words = corpus.tokenizer.decode(corpus.train.tokens[: corpus.train.offsets[1] - 1][:3])
+        prompts = ["this movie is"] if isinstance(config.data, ImdbConfig) else [first_words]
+    for prompt in prompts:
+        encode_prompt(corpus.tokenizer, prompt)
+    return prompts
+
+
 def _build_trainer(
-    config: TrainConfig, folder: Path, datamodule: TextDataModule, resume_from: Path | None
+    config: TrainConfig, folder: Path, datamodule: TextDataModule, prompts: list[str], resume_from: Path | None
 ) -> L.Trainer:
     settings = config.trainer
     checkpoints = folder / "checkpoints"
     callbacks = [
-        TextGenerator(config.text_generator, datamodule.corpus.tokenizer, folder, config.seed),
+        TextGenerator(config.text_generator, prompts, datamodule.corpus.tokenizer, folder, config.seed),
         Throughput(),
         StopOnSignal(checkpoints / "last.ckpt"),
         lightning_callbacks.LearningRateMonitor(logging_interval="step"),

@@ -1,0 +1,113 @@
+"""Shared by all tests: a small text of our own, the real reviews where they are, one small trained run."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt_pl.config import ImdbConfig, TextConfig
+
+torch.set_num_threads(1)  # the models here are too small to share out
+
+TINY_MODEL = [
+    "model.vocab_size=200",
+    "model.max_length=16",
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "model.head_dim=8",
+    "model.feed_forward_dim=16",
+]
+TINY_RUN = [*TINY_MODEL, "data=text", "data.batch_size=16", "trainer=cpu", "trainer.progress_bar=false"]
+
+
+COMMON = {
+    "batch_size": 4, "cut": "truncate", "end_token": True, "loss_on_padding": False, "validation_share": 0.05,
+    "max_sequences": None, "cache_dir": "cache",
+}  # fmt: skip
+
+
+def imdb_config(source: str, **changes) -> ImdbConfig:
+    values = {"train_splits": ["train", "test"], "validation_split": "unsupervised", "validation_documents": 2500}
+    return ImdbConfig(**(COMMON | {"source": source} | values | changes))
+
+
+def text_config(path, **changes) -> TextConfig:
+    values = {"validation_path": None, "text_column": "text", "document": "line"}
+    return TextConfig(**(COMMON | {"path": str(path)} | values | changes))
+
+
+@pytest.fixture(scope="session")
+def imdb() -> Path:
+    """The real reviews in the hub's layout."""
+    folder = os.environ.get("MINIGPT_IMDB")
+    if not folder:
+        pytest.skip("no real reviews: set MINIGPT_IMDB to a folder in the hub's layout")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def imdb_texts(imdb: Path):
+    """Reads one split of the real reviews."""
+    import pyarrow.parquet as parquet
+
+    return lambda split: [
+        text
+        for path in sorted(imdb.glob(f"plain_text/{split}-*.parquet"))
+        for text in parquet.read_table(path)["text"].to_pylist()
+    ]
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 made-up sentences, a document a line, some of them twice."""
+    rng = random.Random(0)
+    nouns = ["cat", "dog", "king", "ship", "moon", "door", "river", "letter"]
+    verbs = ["sees", "likes", "finds", "loses", "keeps", "paints"]
+
+    def sentence() -> str:
+        cat, dog, king = rng.sample(nouns, 3)
+        return f"The {cat} {rng.choice(verbs)} the {dog}, and it's a well-known {king}."
+
+    lines = [sentence() for _ in range(280)]
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("\n".join(lines + lines[:20]) + "\n")
+    return path
+
+
+def run_module(module: str, *arguments: str, cwd: Path, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+    """`python -m minigpt_pl.<module> ...` in a process of its own, with no hub in reach."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    return subprocess.run(
+        [sys.executable, "-m", f"minigpt_pl.{module}", *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a small run has been trained by the command line; the run is outputs/tiny."""
+    cwd = tmp_path_factory.mktemp("trained")
+    done = run_module("train", *TINY_RUN, f"data.path={story}", "run_name=tiny", "trainer.max_epochs=2", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd
+
+
+@pytest.fixture
+def tiny_config(story: Path, tmp_path: Path):
+    """Composes train settings for the small text, with more overrides."""
+    from minigpt_pl import command_line
+
+    def compose(*overrides: str):
+        base = [
+            *TINY_RUN,
+            f"data.path={story}",
+            f"output_dir={tmp_path / 'outputs'}",
+            "text_generator.every_n_epochs=0",
+        ]
+        return command_line.to_settings(command_line.compose("train", base + list(overrides)))
+
+    return compose

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+
+from minigpt_pl.data.batches import BatchLoader, Sequences
+from minigpt_pl.data.corpus import Ids
+
+END = 99
+DOCUMENTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34, 35, 36], [40, 41]]
+TOKENS = [id_ for document in DOCUMENTS for id_ in [*document, END]]
+IDS = Ids(np.array(TOKENS, dtype=np.uint16), np.cumsum([0] + [len(d) + 1 for d in DOCUMENTS]))
+
+
+def sequences(cut="truncate", end_token=True, count_padding=False, length=4):
+    return Sequences(IDS, length, cut, end_token, count_padding)
+
+
+def all_rows(made: Sequences) -> list[list[int]]:
+    return made[np.arange(len(made))].tolist()
+
+
+def test_truncate_is_the_beginning_of_each_document():
+    assert all_rows(sequences()) == [
+        [10, 11, 12, 99, 0], [20, 99, 0, 0, 0], [30, 31, 32, 33, 34], [40, 41, 99, 0, 0],
+    ]  # fmt: skip
+    assert sequences().target_counts.tolist() == [3, 1, 4, 2]
+
+
+def test_the_seeds_way_has_no_end_and_counts_padding():
+    made = sequences(end_token=False, count_padding=True)
+    assert all_rows(made) == [[10, 11, 12, 0, 0], [20, 0, 0, 0, 0], [30, 31, 32, 33, 34], [40, 41, 0, 0, 0]]
+    assert made.target_counts.tolist() == [4, 4, 4, 4]
+
+
+def test_a_document_of_one_word_teaches_nothing_without_an_end():
+    assert len(sequences(end_token=False)) == 3
+
+
+def test_pack_loses_no_token():
+    made = sequences(cut="pack")
+    targets = [t for row, n in zip(all_rows(made), made.target_counts, strict=True) for t in row[1 : n + 1]]
+    assert targets == TOKENS[1:], "each token but the first is a target once"
+    assert all_rows(made)[0] == [10, 11, 12, 99, 20]
+
+
+def loader(**changes) -> BatchLoader:
+    options = {"batch_size": 3, "seed": 5} | changes
+    ids = Ids(np.arange(1, 101, dtype=np.uint16), np.arange(0, 101, 5))
+    return BatchLoader(Sequences(ids, 4, "truncate", True, False), **options)
+
+
+def rows(batches) -> list[tuple[int, ...]]:
+    return [tuple(batch.inputs[:, 0].tolist()) for batch in batches]
+
+
+def test_targets_are_the_inputs_one_place_on():
+    batch = next(iter(loader()))
+    assert batch.inputs.shape == batch.targets.shape == (3, 4)
+    assert (batch.targets == batch.inputs + 1).all()
+
+
+def test_an_epoch_meets_every_sequence_once():
+    batches = rows(loader())
+    assert len(batches) == len(loader()) == 7 and len(batches[-1]) == 2
+    assert sorted(sum(batches, ())) == list(range(1, 101, 5))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first = loader()
+    epochs = [rows(first) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = loader()
+    again.restore({"epoch": 2, "batches_done": 0})
+    assert rows(again) == epochs[2]
+    assert rows(loader(seed=6)) != epochs[0]
+    assert (
+        rows(loader(seed=None))
+        == rows(loader(seed=None))
+        == [tuple(range(a, min(a + 15, 100), 5)) for a in range(1, 100, 15)]
+    )
+
+
+@pytest.mark.parametrize("done", [0, 1, 4, 6])
+def test_resume_in_the_middle_of_an_epoch_is_exact(done):
+    whole = loader()
+    expected = [rows(whole), rows(whole)]
+    interrupted = loader()
+    iterator = iter(interrupted)
+    for _ in range(done):
+        next(iterator)
+    resumed = loader()
+    resumed.restore(interrupted.state())
+    assert rows(resumed) == expected[0][done:]
+    assert rows(resumed) == expected[1]
+
+
+def test_state_after_the_last_batch_is_the_next_epoch():
+    # Lightning asks for no more than len(loader) batches, so the loop's end is never reached.
+    made = loader()
+    iterator = iter(made)
+    for _ in range(len(made)):
+        next(iterator)
+    assert made.state() == {"epoch": 1, "batches_done": 0}
+
+
+def test_a_pass_left_early_is_not_gone_on_with():
+    made, whole = loader(), loader()
+    next(iter(made))
+    rows(whole)
+    assert rows(made) == rows(whole)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_out_each_batch(world_size):
+    shares = [rows(loader(rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for parts, whole in zip(zip(*shares, strict=True), rows(loader()), strict=False):
+        assert sorted(sum(parts, ())) == sorted(whole)
+        assert all(parts)
+
+
+def test_shares_add_up_to_the_steps_exact_mean():
+    options = {"batch_size": 2, "seed": 0, "accumulate": 2, "world_size": 2}
+    shares = [list(BatchLoader(sequences(), rank=rank, **options)) for rank in range(2)]
+    counted = sum(int((b.targets != 0).sum()) for share in shares for b in share)
+    assert counted == 10
+    assert [float(b.targets_per_share) for share in shares for b in share] == [10 / 4] * 4
+
+
+def test_limits():
+    assert len(rows(loader(max_batches=2))) == 2
+    few = loader(max_sequences=6)
+    drawn = sorted(sum(rows(few), ()))
+    assert len(drawn) == 6 and drawn == sorted(sum(rows(few), ()))
+    assert drawn != sorted(sum(rows(loader(max_sequences=6, seed=6)), ()))

@@ -1,0 +1,200 @@
+"""The commands as a person gives them: output, errors, exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY_RUN, run_module
+
+import minigpt_pl
+from minigpt_pl import runs
+
+
+def sample(cwd, *arguments, **options):
+    return run_module("sample", "top_k=5", *arguments, cwd=cwd, **options)
+
+
+class TestSample:
+    def test_newest_finished_run(self, trained):
+        done = sample(trained, "prompt=the cat", "seed=1", "num_tokens=12")
+        assert done.returncode == 0, done.stderr
+        assert "checkpoint: outputs/tiny/checkpoints/best.ckpt" in done.stderr
+        model = minigpt_pl.load(trained / "outputs" / "tiny")
+        expected = minigpt_pl.generate_text(model, "the cat", num_tokens=12, top_k=5, seed=1)
+        assert done.stdout == expected + "\n"
+
+    def test_prompts_need_no_quoting_for_hydra(self, trained):
+        done = sample(trained, 'prompt=it\'s a [cat], the {king} "dog" \\ 2001=x', "num_tokens=1")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith('it\'s a [cat], the {king} "dog" \\ 2001=x')
+        assert "not in the vocabulary: [cat" in done.stderr
+
+    def test_several_prompts_and_samples(self, trained):
+        done = sample(trained, "prompt=[the cat, a well-known king]", "num_samples=2", "seed=0")
+        texts = done.stdout.strip().split("\n\n")
+        assert [text[:7] for text in texts] == ["the cat", "the cat", "a well-", "a well-"]
+        assert texts[0] != texts[1]
+
+    def test_prompts_from_a_file_and_from_standard_input(self, trained, tmp_path):
+        (tmp_path / "prompts.txt").write_text("the cat, it's\n\nthe ship\n")
+        from_file = sample(trained, f"prompts_file={tmp_path / 'prompts.txt'}", "seed=0")
+        from_input = sample(trained, "prompts_file=-", "seed=0", input="the cat, it's\n\nthe ship\n")
+        assert from_file.returncode == 0, from_file.stderr
+        assert from_file.stdout == from_input.stdout and len(from_file.stdout.split("\n\n")) == 2
+
+    def test_controls_change_the_text(self, trained):
+        def write(*arguments):
+            return run_module("sample", "prompt=the cat", "num_tokens=30", *arguments, cwd=trained).stdout
+
+        base = write("seed=1", "temperature=1", "top_k=20")
+        others = [write("seed=2", "temperature=1", "top_k=20"), write("seed=1", "temperature=3", "top_k=20")]
+        others += [write("seed=1", "temperature=1", "top_k=1"), write("seed=1", "top_k=20", "num_tokens=3")]
+        assert base == write("seed=1", "temperature=1", "top_k=20") and base not in others
+        assert write("temperature=0", "top_k=20") == write("top_k=1", "seed=7"), "greedy is the likeliest of all"
+
+    @pytest.mark.parametrize("where", ["tiny", "outputs/tiny", "outputs/tiny/checkpoints/last.ckpt"])
+    def test_a_run_by_name_folder_or_checkpoint(self, trained, where):
+        setting = "checkpoint" if where.endswith("ckpt") else "run"
+        done = sample(trained, "prompt=the cat", f"{setting}={where}")
+        assert done.returncode == 0, done.stderr
+
+    def test_starts_without_lightning_or_datasets(self, trained):
+        code = (
+            "import sys; sys.argv = ['sample', 'prompt=the cat', 'top_k=5']; from minigpt_pl import sample;"
+            "sample.main(); print([m for m in ('lightning', 'datasets', 'torchmetrics', 'transformers') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+    def test_the_library_knows_neither_hydra_nor_lightning(self):
+        code = (
+            "import sys; import minigpt_pl, minigpt_pl.loss, minigpt_pl.generation.engine;"
+            "print([m for m in ('lightning', 'hydra', 'omegaconf', 'datasets') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """A copy of the run, to be damaged."""
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    return tmp_path
+
+
+def assert_refused(done, *messages):
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr and len(errors) == len(messages), done.stderr
+    for message in messages:
+        assert any(message in error for error in errors), done.stderr
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "messages"),
+        [
+            (["prompt="], ["prompt='': has no words"]),
+            (["prompt=xyzzy plugh"], ["prompt='xyzzy plugh': none of its words"]),
+            ([], ["prompt=: give prompt="]),
+            (["prompt=a", "temperature=-1"], ["temperature=-1.0: must be at least 0"]),
+            (["prompt=a", "temperature=nan"], ["temperature=nan: must be a finite number"]),
+            (["prompt=a", "temperature=warm"], ["temperature=warm: "]),
+            (["prompt=a", "top_k=0"], ["top_k=0: must be at least 1"]),
+            (["prompt=a", "top_k=100000"], ["top_k=100000: must be 1 to 26"]),
+            (["prompt=a", "topk=3"], ["topk=3: no such setting"]),
+            (["prompt=a", "run=none"], ["none: no such run folder"]),
+            (["prompt=a", "output_dir=none"], ["output_dir=none: no finished run there"]),
+            (["prompt=a", "checkpoint=none.ckpt"], ["none.ckpt: no such run folder or checkpoint"]),
+            (["prompts_file=none.txt"], ["prompts_file=none.txt: cannot be read"]),
+            (
+                ["prompt=a", "top_k=0", "num_tokens=x", "temperature=-1", "nope=1"],
+                ["top_k=0", "num_tokens=x", "temperature=-1", "nope=1"],
+            ),
+        ],
+    )
+    def test_sample(self, trained, arguments, messages):
+        assert_refused(run_module("sample", *arguments, cwd=trained), *messages)
+
+    def test_a_damaged_checkpoint(self, damaged):
+        path = damaged / "outputs" / "tiny" / "checkpoints" / "best.ckpt"
+        path.write_bytes(path.read_bytes()[:1000])
+        assert_refused(sample(damaged, "prompt=the cat"), "best.ckpt: cannot be read")
+
+    def test_a_foreign_checkpoint(self, damaged):
+        path = damaged / "outputs" / "tiny" / "checkpoints" / "best.ckpt"
+        torch.save({"state_dict": {}}, path)
+        assert_refused(sample(damaged, "prompt=the cat"), "best.ckpt: not a checkpoint of minigpt_pl")
+
+    def test_a_checkpoint_that_would_run_code(self, damaged):
+        import pathlib
+
+        path = damaged / "outputs" / "tiny" / "checkpoints" / "best.ckpt"
+        torch.save({"hyper_parameters": {"model": {}}, "state_dict": pathlib.PurePosixPath("x")}, path)
+        assert_refused(sample(damaged, "prompt=the cat"), "best.ckpt: cannot be read")
+
+    def test_the_words_of_another_run(self, damaged):
+        from minigpt_pl.tokenizer import build_tokenizer
+
+        build_tokenizer(["", "[UNK]", "the", "cat", "[END]"]).save(str(damaged / "outputs" / "tiny" / "tokenizer.json"))
+        assert_refused(sample(damaged, "prompt=the cat"), "26 logits, but the tokenizer.json beside it has 5 entries")
+
+    def test_no_words_beside_the_checkpoint(self, damaged):
+        (damaged / "outputs" / "tiny" / "tokenizer.json").unlink()
+        assert_refused(sample(damaged, "prompt=the cat"), "tokenizer.json: no such file")
+
+    def test_a_broken_record(self, damaged):
+        (damaged / "outputs" / "tiny" / "run.json").write_text("{")
+        assert_refused(sample(damaged, "prompt=the cat"), "run.json: not JSON")
+
+    @pytest.mark.parametrize(
+        ("arguments", "messages"),
+        [
+            (["data=text", "data.path=none.txt"], ["data.path=none.txt: no such file or folder"]),
+            (["data=text"], ["data.path=: must be given"]),
+            (["data=movies"], ["data=movies: Could not find 'data/movies'"]),
+            (["data.source=none"], ["data.source=none: no such folder"]),
+            (["model.embed_dim=-1", "trainer.max_epochs=x", "data.cut=chop", "nope=1"],
+             ["model.embed_dim=-1: must be at least 1", "trainer.max_epochs=x: ", "data.cut=chop", "nope=1: no such setting"]),
+            (["resume=auto"], ["resume=auto: no unfinished run in outputs"]),
+            (["resume=none.ckpt"], ["none.ckpt: no such run folder or checkpoint"]),
+            (["resume=tiny.ckpt"], ["tiny.ckpt: no such run folder or checkpoint"]),
+        ],
+    )  # fmt: skip
+    def test_train(self, tmp_path, arguments, messages):
+        assert_refused(run_module("train", *arguments, cwd=tmp_path), *messages)
+        assert not list(tmp_path.glob("outputs/*/run.json"))
+
+    def test_prompts_are_looked_at_before_training(self, story, tmp_path):
+        arguments = [*TINY_RUN, f"data.path={story}", "text_generator.prompts=[xyzzy]"]
+        assert_refused(run_module("train", *arguments, cwd=tmp_path), "prompt='xyzzy': none of its words")
+
+    def test_resume_of_a_damaged_run_harms_nothing(self, damaged):
+        folder = damaged / "outputs" / "tiny"
+        runs.update_record(folder, status="interrupted")
+        (folder / "checkpoints" / "last.ckpt").write_bytes(b"nothing")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert_refused(run_module("train", "resume=auto", cwd=damaged), "last.ckpt: cannot be read")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def test_full_error_shows_the_traceback(self, trained):
+        done = run_module("sample", "prompt=", cwd=trained, env={"HYDRA_FULL_ERROR": "1"})
+        assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_help_names_every_setting_with_its_value(tmp_path):
+    done = run_module("train", "--help", "model.embed_dim=64", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "model.embed_dim=64" in done.stdout and "experiment=keras|quick" in done.stdout
+
+
+def test_resume_takes_the_runs_own_settings(trained, tmp_path):
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    done = run_module("train", "resume=outputs/tiny", "trainer.max_epochs=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "outputs" / "tiny" / "run.json").read_text())
+    assert record["epochs"] == 3 and record["status"] == "finished"
+    assert len((tmp_path / "outputs" / "tiny" / "samples.jsonl").read_text().splitlines()) == 3

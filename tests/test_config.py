@@ -1,0 +1,103 @@
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from minigpt_pl import command_line
+from minigpt_pl.config import ImdbConfig, SampleConfig, TextConfig, TrainConfig
+from minigpt_pl.errors import InputError
+
+CONF = Path(command_line.CONFIG_DIR)
+CHOICES = [
+    f"{group.name}={path.stem}"
+    for group in CONF.iterdir()
+    if group.is_dir()
+    for path in group.glob("*.yaml")
+    if path.stem != "common"
+]
+
+
+def settings(*overrides: str) -> TrainConfig:
+    return command_line.to_settings(command_line.compose("train", overrides))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_file_of_conf_composes_to_valid_settings(choice):
+    extra = ["data.path=my.txt"] if choice == "data=text" else []
+    assert isinstance(settings(choice, *extra), TrainConfig)
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, ImdbConfig, TextConfig])
+def test_every_setting_is_documented(schema):
+    for field in fields(schema):
+        if is_dataclass(field.type):
+            test_every_setting_is_documented(field.type)
+        else:
+            assert len(field.metadata["doc"]) > 5, field.name
+
+
+def changed(*overrides: str) -> set[str]:
+    """Which settings differ from the default's."""
+
+    def flat(config) -> dict:
+        def walk(value, prefix):
+            for key, item in value.items():
+                if isinstance(item, dict):
+                    yield from walk(item, f"{prefix}{key}.")
+                else:
+                    yield f"{prefix}{key}", item
+
+        return dict(walk(OmegaConf.to_container(config), ""))
+
+    before, after = flat(command_line.compose("train", [])), flat(command_line.compose("train", overrides))
+    return {name for name in after if after[name] != before.get(name)}
+
+
+def test_keras_differs_from_the_default_by_the_seeds_faults_only():
+    assert changed("experiment=keras") == {"data.end_token", "data.loss_on_padding", "data.validation_share"}
+
+
+def test_the_default_is_the_seeds():
+    config = settings()
+    assert (config.trainer.max_epochs, config.data.batch_size, config.data.cut) == (25, 128, "truncate")
+    assert (config.optimizer.name, config.optimizer.learning_rate, config.optimizer.epsilon) == (
+        "keras_adam",
+        1e-3,
+        1e-7,
+    )
+    assert (config.optimizer.second_moment, config.schedule.name) == ("by_occurrence", "constant")
+    assert (config.text_generator.num_tokens, config.text_generator.top_k) == (40, 10)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.embed_dim=0", "model.embed_dim=0: must be at least 1"),
+        ("model.dropout=1.0", "model.dropout=1.0: must be at least 0 and below 1"),
+        ("model.dropout=nan", "model.dropout=nan: must be a finite number"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0: must be above 0"),
+        ("schedule.name=step", "schedule.name=step: must be one of constant, linear, cosine"),
+        ("data.cut=chop", "data.cut=chop: must be one of truncate, pack"),
+        ("trainer.devices=3", "data.batch_size=128: must be a multiple of the 3 processes"),
+        ("run_name=a/b", "run_name=a/b: must be a plain folder name"),
+        ("text_generator.prompts=[]", r"text_generator.prompts=\[\]: give a prompt"),
+        ("model.tie_embeddings=true", "model.tie_embeddings=true: .*second_moment"),
+        ("optimizer.name=adamw", "optimizer.name=adamw: .*keras_adam"),
+        ("data=text", "data.path=: must be given"),
+    ],
+)
+def test_problems_name_setting_value_and_remedy(override, message):
+    with pytest.raises(InputError, match=message):
+        settings(override)
+
+
+def test_pack_needs_ends():
+    with pytest.raises(InputError, match="data.end_token=false: data.cut=pack needs it"):
+        settings("data.cut=pack", "data.end_token=false")
+
+
+def test_all_problems_at_once():
+    with pytest.raises(InputError) as caught:
+        settings("model.embed_dim=0", "data.cut=chop", "trainer.max_epochs=0", "seed=-1")
+    assert len(caught.value.problems) == 4

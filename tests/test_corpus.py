@@ -1,0 +1,120 @@
+import multiprocessing
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import imdb_config, text_config
+
+from minigpt_pl.data import corpus as corpus_module
+from minigpt_pl.data.corpus import open_corpus
+from minigpt_pl.errors import InputError
+from minigpt_pl.tokenizer import split_words
+
+
+@pytest.fixture
+def config(story, tmp_path):
+    return text_config(story, cache_dir=str(tmp_path / "cache"), validation_share=0.2)
+
+
+def documents(corpus, ids):
+    return [corpus.tokenizer.decode(ids.tokens[a : b - 1]) for a, b in zip(ids.offsets, ids.offsets[1:], strict=False)]
+
+
+def test_every_document_is_there_once_with_an_end(config, story):
+    corpus = open_corpus(config, 200)
+    lines = [line.lower() for line in story.read_text().splitlines()]
+    train, validation = documents(corpus, corpus.train), documents(corpus, corpus.validation)
+    assert sorted(train + validation) == sorted(lines)
+    end_id = corpus.tokenizer.token_to_id("[END]")
+    assert (corpus.train.tokens[corpus.train.offsets[1:] - 1] == end_id).all()
+    assert (corpus.train.tokens == end_id).sum() == len(train)
+    assert corpus.record["train_documents"] == len(train)
+
+
+def test_held_out_share_is_chosen_by_content(config):
+    corpus = open_corpus(config, 200)
+    train, validation = documents(corpus, corpus.train), documents(corpus, corpus.validation)
+    assert 0.1 < len(validation) / (len(train) + len(validation)) < 0.3
+    assert not set(train) & set(validation), "a duplicate straddles"
+    assert max(Counter(train + validation).values()) > 1, "the text has no duplicate to straddle"
+
+
+def test_vocabulary_is_of_the_training_text_only(config, tmp_path):
+    (tmp_path / "a.txt").write_text("one two three one\n")
+    (tmp_path / "b.txt").write_text("four one\n")
+    config = text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt"), cache_dir=config.cache_dir)
+    corpus = open_corpus(config, 200)
+    assert set(corpus.tokenizer.get_vocab()) == {"", "[UNK]", "one", "two", "three", "[END]"}
+    assert documents(corpus, corpus.validation) == ["[UNK] one"]
+
+
+def test_duplicates_of_validation_texts_leave_the_training_text(config, tmp_path):
+    (tmp_path / "a.txt").write_text("kept\nshared\nkept too\nshared\n")
+    (tmp_path / "b.txt").write_text("shared\n")
+    config = text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt"), cache_dir=config.cache_dir)
+    corpus = open_corpus(config, 200)
+    assert documents(corpus, corpus.train) == ["kept", "kept too"]
+    assert corpus.record["validation_duplicates_left_out"] == 2
+
+
+def test_second_start_reads_no_text(config, monkeypatch):
+    first = open_corpus(config, 200)
+    monkeypatch.setattr(corpus_module, "_encode_into", lambda *_: pytest.fail("encoded again"))
+    second = open_corpus(config, 200)
+    assert isinstance(second.train.tokens, np.memmap) and second.train.tokens.dtype == np.uint16
+    assert np.array_equal(first.train.tokens, second.train.tokens)
+
+
+def test_changed_text_or_settings_are_encoded_anew(config, story, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(story.read_text())
+    config.path = str(copy)
+    fingerprints = {open_corpus(config, 200).record["fingerprint"], open_corpus(config, 150).record["fingerprint"]}
+    copy.write_text(story.read_text() + "One more line.\n")
+    fingerprints.add(open_corpus(config, 200).record["fingerprint"])
+    config.validation_share = 0.1
+    fingerprints.add(open_corpus(config, 200).record["fingerprint"])
+    assert len(fingerprints) == 4
+
+
+def test_a_failed_encoding_leaves_nothing_behind(config, tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text("text,n\nfine,1\n")
+    config = text_config(path, text_column="none", cache_dir=config.cache_dir)
+    with pytest.raises(InputError):
+        open_corpus(config, 200)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def _open(config, queue):
+    queue.put(open_corpus(config, 200).record["fingerprint"])
+
+
+def test_processes_that_start_together_share_one_encoding(config, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_open, args=(config, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    fingerprints = {queue.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(fingerprints) == 1
+    assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 1
+
+
+def test_few_words_are_warned_of(config, caplog):
+    open_corpus(config, 200)
+    assert "words to learn from: expect poor text under 1,000,000" in caplog.text
+
+
+def test_ids_equal_the_tokenizers_on_real_reviews(imdb, imdb_texts, tmp_path):
+    config = imdb_config(str(imdb), train_splits=["unsupervised"], validation_split=None, cache_dir=str(tmp_path))
+    config.validation_share = 0.0
+    corpus = open_corpus(config, 5_000)
+    assert corpus.validation is None
+    texts = imdb_texts("unsupervised")
+    encoded = corpus.tokenizer.encode_batch(texts)
+    assert corpus.record["train_tokens"] == sum(len(split_words(text)) for text in texts)
+    for i, encoding in enumerate(encoded):
+        assert corpus.train.tokens[corpus.train.offsets[i] : corpus.train.offsets[i + 1] - 1].tolist() == encoding.ids

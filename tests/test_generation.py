@@ -1,0 +1,164 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minigpt_pl import InputError, MiniGPT, TextModel, generate_text, generate_texts
+from minigpt_pl.generation import filters
+from minigpt_pl.generation.engine import generate_ids
+from minigpt_pl.generation.text import unknown_words
+from minigpt_pl.tokenizer import build_tokenizer
+
+WORDS = ["", "[UNK]", *["the", "a", "cat", "dog", "sees", "likes", ",", ".", "'s", "-known", "well", "it"], "[END]"]
+END_ID = len(WORDS) - 1
+
+
+@pytest.fixture(scope="module")
+def network() -> MiniGPT:
+    torch.manual_seed(1)
+    model = MiniGPT(len(WORDS), max_length=6, embed_dim=8, num_heads=2, head_dim=4, feed_forward_dim=8).eval()
+    torch.nn.init.normal_(model.output.weight)  # so that the context matters
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(network) -> TextModel:
+    return TextModel(network, build_tokenizer(WORDS))
+
+
+def controls(**changes):
+    return {"num_tokens": 20, "temperature": 1.0, "top_k": None, "seeds": [0]} | changes
+
+
+class TestEngine:
+    @pytest.mark.parametrize("length", [1, 5, 6, 7, 9])
+    def test_greedy_is_the_argmax_of_a_full_forward_on_the_last_tokens(self, network, length):
+        text = [2 + i % 9 for i in range(length)]
+        new = generate_ids(network, [text], **controls(temperature=0))[0]
+        for id_ in new:
+            assert id_ == int(network(torch.tensor([text[-6:]]))[0][0, -1].argmax())
+            text.append(id_)
+        assert len(new) == 20
+
+    def test_context_is_the_last_tokens_not_the_first(self, network):
+        first, second = [2, 3, 4, 5, 6, 7, 8], [9, 3, 4, 5, 6, 7, 8]
+        assert generate_ids(network, [first], **controls()) == generate_ids(network, [second], **controls())
+        assert generate_ids(network, [first], **controls()) != generate_ids(network, [first[:-1] + [2]], **controls())
+
+    def test_a_text_is_the_same_in_any_company(self, network):
+        prompts, seeds = [[2], [3, 4, 5, 6, 7, 8, 9, 2], [4, 5]], [1, 2, 3]
+        together = generate_ids(network, prompts, **controls(seeds=seeds))
+        alone = [generate_ids(network, [p], **controls(seeds=[s]))[0] for p, s in zip(prompts, seeds, strict=True)]
+        assert together == alone
+        assert generate_ids(network, prompts, **controls(seeds=[4, 5, 6])) != together
+
+    def test_the_end_token_ends_a_text(self, network):
+        ended = [
+            (with_end, without)
+            for seed in range(20)
+            for with_end, without in [
+                (
+                    generate_ids(network, [[2]], **controls(seeds=[seed]), end_id=END_ID)[0],
+                    generate_ids(network, [[2]], **controls(seeds=[seed]))[0],
+                )
+            ]
+        ]
+        assert any(END_ID in without for _, without in ended)
+        for with_end, without in ended:
+            assert with_end == (without[: without.index(END_ID)] if END_ID in without else without)
+
+    def test_banned_tokens_are_never_drawn(self, network):
+        free = generate_ids(network, [[2]] * 30, **controls(seeds=range(30)))
+        banned = generate_ids(network, [[2]] * 30, **controls(seeds=range(30)), banned_ids=[0, 1, 4])
+        assert {0, 1, 4} & set(sum(free, [])) and not {0, 1, 4} & set(sum(banned, []))
+
+    def test_draws_follow_the_probabilities(self, network):
+        drawn = generate_ids(
+            network, [[2]] * 4000, **controls(num_tokens=1, seeds=range(4000), temperature=0.7, top_k=3)
+        )
+        frequencies = torch.bincount(torch.tensor(sum(drawn, [])), minlength=len(WORDS)) / 4000
+        values, ids = (network(torch.tensor([[2]]))[0][0, -1] / 0.7).topk(3)
+        expected = torch.zeros(len(WORDS)).index_put((ids,), values.softmax(0))
+        assert_close(frequencies, expected, atol=0.03, rtol=0)
+
+
+class TestFilters:
+    LOGITS = torch.tensor([[1.0, 3.0, 2.0, 2.0], [0.0, -1.0, 5.0, 4.0]])
+
+    def test_top_k(self):
+        inf = float("inf")
+        assert filters.top_k(self.LOGITS, 1).tolist() == [[-inf, 3, -inf, -inf], [-inf, -inf, 5, -inf]]
+        assert filters.top_k(self.LOGITS, 2).tolist() == [[-inf, 3, 2, 2], [-inf, -inf, 5, 4]]
+        assert torch.equal(filters.top_k(self.LOGITS, 4), self.LOGITS)
+
+    def test_temperature_sharpens_and_flattens(self):
+        cold, warm, hot = (filters.temperature(self.LOGITS, t).softmax(-1).max() for t in (0.5, 1.0, 2.0))
+        assert cold > warm > hot
+
+    def test_ban(self):
+        assert filters.ban(self.LOGITS, [0, 3])[:, [0, 3]].isinf().all()
+        assert torch.equal(filters.ban(self.LOGITS, []), self.LOGITS)
+
+
+class TestText:
+    def test_the_prompt_stays_as_typed_and_the_rest_reads_well(self, model):
+        text = generate_text(model, "It's a  Well-KNOWN zebra ", num_tokens=8, temperature=0, top_k=None)
+        assert text.startswith("It's a  Well-KNOWN zebra")
+        ids = model.tokenizer.encode("It's a  Well-KNOWN zebra").ids
+        new = generate_ids(model.network, [ids], 8, 0, None, [1], banned_ids=(0, 1), end_id=END_ID)[0]
+        assert model.tokenizer.encode(text).ids == ids + new
+
+    def test_exactly_num_tokens_unless_the_text_ends(self, model):
+        lengths = {
+            len(model.tokenizer.encode(generate_text(model, "the cat", num_tokens=n, top_k=5, seed=seed)).ids) - 2 - n
+            for n in (1, 7, 30)
+            for seed in range(10)
+        }
+        assert 0 in lengths and max(lengths) == 0
+
+    def test_neither_padding_nor_unknown_is_written(self, model):
+        texts = sum(generate_texts(model, ["the dog"], 30, 5.0, None, seed=0, num_samples=30), [])
+        assert not any("[UNK]" in text or "  " in text for text in texts)
+
+    def test_seed(self, model):
+        def write(seed):
+            return generate_text(model, "the", num_tokens=30, temperature=2.0, top_k=None, seed=seed)
+
+        assert write(3) == write(3) != write(4)
+        assert write(None) != write(None)
+
+    def test_samples_of_many_prompts_keep_their_order_and_their_text(self, model):
+        prompts = ["the cat", "a dog likes", "it"]
+        together = generate_texts(model, prompts, 10, 1.0, None, seed=5, num_samples=2)
+        assert [len(group) for group in together] == [2, 2, 2]
+        for prompt, group in zip(prompts, together, strict=True):
+            assert group[0] == generate_text(model, prompt, 10, 1.0, None, seed=5)
+            assert group[1] == generate_text(model, prompt, 10, 1.0, None, seed=6)
+
+    def test_a_thousand_prompts(self, model):
+        texts = generate_texts(model, ["the cat"] * 1000, num_tokens=2, seed=0, top_k=3)
+        assert len(texts) == 1000 and len({group[0] for group in texts}) == 1
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"prompt": ""}, "has no words"),
+            ({"prompt": " \n"}, "has no words"),
+            ({"prompt": "zebra xylophone"}, "none of its words is in the model's vocabulary"),
+            ({"num_tokens": 0}, "num_tokens=0"),
+            ({"temperature": -0.1}, "temperature=-0.1"),
+            ({"temperature": float("nan")}, "temperature=nan"),
+            ({"temperature": float("inf")}, "temperature=inf"),
+            ({"top_k": 0}, "top_k=0: must be 1 to 15"),
+            ({"top_k": 16}, "top_k=16: must be 1 to 15"),
+        ],
+    )
+    def test_bad_input(self, model, changes, message):
+        with pytest.raises(InputError, match=message):
+            generate_text(**({"model": model, "prompt": "the cat", "top_k": 3} | changes))
+
+    def test_all_problems_are_named_at_once(self, model):
+        with pytest.raises(InputError, match="(?s)num_tokens=0.*temperature=-1.*top_k=99"):
+            generate_text(model, "the", num_tokens=0, temperature=-1, top_k=99)
+
+    def test_unknown_words_as_typed(self, model):
+        assert unknown_words(model.tokenizer, "The Zebra sees it's CAT-like") == ["Zebra", "-like"]

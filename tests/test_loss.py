@@ -1,0 +1,89 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from minigpt_pl import loss as loss_module
+from minigpt_pl.loss import linear_cross_entropy, token_losses
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ROWS", 7)  # so that 5 x 8 rows need several, the last one short
+
+
+def example(dtype=torch.float32, requires_grad=True):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 8, 12), (30, 12), (30,)]
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    targets = torch.randint(30, (5, 8), generator=generator)
+    targets[0, 3:] = 0
+    return [t.requires_grad_(requires_grad) for t in tensors], targets
+
+
+def reference(hidden, weight, bias, targets, ignore_index=None):
+    logits = F.linear(hidden, weight, bias).flatten(0, 1)
+    return F.cross_entropy(
+        logits, targets.flatten(), ignore_index=-100 if ignore_index is None else ignore_index, reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [None, 0])
+def test_values_and_gradients_equal_the_plain_loss(ignore_index):
+    tensors, targets = example()
+    ours = linear_cross_entropy(*tensors, targets, ignore_index)
+    plain = reference(*tensors, targets, ignore_index)
+    assert_close(ours, plain, rtol=1e-5, atol=0)
+    for a, b in zip(torch.autograd.grad(ours / 3, tensors), torch.autograd.grad(plain / 3, tensors), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck_in_fp64():
+    tensors, targets = example(torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, targets, 0), tensors)
+
+
+def test_bf16_products_stay_within_their_rounding():
+    tensors, targets = example()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(*tensors, targets)
+    assert ours.dtype == torch.float32
+    exact = reference(*tensors, targets)
+    assert ours.item() != exact.item(), "the products were not in bf16"
+    assert_close(ours, exact, rtol=2**-8, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, tensors), torch.autograd.grad(exact, tensors), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 2**-6 * b.norm()
+
+
+def test_without_gradients_only_the_loss_is_made():
+    tensors, targets = example(requires_grad=False)
+    assert_close(linear_cross_entropy(*tensors, targets), reference(*tensors, targets), rtol=1e-5, atol=0)
+
+
+def test_nothing_to_count_is_zero():
+    tensors, targets = example()
+    assert linear_cross_entropy(*tensors, torch.zeros_like(targets), 0).item() == 0
+
+
+def test_the_logits_are_never_whole():
+    hidden, weight, bias = torch.zeros(64, 4), torch.zeros(1000, 4, requires_grad=True), torch.zeros(1000)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, bias, torch.zeros(64, dtype=torch.long)).backward()
+    assert max(sizes) == 7 * 1000
+
+
+def test_token_losses_are_each_tokens_own():
+    tensors, targets = example(requires_grad=False)
+    losses = token_losses(*tensors, targets)
+    assert losses.shape == targets.shape
+    plain = F.cross_entropy(F.linear(*tensors).flatten(0, 1), targets.flatten(), reduction="none").view(5, 8)
+    assert_close(losses, plain)

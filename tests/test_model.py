@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minigpt_pl import MiniGPT
+from minigpt_pl.model import causal_mask
+
+SMALL = {"vocab_size": 50, "max_length": 12, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "feed_forward_dim": 24}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_seed_has_10_939_168_parameters():
+    model = MiniGPT()
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count["token_embedding"] + count["position_embedding"] == 5_140_480
+    assert sum(p.numel() for p in model.blocks[0].attention.parameters()) == 526_080
+    assert sum(p.numel() for p in model.blocks[0].feed_forward.parameters()) == 131_584
+    assert count["output"] == 5_140_000
+    assert sum(p.numel() for p in model.parameters()) == 10_939_168
+
+
+def test_heads_have_a_width_of_their_own():
+    query = MiniGPT(embed_dim=256, num_heads=2).blocks[0].attention.query
+    assert query.weight.shape == (512, 256), "two heads of 256, not of 128"
+    assert MiniGPT(embed_dim=64, num_heads=4, head_dim=8).blocks[0].attention.query.weight.shape == (32, 64)
+
+
+def test_returns_logits_and_hidden_states(ids):
+    model = MiniGPT(**SMALL).eval()
+    logits, hidden = model(ids)
+    assert logits.shape == (3, 12, 50) and hidden.shape == (3, 12, 16)
+    assert_close(logits, hidden @ model.output.weight.T + model.output.bias)
+
+
+def test_mask_forbids_what_comes_later():
+    assert causal_mask(3).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_later_tokens_do_not_change_earlier_logits(ids, num_blocks):
+    model = MiniGPT(**SMALL, num_blocks=num_blocks).eval()
+    changed = ids.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 50
+    before, after = model(ids)[0], model(changed)[0]
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_fused_attention_equals_the_explicit_mask(ids):
+    attention = MiniGPT(**SMALL).blocks[0].attention.double()
+    x = torch.randn(3, 12, 16, dtype=torch.float64)
+    weights = attention.attention_weights(x)
+    assert_close(weights.sum(-1), torch.ones(3, 2, 12, dtype=torch.float64))
+    value = attention.value(x).view(3, 12, 2, 8).transpose(1, 2)
+    explicit = attention.output((weights @ value).transpose(1, 2).reshape(3, 12, 16))
+    assert_close(attention(x), explicit, atol=1e-12, rtol=0)
+
+
+def test_norm_comes_after_the_sum(ids):
+    model = MiniGPT(**SMALL).eval()
+    hidden = model(ids)[1]
+    assert_close(hidden.mean(-1), torch.zeros(3, 12), atol=1e-5, rtol=0)
+    assert_close(hidden.var(-1, unbiased=False), torch.ones(3, 12), atol=1e-2, rtol=0)
+    assert model.blocks[0].attention_norm.eps == 1e-6
+
+
+def test_weights_start_as_keras_starts_them():
+    torch.manual_seed(0)
+    model = MiniGPT()
+    attention = model.blocks[0].attention
+    for weight, limit in [
+        (model.token_embedding.weight, 0.05),
+        (model.position_embedding.weight, 0.05),
+        (attention.query.weight, math.sqrt(6 / (256 + 512))),
+        (attention.output.weight, math.sqrt(6 / (512 + 256))),
+        (model.output.weight, math.sqrt(6 / (256 + 20_000))),
+    ]:
+        assert 0.99 * limit < weight.abs().max() <= limit
+        assert_close(weight.std().item(), limit / math.sqrt(3), rtol=0.03, atol=0)
+    assert not attention.query.bias.any() and not model.output.bias.any()
+
+
+def test_dropout_works_in_training_only(ids):
+    model = MiniGPT(**SMALL, dropout=0.5)
+    assert not torch.equal(model(ids)[0], model(ids)[0])
+    model.eval()
+    assert torch.equal(model(ids)[0], model(ids)[0])
+
+
+def test_tied_embeddings_are_one_weight():
+    model = MiniGPT(**SMALL, tie_embeddings=True)
+    assert model.output.weight is model.token_embedding.weight
+    difference = sum(p.numel() for p in MiniGPT(**SMALL).parameters()) - sum(p.numel() for p in model.parameters())
+    assert difference == 50 * 16
+
+
+def test_too_long_an_input_is_named():
+    with pytest.raises(ValueError, match="13 tokens.*max_length=12"):
+        MiniGPT(**SMALL)(torch.zeros(1, 13, dtype=torch.long))

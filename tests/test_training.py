@@ -1,0 +1,345 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, run_module
+from torch.testing import assert_close
+
+from minigpt_pl import runs
+from minigpt_pl.errors import InputError
+from minigpt_pl.training.fit import fit
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def losses(folder: Path, name: str = "train/loss") -> dict[int, float]:
+    with (folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def train(config, resume_from: Path | None = None) -> Path:
+    return fit(config, "test", [], resume_from)
+
+
+EVERY_STEP = "trainer.log_every_n_steps=1"
+NO_DROPOUT = "model.dropout=0"
+
+
+class TestRunFolder:
+    def test_holds_all_that_a_run_leaves(self, trained):
+        folder = trained / "outputs" / "tiny"
+        assert {path.name for path in folder.iterdir()} >= {
+            "run.json", "config.yaml", "tokenizer.json", "checkpoints", "metrics.csv", "samples.jsonl", "loss.png",
+        }  # fmt: skip
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert not list((trained).glob("*.log")) and not (trained / ".hydra").exists()
+
+    def test_record_tells_where_the_model_is_from(self, trained):
+        record = runs.read_record(trained / "outputs" / "tiny")
+        assert record["status"] == "finished" and record["epochs"] == 2
+        assert record["text"]["source"].endswith("story.txt") and record["text"]["train_documents"] > 200
+        assert "trainer=cpu" in record["overrides"] and record["versions"]["torch"]
+
+    def test_checkpoint_is_plain(self, trained):
+        hyper_parameters = checkpoint(trained / "outputs" / "tiny")["hyper_parameters"]
+        assert json.loads(json.dumps(hyper_parameters)) == hyper_parameters
+        assert hyper_parameters["model"]["embed_dim"] == 16
+
+    def test_lightning_loads_it(self, trained):
+        from minigpt_pl.training.module import MiniGPTModule
+
+        module = MiniGPTModule.load_from_checkpoint(
+            trained / "outputs" / "tiny" / "checkpoints" / "best.ckpt", weights_only=True
+        )
+        assert sum(p.numel() for p in module.parameters()) > 1000
+
+    def test_samples_of_each_epoch(self, trained):
+        lines = (trained / "outputs" / "tiny" / "samples.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [record["epoch"] for record in records] == [1, 2]
+        assert all(record["text"].startswith(record["prompt"] + " ") for record in records)
+
+    def test_metrics(self, trained):
+        folder = trained / "outputs" / "tiny"
+        word_perplexity = losses(folder, "val/word_perplexity")
+        assert len(word_perplexity) == 2
+        for name in (
+            "train/loss",
+            "train/epoch_loss",
+            "val/loss",
+            "val/perplexity",
+            "tokens_per_second",
+            "lr-KerasAdam",
+        ):
+            assert losses(folder, name), name
+
+    def test_a_name_is_made_and_numbered(self, tiny_config):
+        config = tiny_config("trainer.max_steps=1")
+        assert [train(config).name, train(config).name] == ["test-001", "test-002"]
+
+    def test_a_run_is_never_overwritten(self, tiny_config):
+        config = tiny_config("trainer.max_steps=1", "run_name=mine")
+        folder = train(config)
+        before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+        with pytest.raises(InputError, match="run_name=mine: .*exists; add resume=auto"):
+            train(config)
+        assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+
+    def test_no_folder_for_a_text_that_is_too_small(self, tiny_config, tmp_path):
+        with pytest.raises(InputError, match="data.batch_size=512: the text gives only 2[0-9][0-9] sequences"):
+            train(tiny_config("data.batch_size=512"))
+        assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["cache"]
+
+
+class TestLoss:
+    def test_it_learns(self, tiny_config):
+        folder = train(tiny_config("trainer.max_epochs=8", "optimizer.learning_rate=0.01", EVERY_STEP))
+        assert list(losses(folder).values())[0] > 3, "it begins near log(26), all words alike"
+        assert list(losses(folder, "val/loss").values())[-1] < 0.8
+
+    def test_measures_of_a_validation(self, tiny_config):
+        """Against the plain formula, on the weights of the checkpoint."""
+        from minigpt_pl.data.datamodule import TextDataModule
+
+        config = tiny_config("trainer.max_epochs=1", "data.loss_on_padding=true")
+        folder = train(config)
+        data = TextDataModule(config)
+        network = runs.load_network(folder / "checkpoints" / "last.ckpt").eval()
+        end_id = data.corpus.tokenizer.token_to_id("[END]")
+        every, words = [], []
+        for batch in data.val_dataloader():
+            with torch.no_grad():
+                losses_BL = torch.nn.functional.cross_entropy(
+                    network(batch.inputs)[0].transpose(1, 2), batch.targets, reduction="none"
+                )
+            every.append(losses_BL.flatten())
+            words.append(losses_BL[(batch.targets > 1) & (batch.targets != end_id)])
+        every, words = torch.cat(every).mean().item(), torch.cat(words).mean().item()
+        assert losses(folder, "val/loss").popitem()[1] == pytest.approx(every, abs=1e-5)
+        assert losses(folder, "val/word_loss").popitem()[1] == pytest.approx(words, abs=1e-5)
+        assert every < words, "padding is easy, which is why it is left out by default"
+
+    def test_the_epochs_mean_is_over_targets(self, tiny_config):
+        from minigpt_pl.data.datamodule import TextDataModule
+
+        config = tiny_config("trainer.max_epochs=1", EVERY_STEP, "data.cut=pack", "data.batch_size=50")
+        folder = train(config)
+        weights = [float(batch.targets_per_share) for batch in TextDataModule(config).train_dataloader()]
+        steps = list(losses(folder).values())
+        assert len(set(weights)) > 1, "the batches do not differ in size"
+        mean = sum(w * s for w, s in zip(weights, steps, strict=True)) / sum(weights)
+        assert losses(folder, "train/epoch_loss").popitem()[1] == pytest.approx(mean, abs=1e-5)
+
+    def test_accumulated_batches_are_one_large_batch(self, tiny_config):
+        large = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "data.batch_size=32"))
+        small = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "trainer.accumulate_grad_batches=2"))
+        assert checkpoint(large)["global_step"] == checkpoint(small)["global_step"]
+        for name, weight in checkpoint(large)["state_dict"].items():
+            if "token_embedding" not in name:  # its second moment is by occurrence in each batch
+                assert_close(checkpoint(small)["state_dict"][name], weight, atol=2e-4, rtol=0)
+
+    def test_seed_fixes_everything(self, tiny_config):
+        first, again, other = (
+            checkpoint(train(tiny_config("trainer.max_steps=5", f"seed={seed}")))["state_dict"] for seed in (1, 1, 2)
+        )
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["model.output.weight"], other["model.output.weight"])
+
+    def test_texts_leave_training_as_it_was(self, tiny_config):
+        without = train(tiny_config("trainer.max_epochs=2"))
+        texts = train(tiny_config("trainer.max_epochs=2", "text_generator.every_n_epochs=1"))
+        a, b = checkpoint(without)["state_dict"], checkpoint(texts)["state_dict"]
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class TestResume:
+    @pytest.mark.parametrize("place", ["mid-epoch", "last-but-one", "end-of-epoch", "first-of-next"])
+    def test_goes_on_exactly_after_ctrl_c(self, tiny_config, place):
+        options = ["trainer.max_epochs=3", EVERY_STEP, "schedule.name=cosine", "schedule.warmup_steps=3"]
+        whole = train(tiny_config(*options, "run_name=whole"))
+        steps_per_epoch = checkpoint(whole)["global_step"] // 3
+        places = {"mid-epoch": 7, "last-but-one": -1, "end-of-epoch": 0, "first-of-next": 1}
+        stop = places[place] + steps_per_epoch * (place != "mid-epoch")
+        from minigpt_pl.training import callbacks
+
+        def press_ctrl_c(self, trainer, *args):
+            if trainer.global_step == stop:
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(callbacks.Throughput, "on_train_batch_end", press_ctrl_c)
+            with pytest.raises(callbacks.Interrupted):
+                train(tiny_config(*options, "run_name=parts"))
+        parts = whole.with_name("parts")
+        assert runs.read_record(parts)["status"] == "interrupted"
+        train(tiny_config(*options, "run_name=parts"), resume_from=parts / "checkpoints" / "last.ckpt")
+        assert runs.read_record(parts)["status"] == "finished"
+        a, b = checkpoint(whole), checkpoint(parts)
+        assert a["global_step"] == b["global_step"]
+        assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+        assert losses(whole) == losses(parts)
+        assert losses(whole, "val/loss") == losses(parts, "val/loss")
+        assert losses(whole, "train/epoch_loss").keys() == losses(parts, "train/epoch_loss").keys()
+
+    def test_other_sizes_are_refused_and_named(self, tiny_config):
+        folder = train(tiny_config("trainer.max_steps=1"))
+        with pytest.raises(InputError, match="model.embed_dim=8: the checkpoint has 16"):
+            train(tiny_config("model.embed_dim=8"), resume_from=folder / "checkpoints" / "last.ckpt")
+        assert runs.read_record(folder)["status"] == "finished", "the run must not be harmed"
+
+    def test_another_text_is_refused(self, tiny_config, tmp_path):
+        folder = train(tiny_config("trainer.max_steps=1"))
+        (tmp_path / "other.txt").write_text("another line of words\n" * 50)
+        with pytest.raises(InputError, match="data: the text is not the one"):
+            other = tiny_config(f"data.path={tmp_path / 'other.txt'}", "data.validation_share=0")
+            train(other, resume_from=folder / "checkpoints" / "last.ckpt")
+
+
+class TestCommand:
+    def test_ctrl_c_leaves_a_checkpoint_that_resume_auto_goes_on_with(self, story, tmp_path):
+        arguments = [*TINY_RUN, f"data.path={story}", "trainer.max_epochs=100000", "run_name=long"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minigpt_pl.train", *arguments],
+            cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        metrics = tmp_path / "outputs" / "long" / "metrics.csv"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert "Traceback" not in error and "interrupted after" in error
+        folder = tmp_path / "outputs" / "long"
+        steps = checkpoint(folder)["global_step"]
+        assert steps > 0 and runs.read_record(folder)["status"] == "interrupted"
+
+        sampled = run_module("sample", "run=long", "prompt=the cat", "top_k=5", cwd=tmp_path)
+        assert sampled.returncode == 0, sampled.stderr
+        resumed = run_module("train", "resume=auto", f"trainer.max_steps={steps + 3}", cwd=tmp_path)
+        assert resumed.returncode == 0, resumed.stderr
+        assert checkpoint(folder)["global_step"] == steps + 3, "the run's own settings were not taken up"
+        assert [path.name for path in (tmp_path / "outputs").glob("*/run.json")] == ["run.json"]
+
+    def test_sweep(self, story, tmp_path):
+        done = run_module(
+            "train", *TINY_RUN, f"data.path={story}", "trainer.max_steps=1", "-m", "seed=1,2", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        seeds = [json.loads(p.read_text())["overrides"][-1] for p in sorted((tmp_path / "outputs").glob("*/run.json"))]
+        assert seeds == ["seed=1", "seed=2"]
+
+    @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+    def test_two_processes_train_as_one(self, story, tmp_path, launcher):
+        options = [*TINY_RUN, f"data.path={story}", NO_DROPOUT, EVERY_STEP, "trainer.max_epochs=2"]
+        one = run_module("train", *options, "run_name=one", cwd=tmp_path)
+        assert one.returncode == 0, one.stderr
+        if launcher == "lightning":
+            two = run_module(
+                "train", *options, "trainer.strategy=ddp", "trainer.devices=2", "run_name=two", cwd=tmp_path
+            )
+        else:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minigpt_pl.train"]
+            two = subprocess.run(
+                [sys.executable, *command, *options, "run_name=two"],
+                cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+        assert two.returncode == 0, two.stderr
+        outputs = tmp_path / "outputs"
+        assert sorted(path.name for path in outputs.iterdir()) == ["cache", "one", "two"]
+        assert runs.read_record(outputs / "two")["processes"] == 2
+        assert len((outputs / "two" / "samples.jsonl").read_text().splitlines()) == 2
+        for name in ("train/loss", "train/epoch_loss", "val/loss", "val/word_loss"):
+            a, b = losses(outputs / "one", name), losses(outputs / "two", name)
+            assert a == pytest.approx(b, abs=1e-4), name
+        weights = checkpoint(outputs / "one")["state_dict"], checkpoint(outputs / "two")["state_dict"]
+        for name in weights[0]:
+            assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=0)
+
+    def test_a_sweep_of_several_processes_is_refused(self, story, tmp_path):
+        arguments = [*TINY_RUN, f"data.path={story}", "trainer.strategy=ddp", "trainer.devices=2", "-m", "seed=1,2"]
+        done = run_module("train", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and "trainer.strategy=ddp: a sweep" in done.stderr
+
+
+class TestSettings:
+    """What a setting of Lightning's changes."""
+
+    @pytest.mark.parametrize("optimizer", ["keras_adam", "adamw"])
+    def test_bf16_fused_and_clipped(self, tiny_config, optimizer):
+        dense = ["optimizer.second_moment=dense", f"optimizer.name={optimizer}", "optimizer.epsilon=1", NO_DROPOUT]
+        options = [*dense, "trainer.max_steps=1", "trainer.precision=bf16-mixed"]
+        free = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=1e9")))["state_dict"]
+        clipped = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=0.01")))["state_dict"]
+        start = checkpoint(train(tiny_config(*options, "optimizer.learning_rate=1e-30")))["state_dict"]
+        moved = [(w["model.output.bias"] - start["model.output.bias"]).norm() for w in (free, clipped)]
+        assert moved[1] < 0.5 * moved[0], "with an epsilon of 1 a step is as long as its gradient"
+        exact = checkpoint(train(tiny_config(*dense, "trainer.max_steps=1")))["state_dict"]
+        assert not torch.equal(exact["model.output.weight"], free["model.output.weight"]), "not in bf16"
+        assert free["model.output.weight"].dtype == torch.float32
+
+    def test_clipping_reaches_the_squares_by_occurrence(self, tiny_config):
+        options = ["trainer.max_steps=1", "optimizer.epsilon=1e-12", NO_DROPOUT]
+        free = checkpoint(train(tiny_config(*options)))["state_dict"]
+        clipped = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=0.001")))["state_dict"]
+        name = "model.token_embedding.weight"
+        assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # Adam's first step knows no scale
+
+    def test_ema(self, tiny_config):
+        folder = train(tiny_config("trainer.max_steps=5", "trainer.ema_decay=0.9"))
+        contents = checkpoint(folder)
+        weight = "model.output.weight"
+        assert not torch.equal(contents["state_dict"][weight], contents["current_model_state"][weight])
+
+    def test_early_stopping(self, tiny_config):
+        folder = train(tiny_config("trainer.max_epochs=50", "trainer.patience=2", "optimizer.learning_rate=1e-12"))
+        assert runs.read_record(folder)["epochs"] <= 4
+
+    def test_early_stopping_needs_held_out_text(self, tiny_config):
+        with pytest.raises(InputError, match="trainer.patience=2: nothing is held out"):
+            train(tiny_config("trainer.patience=2", "data.validation_share=0"))
+
+    def test_without_held_out_text_there_is_the_last_checkpoint(self, tiny_config):
+        folder = train(tiny_config("trainer.max_epochs=1", "data.validation_share=0"))
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+
+    def test_last_is_the_last_though_an_earlier_one_is_best(self, tiny_config):
+        folder = train(tiny_config("trainer.max_epochs=4", "optimizer.learning_rate=3"))
+        val = losses(folder, "val/loss")
+        assert checkpoint(folder)["epoch"] == 3
+        assert checkpoint(folder, "best")["global_step"] == min(val, key=val.get) + 1
+
+    def test_max_steps_ends_with_a_validation_and_a_text(self, tiny_config):
+        folder = train(tiny_config("trainer.max_steps=3", "text_generator.every_n_epochs=1"))
+        assert checkpoint(folder)["global_step"] == 3
+        assert list(losses(folder, "val/loss")) == [2]
+        assert (folder / "samples.jsonl").exists()
+
+    def test_max_time(self, tiny_config):
+        start = time.monotonic()
+        folder = train(tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'"))
+        assert time.monotonic() - start < 60
+        assert runs.read_record(folder)["status"] == "finished"
+
+    def test_learning_rate_finder(self, tiny_config, tmp_path):
+        train(tiny_config("find_learning_rate=true"))
+        assert (tmp_path / "outputs" / "learning_rate.png").exists()
+
+    def test_profiler_and_logger(self, tiny_config, capsys):
+        folder = train(tiny_config("trainer.max_steps=2", "trainer.profiler=simple", "logger=tensorboard", EVERY_STEP))
+        assert list(folder.glob("events.out.tfevents*")) and losses(folder)
+
+    def test_overfitting(self, tiny_config):
+        options = ["debug=overfit", "model.embed_dim=32", "optimizer.learning_rate=0.01", "trainer.max_epochs=80"]
+        folder = train(tiny_config(*options, "text_generator.every_n_epochs=0"))
+        assert list(losses(folder).values())[-1] < 0.5
