@@ -13,7 +13,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -141,6 +141,9 @@ def _composition_problems(config_name: str, error: Exception) -> list[str]:
 
 def _one_line(error: Exception) -> str:
     """The telling part of Hydra's and OmegaConf's messages, which run over several lines."""
+    if isinstance(error, MissingConfigException) and error.options:
+        choices = [name for name in error.options if name != "common" and not name.endswith("_schema")]
+        return f"no such choice; one of {', '.join(choices)}"
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]

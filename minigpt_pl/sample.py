@@ -1,5 +1,6 @@
 """python -m minigpt_pl.sample: write text with a trained model."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def _take_prompt_literally(argument: str) -> str:
     name, _, value = argument.partition("=")
     if name != "prompt" or value == "null" or value[:1] in ("[", "'", '"'):
         return argument
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    # In Hydra's quotes a backslash is one, but before a quote mark or the end it escapes; ${ begins a reference.
+    escaped = re.sub(r'(\\*)("|\$\{|\Z)', lambda m: m[1] * 2 + (m[2] and "\\" + m[2]), value)
     return f'prompt="{escaped}"'
 
 

@@ -49,10 +49,11 @@ class TestSample:
         def write(*arguments):
             return run_module("sample", "prompt=the cat", "num_tokens=30", *arguments, cwd=trained).stdout
 
-        base = write("seed=1", "temperature=1", "top_k=20")
-        others = [write("seed=2", "temperature=1", "top_k=20"), write("seed=1", "temperature=3", "top_k=20")]
-        others += [write("seed=1", "temperature=1", "top_k=1"), write("seed=1", "top_k=20", "num_tokens=3")]
-        assert base == write("seed=1", "temperature=1", "top_k=20") and base not in others
+        base = write("seed=0", "temperature=1", "top_k=20")
+        assert len(base) > 25, "this seed ends at once; take another"
+        others = [write("seed=2", "temperature=1", "top_k=20"), write("seed=0", "temperature=3", "top_k=20")]
+        others += [write("seed=0", "temperature=1", "top_k=1"), write("seed=0", "top_k=20", "num_tokens=3")]
+        assert base == write("seed=0", "temperature=1", "top_k=20") and base not in others
         assert write("temperature=0", "top_k=20") == write("top_k=1", "seed=7"), "greedy is the likeliest of all"
 
     @pytest.mark.parametrize("where", ["tiny", "outputs/tiny", "outputs/tiny/checkpoints/last.ckpt"])
@@ -63,8 +64,8 @@ class TestSample:
 
     def test_starts_without_lightning_or_datasets(self, trained):
         code = (
-            "import sys; sys.argv = ['sample', 'prompt=the cat', 'top_k=5']; from minigpt_pl import sample;"
-            "sample.main(); print([m for m in ('lightning', 'datasets', 'torchmetrics', 'transformers') if m in sys.modules])"
+            "import sys; sys.argv = ['sample', 'prompt=the cat', 'top_k=5']; from minigpt_pl import sample; sample.main();"
+            "print([m for m in ('lightning', 'datasets', 'torchmetrics', 'transformers') if m in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
@@ -155,10 +156,10 @@ class TestBadInput:
         [
             (["data=text", "data.path=none.txt"], ["data.path=none.txt: no such file or folder"]),
             (["data=text"], ["data.path=: must be given"]),
-            (["data=movies"], ["data=movies: Could not find 'data/movies'"]),
+            (["data=movies"], ["data=movies: no such choice; one of imdb, text"]),
             (["data.source=none"], ["data.source=none: no such folder"]),
             (["model.embed_dim=-1", "trainer.max_epochs=x", "data.cut=chop", "nope=1"],
-             ["model.embed_dim=-1: must be at least 1", "trainer.max_epochs=x: ", "data.cut=chop", "nope=1: no such setting"]),
+             ["model.embed_dim=-1: must be", "trainer.max_epochs=x: ", "data.cut=chop", "nope=1: no such setting"]),
             (["resume=auto"], ["resume=auto: no unfinished run in outputs"]),
             (["resume=none.ckpt"], ["none.ckpt: no such run folder or checkpoint"]),
             (["resume=tiny.ckpt"], ["tiny.ckpt: no such run folder or checkpoint"]),
