@@ -64,7 +64,8 @@ class TestSample:
 
     def test_starts_without_lightning_or_datasets(self, trained):
         code = (
-            "import sys; sys.argv = ['sample', 'prompt=the cat', 'top_k=5']; from minigpt_pl import sample; sample.main();"
+            "import sys; sys.argv = ['sample', 'prompt=the cat', 'top_k=5']; from minigpt_pl import sample;"
+            "sample.main();"
             "print([m for m in ('lightning', 'datasets', 'torchmetrics', 'transformers') if m in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True, text=True)
