@@ -5,6 +5,7 @@ register these classes with it.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -257,9 +258,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
             "model.tie_embeddings=true: a tied embedding has a dense gradient; with"
             " optimizer.second_moment=by_occurrence set model.tie_embeddings=false"
         )
-    processes = trainer.devices * trainer.num_nodes
-    if data.batch_size % processes:
-        yield f"data.batch_size={data.batch_size}: must be a multiple of the {processes} processes"
+    if trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", trainer.max_time):
+        yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if config.text_generator.prompts == [] and config.text_generator.every_n_epochs:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
     if config.run_name is not None and (

@@ -14,10 +14,10 @@ def main() -> None:
 
 def train(config: TrainConfig) -> None:
     """Train as the settings say, from the start or (`resume`) from a checkpoint."""
-    if command_line.in_sweep() and config.trainer.strategy == "ddp":
+    if command_line.in_sweep() and config.trainer.devices > 1:
         raise InputError(
-            "trainer.strategy=ddp: a sweep (-m) cannot start several processes a job, each would start the sweep again;"
-            " start the jobs one by one, or each under torchrun"
+            f"trainer.devices={config.trainer.devices}: in a sweep (-m) each process would start the whole sweep again;"
+            " start the jobs one by one"
         )
     overrides = command_line.overrides_given()
     checkpoint = _checkpoint_to_resume(config)

@@ -79,7 +79,7 @@ def test_the_default_is_the_seeds():
         ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0: must be above 0"),
         ("schedule.name=step", "schedule.name=step: must be one of constant, linear, cosine"),
         ("data.cut=chop", "data.cut=chop: must be one of truncate, pack"),
-        ("trainer.devices=3", "data.batch_size=128: must be a multiple of the 3 processes"),
+        ("trainer.max_time=9m", "trainer.max_time=9m: must be DD:HH:MM:SS"),
         ("run_name=a/b", "run_name=a/b: must be a plain folder name"),
         ("text_generator.prompts=[]", r"text_generator.prompts=\[\]: give a prompt"),
         ("model.tie_embeddings=true", "model.tie_embeddings=true: .*second_moment"),

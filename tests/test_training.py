@@ -269,7 +269,7 @@ class TestCommand:
     def test_a_sweep_of_several_processes_is_refused(self, story, tmp_path):
         arguments = [*TINY_RUN, f"data.path={story}", "trainer.strategy=ddp", "trainer.devices=2", "-m", "seed=1,2"]
         done = run_module("train", *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and "trainer.strategy=ddp: a sweep" in done.stderr
+        assert done.returncode == 2 and "trainer.devices=2: in a sweep" in done.stderr
 
 
 class TestSettings:
@@ -305,9 +305,23 @@ class TestSettings:
         folder = train(tiny_config("trainer.max_epochs=50", "trainer.patience=2", "optimizer.learning_rate=1e-12"))
         assert runs.read_record(folder)["epochs"] <= 4
 
-    def test_early_stopping_needs_held_out_text(self, tiny_config):
-        with pytest.raises(InputError, match="trainer.patience=2: nothing is held out"):
-            train(tiny_config("trainer.patience=2", "data.validation_share=0"))
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["trainer.patience=2", "data.validation_share=0"], "trainer.patience=2: nothing is held out"),
+            (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: PyTorch finds no GPU here"),
+            (["trainer.val_check_interval=999"], "trainer.val_check_interval=999: an epoch has only"),
+            (["data.batch_size=1", "trainer.devices=2"], "data.batch_size=1: must be at least the number of processes"),
+            (["logger=wandb"], r"logger.name=wandb: not installed; pip install 'minigpt_pl\[wandb\]'"),
+        ],
+    )
+    def test_what_the_surroundings_lack(self, tiny_config, tmp_path, monkeypatch, overrides, message):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(InputError, match=message):
+            train(tiny_config(*overrides))
+        assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["cache"]
 
     def test_without_held_out_text_there_is_the_last_checkpoint(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=1", "data.validation_share=0"))

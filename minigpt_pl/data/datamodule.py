@@ -35,9 +35,9 @@ class TextDataModule(L.LightningDataModule):
         data = self.config.data
         return Sequences(ids, self.config.model.max_length, data.cut, data.end_token, data.loss_on_padding)
 
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the training text."""
-        return -(-len(self._new_train_loader()) // self.config.trainer.accumulate_grad_batches)
+    def batches_per_epoch(self) -> int:
+        """Batches of one pass over the training text."""
+        return len(self._new_train_loader())
 
     def train_dataloader(self) -> BatchLoader:
         self.train_loader = self._new_train_loader()

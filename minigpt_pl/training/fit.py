@@ -1,6 +1,7 @@
 """From settings to a trained run folder: text, module, Trainer, record."""
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import sys
@@ -59,6 +60,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     datamodule = TextDataModule(config)
     module = _build_module(config, datamodule)
     prompts = _prompts(config, datamodule.corpus)
+    _check_surroundings(config, datamodule)
     if config.find_learning_rate:
         return _find_learning_rate(config, module, datamodule)
     if resume_from is not None:
@@ -94,7 +96,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
 
 def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTModule:
     tokenizer = datamodule.corpus.tokenizer
-    total_steps = config.trainer.max_epochs * datamodule.steps_per_epoch()
+    steps_per_epoch = -(-datamodule.batches_per_epoch() // config.trainer.accumulate_grad_batches)
+    total_steps = config.trainer.max_epochs * steps_per_epoch
     words = tokenizer.get_vocab_size()
     if words < config.model.vocab_size:
         log.info("The text has %s different words, so the model has as many logits.", f"{words:,}")
@@ -107,6 +110,42 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
         loss_on_padding=config.data.loss_on_padding,
         seed=config.seed,
     )
+
+
+def _validates(config: TrainConfig, datamodule: TextDataModule) -> bool:
+    return datamodule.corpus.validation is not None and config.trainer.limit_val_batches != 0
+
+
+def _check_surroundings(config: TrainConfig, datamodule: TextDataModule) -> None:
+    """What the settings ask of the machine and of the text, before a folder is made.
+
+    Raises:
+        InputError: a device, a package or held-out text is missing.
+    """
+    settings, problems = config.trainer, []
+    if settings.accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        problems.append(f"trainer.accelerator={settings.accelerator}: PyTorch finds no GPU here; use auto or cpu")
+    elif settings.accelerator == "mps" and not torch.backends.mps.is_available():
+        problems.append("trainer.accelerator=mps: there is none here; use auto or cpu")
+    elif settings.accelerator != "cpu" and torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
+        problems.append(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    processes = _processes(settings)
+    if config.data.batch_size < processes["devices"] * processes["num_nodes"]:
+        problems.append(f"data.batch_size={config.data.batch_size}: must be at least the number of processes")
+    if config.logger.name != "csv" and importlib.util.find_spec(config.logger.name) is None:
+        extra = config.logger.name
+        problems.append(f"logger.name={extra}: not installed; pip install 'minigpt_pl[{extra}]'")
+    if settings.patience is not None and not _validates(config, datamodule):
+        problems.append(
+            f"trainer.patience={settings.patience}: nothing is held out to watch; set data.validation_share"
+        )
+    batches = datamodule.batches_per_epoch()
+    if settings.val_check_interval is not None and settings.val_check_interval > batches:
+        problems.append(
+            f"trainer.val_check_interval={settings.val_check_interval}: an epoch has only {batches} batches; lower it"
+        )
+    if problems:
+        raise InputError(*problems)
 
 
 def _prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
@@ -135,17 +174,12 @@ def _build_trainer(
             checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
         ),
     ]
-    validates = datamodule.corpus.validation is not None and settings.limit_val_batches != 0
-    if validates:
+    if _validates(config, datamodule):
         best = lightning_callbacks.ModelCheckpoint(
             checkpoints, "best", monitor="val/loss", enable_version_counter=False
         )
         callbacks.append(best)
     if settings.patience is not None:
-        if not validates:
-            raise InputError(
-                f"trainer.patience={settings.patience}: nothing is held out to watch; set data.validation_share"
-            )
         callbacks.append(lightning_callbacks.EarlyStopping("val/loss", patience=settings.patience))
     if settings.max_steps is not None:
         callbacks.append(StopAtStep(settings.max_steps))
@@ -212,21 +246,11 @@ def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) 
         if step < steps_done:
             csv_logger.experiment.log_metrics(row, step)
     if config.logger.name == "tensorboard":
-        return [
-            csv_logger,
-            _needs("tensorboard", lightning_loggers.TensorBoardLogger, folder, name="", version=""),
-        ]
+        return [csv_logger, lightning_loggers.TensorBoardLogger(folder, name="", version="")]
     if config.logger.name == "wandb":
         options = {"project": config.logger.project, "offline": config.logger.offline, "save_dir": folder}
-        return [csv_logger, _needs("wandb", lightning_loggers.WandbLogger, name=folder.name, **options)]
+        return [csv_logger, lightning_loggers.WandbLogger(name=folder.name, **options)]
     return [csv_logger]
-
-
-def _needs(extra: str, logger_class: type, *args: Any, **options: Any) -> Any:
-    try:
-        return logger_class(*args, **options)
-    except ModuleNotFoundError as error:
-        raise InputError(f"logger.name={extra}: not installed; pip install 'minigpt_pl[{extra}]'") from error
 
 
 def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodule: TextDataModule) -> None:
@@ -246,6 +270,8 @@ def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, data
     if problems:
         raise InputError(*problems)
     log.info("Going on with %s, %s steps done.", checkpoint, contents["global_step"])
+    if contents["global_step"] >= module.hparams.total_steps:
+        log.info("Nothing is left to do: trainer.max_epochs and trainer.max_steps say when it ends.")
 
 
 def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:
