@@ -20,6 +20,7 @@ from minigpt_pl.errors import InputError
 from minigpt_pl.model import MiniGPT
 
 RECORD = "run.json"
+IMPORTED_FROM = "imported_from"  # in the record of a run that `convert` made: the Keras file
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -99,6 +100,26 @@ def find_checkpoint(path: Path, *names: str) -> Path:
         if checkpoint.is_file():
             return checkpoint
     raise InputError(f"{path}: holds no checkpoint; give a run folder that was trained, or a checkpoint's path")
+
+
+def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
+    """The checkpoint of a run that a person named: its best, else its last.
+
+    Args:
+        run: a run folder, its name inside `output_dir`, or a checkpoint; None: the newest finished run.
+
+    Raises:
+        InputError: there is none.
+    """
+    if run is not None:
+        named = output_dir / run
+        return find_checkpoint(named if named.is_dir() else Path(run))
+    newest = newest_run(output_dir, "finished")
+    if newest is None:
+        raise InputError(
+            f"output_dir={output_dir}: no finished run there; train one, or give run=FOLDER or checkpoint=PATH"
+        )
+    return find_checkpoint(newest)
 
 
 def load_network(checkpoint: Path) -> MiniGPT:

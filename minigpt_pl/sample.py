@@ -68,16 +68,7 @@ def _read_prompts(name: str) -> str:
 def _checkpoint(config: SampleConfig) -> Path:
     if config.checkpoint is not None:
         return Path(config.checkpoint)
-    output_dir = Path(config.output_dir)
-    if config.run is not None:
-        named = output_dir / config.run
-        return named if named.is_dir() else Path(config.run)
-    newest = runs.newest_run(output_dir, "finished")
-    if newest is None:
-        raise InputError(
-            f"output_dir={config.output_dir}: no finished run there; train one, or give run=FOLDER or checkpoint=PATH"
-        )
-    return newest
+    return runs.choose_checkpoint(Path(config.output_dir), config.run)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,12 @@ def build_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
+def list_vocabulary(tokenizer: Tokenizer) -> list[str]:
+    """The words in the order of their ids: what `build_tokenizer` was given."""
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`.
 

@@ -23,6 +23,7 @@ from minigpt_pl.tokenizer import (
     UNKNOWN_ID,
     build_tokenizer,
     build_vocabulary,
+    list_vocabulary,
     load_tokenizer,
     split_words,
 )
@@ -61,7 +62,7 @@ class Corpus:
     record: dict[str, Any]
 
 
-def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Corpus:
     """The encoded text of the settings' source: from the cache, or encoded now and then from the cache.
 
     Any number of processes may call it at once; one encodes while the others wait.
@@ -69,6 +70,7 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     Args:
         config: names the source, the share held out and the folder of the cache.
         vocab_size: at most this many entries of vocabulary, the three special ones included.
+        tokenizer: take its words; None: the commonest of the training text.
     """
     from filelock import FileLock  # comes with torch
 
@@ -80,12 +82,15 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         "vocab_size": vocab_size,
         "validation_share": None if source.validation else config.validation_share,
     }
+    vocabulary = None if tokenizer is None else list_vocabulary(tokenizer)
+    if vocabulary is not None:
+        wanted["vocabulary"] = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.cache_dir) / fingerprint
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
-            _encode_into(folder, source, config.validation_share, vocab_size)
+            _encode_into(folder, source, config.validation_share, vocab_size, vocabulary)
     counts = json.loads((folder / "counts.json").read_text())
     if counts["train_tokens"] < FEW_WORDS:
         log.warning("Only %s words to learn from: expect poor text under 1,000,000.", f"{counts['train_tokens']:,}")
@@ -104,7 +109,9 @@ def _open_ids(folder: Path, split: str) -> Ids:
     )
 
 
-def _encode_into(folder: Path, source: Source, validation_share: float, vocab_size: int) -> None:
+def _encode_into(
+    folder: Path, source: Source, validation_share: float, vocab_size: int, vocabulary: list[str] | None
+) -> None:
     """One pass over the text. Ids are given in order of appearance and exchanged for the final ones at the end."""
     start = time.monotonic()
     first_ids: dict[str, int] = {}
@@ -128,12 +135,14 @@ def _encode_into(folder: Path, source: Source, validation_share: float, vocab_si
 
     # Words of the training text only: what is held out must not shape the vocabulary.
     counts = np.bincount(np.frombuffer(splits["train"].tokens, dtype=np.uint32), minlength=len(first_ids))
-    vocabulary = build_vocabulary(
-        {word: int(counts[id_]) for word, id_ in first_ids.items() if counts[id_]}, vocab_size
-    )
+    if vocabulary is None:
+        vocabulary = build_vocabulary(
+            {word: int(counts[id_]) for word, id_ in first_ids.items() if counts[id_]}, vocab_size
+        )
     final_ids = np.full(len(first_ids), UNKNOWN_ID, dtype=np.uint16 if len(vocabulary) <= 2**16 else np.uint32)
     for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1):
-        final_ids[first_ids[word]] = id_
+        if word in first_ids:  # a vocabulary from elsewhere may have words that this text lacks
+            final_ids[first_ids[word]] = id_
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))

@@ -1,6 +1,7 @@
 """The DataModule: the corpus's two splits as loaders of batches."""
 
 import lightning.pytorch as L
+from tokenizers import Tokenizer
 
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
@@ -13,17 +14,18 @@ class TextDataModule(L.LightningDataModule):
 
     Args:
         config: `model.vocab_size` and `model.max_length`, `data`, and the trainer's limits are used.
+        tokenizer: of a model that brings its own words; None: the text's words are counted.
 
     Attributes:
         corpus: the encoded text with its tokenizer.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config = config
         self.train_loader: BatchLoader | None = None
         self.resumed_state: dict[str, int] | None = None
-        self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
+        self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size, tokenizer)
         rows = len(self._new_train_loader().rows)
         if rows < config.data.batch_size:
             raise InputError(

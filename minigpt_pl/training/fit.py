@@ -17,6 +17,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import rank_zero_only
+from tokenizers import Tokenizer
 
 from minigpt_pl import runs
 from minigpt_pl.config import ImdbConfig, TrainConfig
@@ -24,7 +25,8 @@ from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.text import encode_prompt
-from minigpt_pl.tokenizer import END
+from minigpt_pl.runs import IMPORTED_FROM
+from minigpt_pl.tokenizer import END, load_tokenizer
 from minigpt_pl.training import curve
 from minigpt_pl.training.callbacks import Interrupted, StopAtStep, StopOnSignal, TextGenerator, Throughput
 from minigpt_pl.training.module import MiniGPTModule
@@ -57,7 +59,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     _quiet_known_warnings()
 
     L.seed_everything(config.seed, verbose=False)
-    datamodule = TextDataModule(config)
+    datamodule = TextDataModule(config, _imported_tokenizer(resume_from))
     module = _build_module(config, datamodule)
     prompts = _prompts(config, datamodule.corpus)
     _check_surroundings(config, datamodule)
@@ -92,6 +94,13 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
                 curve.draw(folder)
             log.info("Run %s: %s after %s steps.", folder, status, trainer.global_step)
     return folder
+
+
+def _imported_tokenizer(resume_from: Path | None) -> Tokenizer | None:
+    """The words of a run that `convert` made: they came with the model, whatever text it goes on with."""
+    if resume_from is None or IMPORTED_FROM not in runs.read_record(resume_from.parent.parent):
+        return None
+    return load_tokenizer(resume_from.parent.parent / "tokenizer.json")
 
 
 def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTModule:
@@ -261,8 +270,10 @@ def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, data
         for name in now
         if now[name] != before[name] and name != "dropout"
     ]
-    text_before, text_now = runs.read_record(folder).get("text", {}), datamodule.corpus.record
-    if text_before.get("fingerprint") != text_now["fingerprint"]:
+    record, text_now = runs.read_record(folder), datamodule.corpus.record
+    text_before = record.get("text", {})
+    untrained = IMPORTED_FROM in record and not text_before  # nothing is known of the text that Keras saw
+    if not untrained and text_before.get("fingerprint") != text_now["fingerprint"]:
         problems.append(
             f"data: the text is not the one that {folder} began with ({text_before.get('source')});"
             " give that one, or begin a new run"
