@@ -201,6 +201,25 @@ class SampleConfig:
     seed: int | None = setting("the same seed gives the same texts; null: new ones", minimum=0, maximum=2**31 - 1)
 
 
+@dataclass
+class ConvertConfig:
+    """Settings of `python -m minigpt_pl.convert`."""
+
+    from_keras: str | None = setting(
+        "the seed's model as Keras 3 saved it, .keras or .weights.h5: becomes a run folder"
+    )
+    to_keras: str | None = setting("a new .weights.h5, made from run, for load_weights of the seed's Keras model")
+    vocabulary: str | None = setting(
+        "a file with a word a line, as vectorize_layer.get_vocabulary() lists them: read with from_keras, written with"
+        " to_keras"
+    )
+    output_dir: str = setting("folder of the run folders")
+    run_name: str | None = setting("name of the new run folder; null: made and printed")
+    run: str | None = setting(
+        "what to_keras writes: a run folder, its name, or a checkpoint; null: the newest finished"
+    )
+
+
 def check(config: Any) -> None:
     """Find everything that is wrong with a configuration.
 
@@ -213,6 +232,10 @@ def check(config: Any) -> None:
     problems = [problem for name, value, field_ in _walk(config) for problem in _field_problems(name, value, field_)]
     if isinstance(config, TrainConfig):
         problems += _train_problems(config)
+    if isinstance(config, TrainConfig | ConvertConfig):
+        problems += _run_name_problems(config.run_name)
+    if isinstance(config, ConvertConfig):
+        problems += _convert_problems(config)
     if problems:
         raise InputError(*problems)
 
@@ -262,7 +285,17 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if config.text_generator.prompts == [] and config.text_generator.every_n_epochs:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
-    if config.run_name is not None and (
-        not config.run_name or set(config.run_name) & set("/\\") or config.run_name[0] == "."
-    ):
-        yield f"run_name={config.run_name}: must be a plain folder name"
+
+
+def _run_name_problems(run_name: str | None) -> Iterator[str]:
+    if run_name is not None and (not run_name or set(run_name) & set("/\\") or run_name[0] == "."):
+        yield f"run_name={run_name}: must be a plain folder name"
+
+
+def _convert_problems(config: ConvertConfig) -> Iterator[str]:
+    if (config.from_keras is None) == (config.to_keras is None):
+        yield "from_keras=: give from_keras=FILE to import a model, or to_keras=FILE to export one, and not both"
+    if config.from_keras is not None and config.vocabulary is None:
+        yield "vocabulary=: must be given with from_keras; write vectorize_layer.get_vocabulary() to it, a word a line"
+    if config.to_keras is not None and not config.to_keras.endswith(".weights.h5"):
+        yield f"to_keras={config.to_keras}: must end in .weights.h5, or Keras's load_weights does not take it"
