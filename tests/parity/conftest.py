@@ -1,0 +1,58 @@
+"""Comparisons with Keras itself. Without Keras, or without the real reviews (MINIGPT_IMDB), they are skipped."""
+
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import NUM_REVIEWS, SEED_VOCABULARY
+
+from minigpt_pl.tokenizer import build_vocabulary, count_words
+
+differences = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[differences] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[differences]:
+        terminalreporter.section("parity with the seed: largest differences")
+        for line in config.stash[differences]:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def within(request: pytest.FixtureRequest) -> Callable[[str, object, object, float], None]:
+    """Assert that two arrays are nowhere further apart than a limit; the summary shows how far they are."""
+
+    def check(what: str, ours: object, theirs: object, limit: float) -> None:
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert ours.shape == theirs.shape
+        largest = float(np.abs(ours.astype(np.float64) - theirs).max())
+        request.config.stash[differences].append(f"{what}: {largest:.3g} (limit {limit:g})")
+        assert largest <= limit, what
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def reviews() -> list[str]:
+    """5,000 real reviews, of both labels."""
+    folder = os.environ.get("MINIGPT_IMDB")
+    if not folder:
+        pytest.skip("MINIGPT_IMDB is not set: the folder of the real reviews, in the hub's layout")
+    import pyarrow.parquet as parquet
+
+    (path,) = Path(folder).glob("plain_text/train-*.parquet")
+    texts = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    return list(islice(texts, 0, None, len(texts) // NUM_REVIEWS))[:NUM_REVIEWS]
+
+
+@pytest.fixture(scope="session")
+def vocabulary(reviews: list[str]) -> list[str]:
+    """Ours of these reviews, at the seed's size."""
+    return build_vocabulary(count_words(reviews), SEED_VOCABULARY)

@@ -1,0 +1,39 @@
+"""The two sides of a comparison, each run as a program of its own."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+NUM_REVIEWS = 5_000
+SEED_VOCABULARY = 20_000
+
+
+def run_keras(backend: str, job: str, folder: Path, options: dict, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+    """Run a job of keras_side.py; its arrays. Skips where Keras or the backend is not installed."""
+    for module in ("keras", backend):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install 'minigpt_pl[parity]'")
+    (folder / "in.json").write_text(json.dumps(options))
+    np.savez(folder / "in.npz", **arrays)
+    helper = Path(__file__).with_name("keras_side.py")
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, helper, backend, job, folder], env=os.environ | quiet, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(np.load(folder / "out.npz"))
+
+
+def run_ours(module: str, *settings: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run one of our commands; fails with its error output unless it ends with 0."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"minigpt_pl.{module}", *settings], cwd=cwd, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done

@@ -1,0 +1,100 @@
+"""The same weights give the same logits, hidden states and top-k probabilities, and pass both ways unchanged."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import SEED_VOCABULARY, run_keras
+
+import minigpt_pl
+from minigpt_pl.config import ConvertConfig
+from minigpt_pl.convert import convert
+from minigpt_pl.generation import engine
+from minigpt_pl.keras_weights import read_keras
+from minigpt_pl.tokenizer import build_tokenizer
+
+LENGTHS = (1, 2, 79, 80)
+TOP_K, TEMPERATURES = (1, 10, 20), (1.0, 0.8)
+SEED = {"vocab_size": SEED_VOCABULARY, "maxlen": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
+# Every size another, so that none can stand in for another; heads not as wide as the model; several blocks.
+OTHER = {
+    "vocab_size": SEED_VOCABULARY,
+    "maxlen": 83,
+    "embed_dim": 24,
+    "num_heads": 3,
+    "key_dim": 7,
+    "feed_forward_dim": 40,
+    "num_blocks": 3,
+    "rate": 0.25,
+}
+
+
+@pytest.fixture(scope="module")
+def ids(reviews, vocabulary) -> np.ndarray:
+    """(4, 80), from real reviews."""
+    encoded = [encoding.ids for encoding in build_tokenizer(vocabulary).encode_batch(reviews[:100])]
+    return np.array([ids[:80] for ids in encoded if len(ids) >= 80][:4])
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("torch", SEED), ("tensorflow", SEED), ("torch", OTHER)],
+    ids=["torch", "tensorflow", "torch-other-sizes"],
+)
+def saved(request, ids, tmp_path_factory) -> tuple[str, Path, dict[str, np.ndarray]]:
+    """A Keras model: the backend, the folder with its files, its outputs."""
+    backend, model = request.param
+    folder = tmp_path_factory.mktemp("save")
+    options = {"model": model, "seed": 0, "lengths": LENGTHS, "top_k": TOP_K, "temperatures": TEMPERATURES}
+    name = f"{backend}, {model.get('num_blocks', 1)} x {model['embed_dim']}"
+    return name, folder, run_keras(backend, "save", folder, options, ids=ids)
+
+
+@pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
+def test_logits_and_hidden_states(file, saved, ids, vocabulary, within):
+    """Of the run folder that the file becomes."""
+    name, folder, outputs = saved
+    words = folder / "vocab.txt"
+    words.write_text("\n".join(vocabulary[:-1]), encoding="utf-8")
+    settings = {"to_keras": None, "run_name": file.replace(".", "-"), "run": None, "output_dir": str(folder)}
+    run_folder = convert(ConvertConfig(from_keras=str(folder / file), vocabulary=str(words), **settings))
+    network = minigpt_pl.load(run_folder).network
+    for length in LENGTHS:
+        with torch.inference_mode():
+            logits, hidden = network(torch.from_numpy(ids[:, :length]))
+        within(f"logits, {name}, {file}, length {length}", logits, outputs[f"logits_{length}"], 1e-4)
+        within(f"hidden states, {name}, {file}, length {length}", hidden, outputs[f"hidden_{length}"], 1e-4)
+
+
+def test_names_that_keras_counted_on(saved):
+    assert not {"transformer_block", "token_and_position_embedding", "dense"} & set(saved[2]["layer_names"])
+
+
+def test_dropout_is_read_where_the_file_tells_it(saved):
+    name, folder, _ = saved
+    rate = 0.25 if "3 x" in name else 0.1
+    assert read_keras(folder / "model.keras").arguments["dropout"] == rate
+    assert read_keras(folder / "model.weights.h5").arguments["dropout"] == 0.1
+
+
+def test_top_k_probabilities(saved, monkeypatch, within):
+    """What the engine hands to the draw, against what `sample_from` hands to it, from the same logits."""
+    name, _, outputs = saved
+    logits = torch.from_numpy(outputs["sample_logits"])
+    handed: list[torch.Tensor] = []
+
+    def record(probabilities: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        handed.append(probabilities)
+        return probabilities.argmax(keepdim=True)
+
+    monkeypatch.setattr(engine.torch, "multinomial", record)
+    for k in TOP_K:
+        for temperature in TEMPERATURES:
+            handed.clear()
+            engine._draw(logits, temperature, k, [torch.Generator() for _ in logits])
+            theirs = np.zeros(logits.shape)
+            np.put_along_axis(
+                theirs, outputs[f"indices_{k}_{temperature}"], outputs[f"probabilities_{k}_{temperature}"], axis=-1
+            )
+            within(f"probabilities, {name}, top {k} at {temperature}", torch.stack(handed), theirs, 1e-6)

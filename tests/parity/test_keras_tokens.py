@@ -1,0 +1,115 @@
+"""Words and ids are those of the seed's TextVectorization."""
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import SEED_VOCABULARY, run_keras
+
+from minigpt_pl.tokenizer import END, UNKNOWN_ID, build_tokenizer, build_vocabulary, count_words, split_words
+
+LENGTH = 81
+HOSTILE = [
+    "",
+    " ",
+    "\t\n\x0b\x0c\r ",
+    "It's real-life, isn't it?",
+    "I",
+    "movie.",
+    "ÉCOLE Ünïcode ÀÉ İstanbul ǅ ß ẞ ſ K Ω",
+    "the<br />movie<br /><br />the",
+    "<br/>the<br>the<BR />the<Br />the< br />the<br  />the<br\t/>the<br /><br /the",
+    "<<br />br /><br />",
+    r"back\slash the\movie \ \\ \n a\.b",
+    "tab\tnew\nline\rreturn\x0bvertical\x0cfeed",
+    "no\u00a0break the\u00a0movie \u00a0 \u2003em\u2003 \u0085next\u0085line \u2028 \u2029 \u3000",
+    "zero\u200bwidth \ufeffbom\ufeff joi\u200dner soft\u00adhyphen",
+    "emoji 😀 👩‍👩‍👧‍👦 🏳️‍🌈 the😀movie",
+    "e\u0301 combining n\u0303",
+    "the\0movie \0 \0the the\0",
+    "\x01\x02\x1b[31mred\x7f\x1c\x1d\x1e\x1f",
+    "[UNK] [unk] [END] [end] '' [PAD]",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "...!!!???---''\"\"((()))",
+    "$$$ $1 \\1 \\0 %s {0} {{}} ${x}",
+    "“curly” ‘quotes’ – en — em … ellipsis «guillemets» ¿qué? ¡no!",
+    "Привет мир 你好世界 こんにちは العالم नमस्ते",
+    "x" * 5_000,
+    "the " * 500,
+    "\ud7ff\ue000\ufffd\U0010ffff",
+]
+
+
+def random_strings(count: int) -> list[str]:
+    pieces = [*"aAzZ09 \t\n\r\x0b\x0c\0\\.,'-<>/[]^", "<br />", "<BR />", "the", "Movie", "É", "\u00a0", "\u0085", "😀"]
+    rng = random.Random(0)
+    return ["".join(rng.choices(pieces, k=rng.randrange(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def others() -> list[str]:
+    return HOSTILE + random_strings(2_000)
+
+
+@pytest.fixture(scope="module")
+def vectorized(reviews, others, tmp_path_factory) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What Keras on TensorFlow makes of the reviews and the hostile strings, and its vocabulary."""
+    folder = tmp_path_factory.mktemp("vectorize")
+    options = {"adapt_to": reviews, "others": others, "vocab_size": SEED_VOCABULARY, "length": LENGTH}
+    results = run_keras("tensorflow", "vectorize", folder, options)
+    return results, json.loads((folder / "vocabulary.json").read_text())
+
+
+def test_the_vocabulary_is_the_same_list(vectorized, vocabulary, reviews, within):
+    theirs = vectorized[1]
+    counts = count_words(reviews)
+    at_the_cut = counts[theirs[-1]]
+    assert sum(count == at_the_cut for count in counts.values()) > 1_000  # where the list ends, ties decide
+    assert vocabulary == [*theirs, END]
+    within("vocabulary, entries that differ", sum(a != b for a, b in zip(vocabulary, theirs, strict=False)), 0, 0)
+
+
+def test_ids_are_the_same(vectorized, reviews, others, within):
+    results, words = vectorized
+    texts = reviews + others
+    tokenizer = build_tokenizer([*words, END])
+    ours = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    starts = np.cumsum(results["lengths"]) - results["lengths"]
+    wrong = [
+        (text, ids, theirs)
+        for text, ids, start, length in zip(texts, ours, starts, results["lengths"], strict=True)
+        if ids != (theirs := results["all_ids"][start : start + length].tolist())
+    ]
+    assert not wrong, wrong[0]
+    within(f"ids, texts of {len(texts):,} that differ", len(wrong), 0, 0)
+
+    cut = np.zeros((len(texts), LENGTH), int)
+    for row, ids in zip(cut, ours, strict=True):
+        row[: min(len(ids), LENGTH)] = ids[:LENGTH]
+    within("ids, the first 81 with padding", cut, results["cut_ids"], 0)
+
+
+def test_the_fast_rule_is_the_tokenizers(vocabulary, reviews, others):
+    """Training text goes through split_words, prompts through the tokenizer: one rule, written twice."""
+    tokenizer = build_tokenizer(vocabulary)
+    ids = {word: id_ for id_, word in enumerate(vocabulary)}
+    for text in reviews + others:
+        assert [ids.get(word, UNKNOWN_ID) for word in split_words(text)] == tokenizer.encode(text).ids, text
+
+
+def test_the_vocabulary_of_all_50000_reviews():
+    """Its digest was measured once with Keras 3.15 on TensorFlow 2.21, whose adapt takes a minute on them."""
+    folder = os.environ.get("MINIGPT_IMDB")
+    if not folder:
+        pytest.skip("MINIGPT_IMDB is not set: the folder of the real reviews, in the hub's layout")
+    import pyarrow.parquet as parquet
+
+    paths = [path for split in ("train", "test") for path in Path(folder).glob(f"plain_text/{split}-*.parquet")]
+    texts = (text for path in paths for text in parquet.read_table(path, columns=["text"])["text"].to_pylist())
+    words = build_vocabulary(count_words(texts), SEED_VOCABULARY)[:-1]
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
+    assert digest == "de27a312551bb70587c310066a6c4483c9698bd6eb87ab1d924a402552b9f3a4"
