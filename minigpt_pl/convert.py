@@ -98,7 +98,7 @@ def _import(config: ConvertConfig) -> Path:
 
 
 def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict) -> None:
-    """A checkpoint as Lightning writes it before the first step: these weights, a fresh optimizer."""
+    """What `Trainer.fit(ckpt_path=...)` needs to begin with these weights, and nothing more."""
     import lightning
     import torch
 
@@ -114,15 +114,15 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict) -> None:
         seed=settings.seed,
     )
     module.model.load_state_dict(weights)
-    parts = module.configure_optimizers()
     contents = {
-        # What Trainer.fit(ckpt_path=...) asks for. Without "loops" it begins with the first epoch.
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": lightning.__version__,
         "state_dict": module.state_dict(),
-        "optimizer_states": [parts["optimizer"].state_dict()],
-        "lr_schedulers": [parts["lr_scheduler"]["scheduler"].state_dict()],
+        # Lightning asks for these two. Empty, they leave the new optimizer as the settings of that day make it; the
+        # state of a fresh one would bring today's learning rate with it. Without "loops" it begins at the first epoch.
+        "optimizer_states": [],
+        "lr_schedulers": [],
         "hyper_parameters": dict(module.hparams),
     }
     path.parent.mkdir(exist_ok=True)

@@ -12,6 +12,8 @@ import pytest
 
 NUM_REVIEWS = 5_000
 SEED_VOCABULARY = 20_000
+# One thread each: two libraries that share two busy cores with spinning threads take three times as long.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""} | os.environ
 
 
 def run_keras(backend: str, job: str, folder: Path, options: dict, **arrays: np.ndarray) -> dict[str, np.ndarray]:
@@ -22,9 +24,8 @@ def run_keras(backend: str, job: str, folder: Path, options: dict, **arrays: np.
     (folder / "in.json").write_text(json.dumps(options))
     np.savez(folder / "in.npz", **arrays)
     helper = Path(__file__).with_name("keras_side.py")
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, helper, backend, job, folder], env=os.environ | quiet, capture_output=True, text=True
+        [sys.executable, helper, backend, job, folder], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(folder / "out.npz"))
@@ -33,7 +34,11 @@ def run_keras(backend: str, job: str, folder: Path, options: dict, **arrays: np.
 def run_ours(module: str, *settings: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run one of our commands; fails with its error output unless it ends with 0."""
     done = subprocess.run(
-        [sys.executable, "-m", f"minigpt_pl.{module}", *settings], cwd=cwd, capture_output=True, text=True
+        [sys.executable, "-m", f"minigpt_pl.{module}", *settings],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
