@@ -156,10 +156,12 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     text = ["the movie 's w1 w2", "unheard w2 words . w3", "w4 w5 the the"] * 4
     (tmp_path / "text.txt").write_text("\n".join(text), encoding="utf-8")
 
-    def command(module: str, *settings: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", f"minigpt_pl.{module}", *settings], cwd=tmp_path, capture_output=True, text=True
-        )
+    def start(module: str, *settings: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", f"minigpt_pl.{module}", *settings]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    def command(*arguments: str) -> str:
+        done = start(*arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -167,14 +169,17 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     assert command("sample", "run=imported", "prompt=the movie", "num_tokens=3").startswith("the movie")
     again = ("train", "resume=outputs/imported", "data=text", "data.path=text.txt", "data.batch_size=4", "trainer=cpu")
     last = tmp_path / "outputs" / "imported" / "checkpoints" / "last.ckpt"
-    # A step that moves nothing: what training begins with is what Keras wrote, and no fresh weights.
+    # Steps that move nothing: what training begins with is what Keras wrote, and the learning rate is the one given.
     command(*again, "trainer.max_epochs=1", "optimizer.learning_rate=1e-30", "model.dropout=0")
     trained = read_checkpoint(last)
     assert trained["global_step"] == 3
     assert all(
         torch.equal(trained["state_dict"][f"model.{name}"], weight) for name, weight in network().state_dict().items()
     )
-    command(*again, "trainer.max_epochs=2", "optimizer.learning_rate=1e-3")
+    refused = start(*again, "optimizer.learning_rate=0.5")  # Lightning would go on with the checkpoint's
+    assert refused.returncode == 2
+    assert "optimizer.learning_rate=0.5: the checkpoint goes on with 1e-30" in refused.stderr
+    command(*again, "trainer.max_epochs=2")
     trained = read_checkpoint(last)
     assert trained["global_step"] == 6
     moments = trained["optimizer_states"][0]["state"][0]["exp_avg"]  # of the token embedding

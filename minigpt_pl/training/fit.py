@@ -270,6 +270,13 @@ def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, data
         for name in now
         if now[name] != before[name] and name != "dropout"
     ]
+    if contents["optimizer_states"]:  # restored with its settings, which would silently win
+        before, now = contents["hyper_parameters"]["optimizer"], module.hparams["optimizer"]
+        problems += [
+            f"optimizer.{name}={now[name]}: the checkpoint goes on with {before[name]}; keep it, or begin a new run"
+            for name in now
+            if now[name] != before[name]
+        ]
     record, text_now = runs.read_record(folder), datamodule.corpus.record
     text_before = record.get("text", {})
     untrained = IMPORTED_FROM in record and not text_before  # nothing is known of the text that Keras saw
