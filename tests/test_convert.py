@@ -14,11 +14,11 @@ import minigpt_pl
 from minigpt_pl.config import ConvertConfig
 from minigpt_pl.convert import convert, read_vocabulary
 from minigpt_pl.errors import InputError
+from minigpt_pl.keras_weights import read_keras, write_keras
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.runs import read_checkpoint, read_record
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'minigpt_pl[keras]'")
-from minigpt_pl.keras_weights import read_keras, write_keras  # noqa: E402
 
 # No two sizes are equal, so that none can stand in for another.
 ARGUMENTS = {

@@ -103,7 +103,8 @@ def save(folder, options, arrays):
     create_model(**options["model"])  # a session with several models: layer names count on
     model = create_model(**options["model"])
     rng = np.random.default_rng(options["seed"])
-    model.set_weights([w + rng.normal(0, 0.05, w.shape).astype("float32") for w in model.get_weights()])
+    # Small, so that the embeddings' variance stays low enough for LayerNorm's epsilon to show.
+    model.set_weights([w + rng.normal(0, 0.02, w.shape).astype("float32") for w in model.get_weights()])
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")
     results = {"layer_names": np.array([layer.name for layer in model.layers])}
@@ -136,7 +137,7 @@ def train(folder, options, arrays):
 
 
 def vectorize(folder, options, arrays):
-    """`TextVectorization` as the notebook has it, adapted to the texts: vocabulary, and all ids of each text."""
+    """`TextVectorization` as the notebook has it, adapted to each group of texts: vocabulary, and all ids of a text."""
     import tensorflow
     import tensorflow.data as tf_data
     import tensorflow.strings as tf_strings
@@ -146,25 +147,26 @@ def vectorize(folder, options, arrays):
         stripped_html = tf_strings.regex_replace(lowercased, "<br />", " ")
         return tf_strings.regex_replace(stripped_html, f"([{string.punctuation}])", r" \1")
 
-    def layer(**settings):
-        return layers.TextVectorization(standardize=custom_standardization, output_mode="int", **settings)
+    def adapted(texts, **settings):
+        layer = layers.TextVectorization(standardize=custom_standardization, output_mode="int", **settings)
+        layer.adapt(tf_data.Dataset.from_tensor_slices(texts).batch(128))
+        return layer
 
-    seeds = layer(max_tokens=options["vocab_size"] - 1, output_sequence_length=options["length"])
-    seeds.adapt(tf_data.Dataset.from_tensor_slices(options["adapt_to"]).batch(128))
-    vocabulary = seeds.get_vocabulary()
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
-    uncut = layer(vocabulary=vocabulary, ragged=True)  # the ids behind the first 81 tell as much
-    texts = [*options["adapt_to"], *options["others"]]
-    cut_ids, all_ids = [], []
-    for start in range(0, len(texts), 500):
-        batch = tensorflow.expand_dims(tensorflow.constant(texts[start : start + 500]), -1)
-        cut_ids.append(np.asarray(seeds(batch)))
-        all_ids.append(uncut(batch))
-    return {
-        "cut_ids": np.concatenate(cut_ids),
-        "all_ids": np.concatenate([np.asarray(ids.flat_values) for ids in all_ids]),
-        "lengths": np.concatenate([np.asarray(ids.row_lengths(-1)) for ids in all_ids]),
-    }
+    vocabularies, results = {}, {}
+    for group, (texts, max_tokens) in options["groups"].items():
+        seeds = adapted(texts, max_tokens=max_tokens, output_sequence_length=options["length"])
+        uncut = adapted(texts, max_tokens=max_tokens, ragged=True)  # the ids behind the first 81 tell as much
+        vocabularies[group] = seeds.get_vocabulary()
+        cut_ids, all_ids = [], []
+        for start in range(0, len(texts), 500):
+            batch = tensorflow.expand_dims(tensorflow.constant(texts[start : start + 500]), -1)
+            cut_ids.append(np.asarray(seeds(batch)))
+            all_ids.append(uncut(batch))
+        results[f"cut_ids_{group}"] = np.concatenate(cut_ids)
+        results[f"all_ids_{group}"] = np.concatenate([np.asarray(ids.flat_values) for ids in all_ids])
+        results[f"lengths_{group}"] = np.concatenate([np.asarray(ids.row_lengths(-1)) for ids in all_ids])
+    (folder / "vocabularies.json").write_text(json.dumps(vocabularies))
+    return results
 
 
 if __name__ == "__main__":

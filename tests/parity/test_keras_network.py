@@ -42,7 +42,7 @@ def ids(reviews, vocabulary) -> np.ndarray:
     params=[("torch", SEED), ("tensorflow", SEED), ("torch", OTHER)],
     ids=["torch", "tensorflow", "torch-other-sizes"],
 )
-def saved(request, ids, tmp_path_factory) -> tuple[str, Path, dict[str, np.ndarray]]:
+def saved(request, keras_installed, ids, tmp_path_factory) -> tuple[str, Path, dict[str, np.ndarray]]:
     """A Keras model: the backend, the folder with its files, its outputs."""
     backend, model = request.param
     folder = tmp_path_factory.mktemp("save")
@@ -63,8 +63,8 @@ def test_logits_and_hidden_states(file, saved, ids, vocabulary, within):
     for length in LENGTHS:
         with torch.inference_mode():
             logits, hidden = network(torch.from_numpy(ids[:, :length]))
-        within(f"logits, {name}, {file}, length {length}", logits, outputs[f"logits_{length}"], 1e-4)
-        within(f"hidden states, {name}, {file}, length {length}", hidden, outputs[f"hidden_{length}"], 1e-4)
+        within(f"logits, {name}, {file}", logits, outputs[f"logits_{length}"], 1e-4)
+        within(f"hidden states, {name}, {file}", hidden, outputs[f"hidden_{length}"], 1e-4)
 
 
 def test_names_that_keras_counted_on(saved):
@@ -97,4 +97,4 @@ def test_top_k_probabilities(saved, monkeypatch, within):
             np.put_along_axis(
                 theirs, outputs[f"indices_{k}_{temperature}"], outputs[f"probabilities_{k}_{temperature}"], axis=-1
             )
-            within(f"probabilities, {name}, top {k} at {temperature}", torch.stack(handed), theirs, 1e-6)
+            within(f"top-k probabilities, {name}", torch.stack(handed), theirs, 1e-6)

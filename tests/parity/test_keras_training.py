@@ -22,6 +22,8 @@ from minigpt_pl.runs import read_checkpoint
 from minigpt_pl.tokenizer import build_vocabulary, count_words, load_tokenizer
 from minigpt_pl.training.curve import read_metrics
 
+pytest.importorskip("h5py", reason="h5py is not installed: pip install 'minigpt_pl[keras]'")
+
 STEPS, BATCH = 50, 32
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KERAS = {"vocab_size": 5_000, "maxlen": 80, "embed_dim": 64, "num_heads": 2, "feed_forward_dim": 64, "rate": 0.0}
@@ -53,7 +55,7 @@ def losses_of_ours(start: Path, name: str, *settings: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def ours(start) -> dict[str, list[float]]:
+def ours(keras_installed, start) -> dict[str, list[float]]:
     """The losses of our steps, by second moment."""
     return {
         second_moment: losses_of_ours(start, second_moment, "trainer=cpu", f"optimizer.second_moment={second_moment}")
