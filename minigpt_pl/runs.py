@@ -116,9 +116,7 @@ def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
         return find_checkpoint(named if named.is_dir() else Path(run))
     newest = newest_run(output_dir, "finished")
     if newest is None:
-        raise InputError(
-            f"output_dir={output_dir}: no finished run there; train one, or give run=FOLDER or checkpoint=PATH"
-        )
+        raise InputError(f"output_dir={output_dir}: no finished run there; train one, or give run=FOLDER")
     return find_checkpoint(newest)
 
 

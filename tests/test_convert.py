@@ -2,13 +2,12 @@
 
 import io
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_module
 
 import minigpt_pl
 from minigpt_pl.config import ConvertConfig
@@ -156,12 +155,8 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     text = ["the movie 's w1 w2", "unheard w2 words . w3", "w4 w5 the the"] * 4
     (tmp_path / "text.txt").write_text("\n".join(text), encoding="utf-8")
 
-    def start(module: str, *settings: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", f"minigpt_pl.{module}", *settings]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
     def command(*arguments: str) -> str:
-        done = start(*arguments)
+        done = run_module(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -176,7 +171,9 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     assert all(
         torch.equal(trained["state_dict"][f"model.{name}"], weight) for name, weight in network().state_dict().items()
     )
-    refused = start(*again, "optimizer.learning_rate=0.5")  # Lightning would go on with the checkpoint's
+    refused = run_module(
+        *again, "optimizer.learning_rate=0.5", cwd=tmp_path
+    )  # Lightning would go on with the checkpoint's
     assert refused.returncode == 2
     assert "optimizer.learning_rate=0.5: the checkpoint goes on with 1e-30" in refused.stderr
     command(*again, "trainer.max_epochs=2")
@@ -190,12 +187,7 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
 
 
 def test_a_command_that_fails_says_why_in_a_line(tmp_path, vocabulary):
-    done = subprocess.run(
-        [sys.executable, "-m", "minigpt_pl.convert", "from_keras=none.keras", f"vocabulary={vocabulary}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = run_module("convert", "from_keras=none.keras", "vocabulary=vocab.txt", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: from_keras=none.keras: no such file; give ")
     assert done.stderr.count("\n") == 1

@@ -1,15 +1,13 @@
 """Comparisons with Keras itself. Without Keras, or without the real reviews (MINIGPT_IMDB), they are skipped."""
 
-import os
 from collections.abc import Callable
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import NUM_REVIEWS, SEED_VOCABULARY, skip_without_keras
 
 from minigpt_pl.tokenizer import build_vocabulary, count_words
+
+from .programs import NUM_REVIEWS, SEED_VOCABULARY, skip_without_keras
 
 differences = pytest.StashKey[dict[str, tuple[float, float]]]()  # what is compared: largest difference, limit
 
@@ -48,16 +46,10 @@ def keras_installed() -> None:
 
 
 @pytest.fixture(scope="session")
-def reviews() -> list[str]:
+def reviews(imdb_texts: Callable[[str], list[str]]) -> list[str]:
     """5,000 real reviews, of both labels."""
-    folder = os.environ.get("MINIGPT_IMDB")
-    if not folder:
-        pytest.skip("MINIGPT_IMDB is not set: the folder of the real reviews, in the hub's layout")
-    import pyarrow.parquet as parquet
-
-    (path,) = Path(folder).glob("plain_text/train-*.parquet")
-    texts = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    return list(islice(texts, 0, None, len(texts) // NUM_REVIEWS))[:NUM_REVIEWS]
+    texts = imdb_texts("train")
+    return texts[:: len(texts) // NUM_REVIEWS][:NUM_REVIEWS]
 
 
 @pytest.fixture(scope="session")

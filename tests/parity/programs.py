@@ -1,4 +1,4 @@
-"""The two sides of a comparison, each run as a program of its own."""
+"""The Keras side of a comparison, run as a program of its own."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import pytest
 
 NUM_REVIEWS = 5_000
 SEED_VOCABULARY = 20_000
-# One thread each: two libraries that share two busy cores with spinning threads take three times as long.
+# One thread, as for ours: libraries whose threads spin on the same few cores take three times as long.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""} | os.environ
 
 
@@ -33,16 +33,3 @@ def run_keras(backend: str, job: str, folder: Path, options: dict, **arrays: np.
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(folder / "out.npz"))
-
-
-def run_ours(module: str, *settings: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run one of our commands; fails with its error output unless it ends with 0."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"minigpt_pl.{module}", *settings],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import SEED_VOCABULARY, run_keras
 
 import minigpt_pl
 from minigpt_pl.config import ConvertConfig
@@ -13,6 +12,8 @@ from minigpt_pl.convert import convert
 from minigpt_pl.generation import engine
 from minigpt_pl.keras_weights import read_keras
 from minigpt_pl.tokenizer import build_tokenizer
+
+from .programs import SEED_VOCABULARY, run_keras
 
 LENGTHS = (1, 2, 79, 80)
 TOP_K, TEMPERATURES = (1, 10, 20), (1.0, 0.8)

@@ -1,16 +1,14 @@
 """Words and ids are those of the seed's TextVectorization."""
 
-import hashlib
 import json
-import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import SEED_VOCABULARY, run_keras
 
-from minigpt_pl.tokenizer import END, build_tokenizer, build_vocabulary, count_words, split_words
+from minigpt_pl.tokenizer import END, build_tokenizer, build_vocabulary, count_words
+
+from .programs import SEED_VOCABULARY, run_keras
 
 LENGTH = 81
 HOSTILE = [
@@ -93,27 +91,3 @@ def test_ids_are_the_same(group, vectorized, groups, within):
     for row, ids in zip(cut, ours, strict=True):
         row[: min(len(ids), LENGTH)] = ids[:LENGTH]
     within(f"ids of {len(texts):,} {group}, the first 81 with padding", cut, results[f"cut_ids_{group}"], 0)
-
-
-def test_the_fast_rule_is_the_tokenizers(groups):
-    """Training text goes through split_words, prompts through the tokenizer: one rule, written twice."""
-    tokenizer = build_tokenizer(["", "[UNK]", END])
-    for texts, _ in groups.values():
-        for text in texts:
-            normalized = tokenizer.normalizer.normalize_str(text)
-            words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
-            assert split_words(text) == words, text
-
-
-def test_the_vocabulary_of_all_50000_reviews():
-    """Its digest was measured once with Keras 3.15 on TensorFlow 2.21, whose adapt takes a minute on them."""
-    folder = os.environ.get("MINIGPT_IMDB")
-    if not folder:
-        pytest.skip("MINIGPT_IMDB is not set: the folder of the real reviews, in the hub's layout")
-    import pyarrow.parquet as parquet
-
-    paths = [path for split in ("train", "test") for path in Path(folder).glob(f"plain_text/{split}-*.parquet")]
-    texts = (text for path in paths for text in parquet.read_table(path, columns=["text"])["text"].to_pylist())
-    words = build_vocabulary(count_words(texts), SEED_VOCABULARY)[:-1]
-    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
-    assert digest == "de27a312551bb70587c310066a6c4483c9698bd6eb87ab1d924a402552b9f3a4"

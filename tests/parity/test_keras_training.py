@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import run_keras, run_ours
+from conftest import run_module
 
 from minigpt_pl.command_line import compose, to_settings
 from minigpt_pl.data.datamodule import TextDataModule
@@ -21,6 +21,8 @@ from minigpt_pl.model import MiniGPT
 from minigpt_pl.runs import read_checkpoint
 from minigpt_pl.tokenizer import build_vocabulary, count_words, load_tokenizer
 from minigpt_pl.training.curve import read_metrics
+
+from .programs import run_keras
 
 pytest.importorskip("h5py", reason="h5py is not installed: pip install 'minigpt_pl[keras]'")
 
@@ -44,6 +46,11 @@ def start(reviews, tmp_path_factory) -> Path:
     write_keras(folder / "start.weights.h5", MiniGPT(**OURS))
     run_ours("convert", "from_keras=start.weights.h5", "vocabulary=vocab.txt", "run_name=start", cwd=folder)
     return folder
+
+
+def run_ours(module: str, *settings: str, cwd: Path) -> None:
+    done = run_module(module, *settings, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def losses_of_ours(start: Path, name: str, *settings: str) -> list[float]:
