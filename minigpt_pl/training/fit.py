@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import logging
-import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -13,8 +12,6 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import yaml
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
@@ -28,9 +25,9 @@ from minigpt_pl.generation.text import encode_prompt
 from minigpt_pl.runs import IMPORTED_FROM
 from minigpt_pl.tokenizer import END, load_tokenizer
 from minigpt_pl.training import curve
-from minigpt_pl.training.callbacks import Interrupted, StopAtStep, StopOnSignal, TextGenerator, Throughput
+from minigpt_pl.training.callbacks import Interrupted
 from minigpt_pl.training.module import MiniGPTModule
-from minigpt_pl.training.progress import Progress
+from minigpt_pl.training.trainer import build_trainer, precision, processes, validates
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix)
     else:
         folder = Path(config.output_dir)  # ModelCheckpoint takes the first process's; nothing else writes here
-    trainer = _build_trainer(config, folder, datamodule, prompts, resume_from)
+    trainer = build_trainer(config, folder, datamodule, prompts, resume_from)
     if first_process:
         datamodule.corpus.tokenizer.save(str(folder / "tokenizer.json"))
         runs.write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -121,10 +118,6 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     )
 
 
-def _validates(config: TrainConfig, datamodule: TextDataModule) -> bool:
-    return datamodule.corpus.validation is not None and config.trainer.limit_val_batches != 0
-
-
 def _check_surroundings(config: TrainConfig, datamodule: TextDataModule) -> None:
     """What the settings ask of the machine and of the text, before a folder is made.
 
@@ -138,13 +131,13 @@ def _check_surroundings(config: TrainConfig, datamodule: TextDataModule) -> None
         problems.append("trainer.accelerator=mps: there is none here; use auto or cpu")
     elif settings.accelerator != "cpu" and torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
         problems.append(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    processes = _processes(settings)
-    if config.data.batch_size < processes["devices"] * processes["num_nodes"]:
+    started = processes(settings)
+    if config.data.batch_size < started["devices"] * started["num_nodes"]:
         problems.append(f"data.batch_size={config.data.batch_size}: must be at least the number of processes")
     if config.logger.name != "csv" and importlib.util.find_spec(config.logger.name) is None:
         extra = config.logger.name
         problems.append(f"logger.name={extra}: not installed; pip install 'minigpt_pl[{extra}]'")
-    if settings.patience is not None and not _validates(config, datamodule):
+    if settings.patience is not None and not validates(config, datamodule):
         problems.append(
             f"trainer.patience={settings.patience}: nothing is held out to watch; set data.validation_share"
         )
@@ -166,100 +159,6 @@ def _prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
     for prompt in prompts:
         encode_prompt(corpus.tokenizer, prompt)
     return prompts
-
-
-def _build_trainer(
-    config: TrainConfig, folder: Path, datamodule: TextDataModule, prompts: list[str], resume_from: Path | None
-) -> L.Trainer:
-    settings = config.trainer
-    checkpoints = folder / "checkpoints"
-    callbacks = [
-        TextGenerator(config.text_generator, prompts, datamodule.corpus.tokenizer, folder, config.seed),
-        Throughput(),
-        StopOnSignal(checkpoints / "last.ckpt"),
-        lightning_callbacks.LearningRateMonitor(logging_interval="step"),
-        # Two, since one with save_last=True leaves last.ckpt behind whenever val/loss has not improved.
-        lightning_callbacks.ModelCheckpoint(
-            checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
-        ),
-    ]
-    if _validates(config, datamodule):
-        best = lightning_callbacks.ModelCheckpoint(
-            checkpoints, "best", monitor="val/loss", enable_version_counter=False
-        )
-        callbacks.append(best)
-    if settings.patience is not None:
-        callbacks.append(lightning_callbacks.EarlyStopping("val/loss", patience=settings.patience))
-    if settings.max_steps is not None:
-        callbacks.append(StopAtStep(settings.max_steps))
-    if settings.ema_decay is not None:
-        callbacks.append(lightning_callbacks.EMAWeightAveraging(decay=settings.ema_decay))
-    if settings.progress_bar:
-        callbacks.append(Progress())
-    loggers = _build_loggers(config, folder, resume_from) if rank_zero_only.rank == 0 else True
-    return L.Trainer(
-        **_processes(settings),
-        precision=_precision(settings.precision, settings.accelerator),
-        max_epochs=settings.max_epochs,
-        max_time=settings.max_time,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.gradient_clip_val,
-        check_val_every_n_epoch=settings.check_val_every_n_epoch,
-        val_check_interval=settings.val_check_interval,
-        limit_val_batches=1.0 if settings.limit_val_batches is None else settings.limit_val_batches,
-        num_sanity_val_steps=0,
-        log_every_n_steps=settings.log_every_n_steps,
-        profiler=settings.profiler,
-        deterministic=settings.deterministic,
-        detect_anomaly=settings.detect_anomaly,
-        enable_progress_bar=False,  # our own shows the numbers in full
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # the loader shares out its batches itself
-        default_root_dir=folder,
-        callbacks=callbacks,
-        logger=loggers,
-    )
-
-
-def _processes(settings: Any) -> dict[str, Any]:
-    """Devices, machines and strategy; where torchrun has started the processes, its numbers."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
-    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    strategy = "ddp" if everywhere > 1 else settings.strategy
-    return {
-        "accelerator": settings.accelerator,
-        "devices": here,
-        "num_nodes": everywhere // here,
-        "strategy": strategy,
-    }
-
-
-def _precision(wanted: str, accelerator: str) -> str:
-    if wanted != "auto":
-        return wanted
-    if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
-        return "32-true"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if has_bf16 else "32-true"
-
-
-def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:
-    kept = [] if resume_from is None else curve.read_metrics(folder)
-    csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    steps_done = 0 if resume_from is None else runs.read_checkpoint(resume_from)["global_step"]
-    for row in kept:  # the logger begins an empty file: give it what stands, up to where the run goes on
-        step = int(row.pop("step"))
-        if step < steps_done:
-            csv_logger.experiment.log_metrics(row, step)
-    if config.logger.name == "tensorboard":
-        return [csv_logger, lightning_loggers.TensorBoardLogger(folder, name="", version="")]
-    if config.logger.name == "wandb":
-        options = {"project": config.logger.project, "offline": config.logger.offline, "save_dir": folder}
-        return [csv_logger, lightning_loggers.WandbLogger(name=folder.name, **options)]
-    return [csv_logger]
 
 
 def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodule: TextDataModule) -> None:
@@ -295,8 +194,8 @@ def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, data
 def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:
     output_dir = Path(config.output_dir)
     trainer = L.Trainer(
-        **_processes(config.trainer),
-        precision=_precision(config.trainer.precision, config.trainer.accelerator),
+        **processes(config.trainer),
+        precision=precision(config.trainer.precision, config.trainer.accelerator),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
