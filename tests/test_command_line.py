@@ -173,6 +173,8 @@ class TestBadInput:
     def test_prompts_are_looked_at_before_training(self, story, tmp_path):
         arguments = [*TINY_RUN, f"data.path={story}", "text_generator.prompts=[xyzzy]"]
         assert_refused(run_module("train", *arguments, cwd=tmp_path), "prompt='xyzzy': none of its words")
+        none_asked_for = ["text_generator.every_n_epochs=0", "trainer.max_steps=1"]
+        assert run_module("train", *arguments, *none_asked_for, cwd=tmp_path).returncode == 0
 
     def test_resume_of_a_damaged_run_harms_nothing(self, damaged):
         folder = damaged / "outputs" / "tiny"

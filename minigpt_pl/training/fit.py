@@ -153,6 +153,8 @@ def _check_surroundings(config: TrainConfig, datamodule: TextDataModule) -> None
 def _prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
     """The prompts of the TextGenerator, found usable before anything starts."""
     prompts = config.text_generator.prompts
+    if not config.text_generator.every_n_epochs:
+        return []
     if prompts is None:
         first_words = corpus.tokenizer.decode(corpus.train.tokens[: corpus.train.offsets[1] - 1][:3])
         prompts = ["this movie is"] if isinstance(config.data, ImdbConfig) else [first_words]
