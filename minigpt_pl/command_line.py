@@ -51,9 +51,6 @@ def run(config_name: str, schema: type, task: Callable[..., None]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Hydra's parser reads a sweep's -m before or after the settings, not among them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
-    if "--help" in sys.argv:
-        _print_help(config_name, schema)
-        return
     before = os.environ.get(_FULL_ERROR)
 
     @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=config_name)
@@ -68,7 +65,7 @@ def run(config_name: str, schema: type, task: Callable[..., None]) -> None:
 
     os.environ[_FULL_ERROR] = "1"  # so that Hydra raises what is wrong with the settings, and the words below are ours
     try:
-        start()
+        _print_help(config_name, schema) if "--help" in sys.argv else start()
     except (HydraException, OmegaConfBaseException) as error:
         if before == "1":
             raise

@@ -81,7 +81,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
         status = "finished"
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt, SystemExit):  # the last: how Lightning answers a second Ctrl-C
         status = "interrupted"
         raise
     finally:
