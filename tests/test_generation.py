@@ -144,6 +144,7 @@ class TestText:
             ({"prompt": ""}, "has no words"),
             ({"prompt": " \n"}, "has no words"),
             ({"prompt": "zebra xylophone"}, "none of its words is in the model's vocabulary"),
+            ({"prompt": "the \udcff cat"}, "is not Unicode text"),
             ({"num_tokens": 0}, "num_tokens=0"),
             ({"temperature": -0.1}, "temperature=-0.1"),
             ({"temperature": float("nan")}, "temperature=nan"),

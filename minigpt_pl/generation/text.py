@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.engine import generate_ids
@@ -116,7 +116,7 @@ def generate_texts(
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
     """The prompt's words, as typed, that are not in the vocabulary."""
-    encoding = tokenizer.encode(prompt)
+    encoding = _encode(tokenizer, prompt)
     return [
         prompt[slice(*place)] for id_, place in zip(encoding.ids, encoding.offsets, strict=True) if id_ == UNKNOWN_ID
     ]
@@ -128,12 +128,19 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         InputError: it has no word, or none that the model knows.
     """
-    ids = tokenizer.encode(prompt).ids
+    ids = _encode(tokenizer, prompt).ids
     if not ids:
         raise InputError(f"prompt={prompt!r}: has no words; give the beginning of a text")
     if all(id_ == UNKNOWN_ID for id_ in ids):
         raise InputError(f"prompt={prompt!r}: none of its words is in the model's vocabulary; use commoner words")
     return ids
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> Encoding:
+    try:
+        return tokenizer.encode(prompt)
+    except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair: bytes that were no UTF-8
+        raise InputError(f"prompt={prompt!r}: is not Unicode text; give it in UTF-8") from error
 
 
 def _check_controls(num_tokens: int, temperature: float, top_k: int | None, vocab_size: int) -> None:
