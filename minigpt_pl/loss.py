@@ -68,28 +68,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, product_dtype):
         # hidden (N, D), weight (V, D), bias (V,), targets (N,)
         with torch.autocast(hidden.device.type, enabled=False):
-            need_gradients = any(ctx.needs_input_grad)
-            hidden_, weight_ = hidden.to(product_dtype), weight.to(product_dtype)
+            need_gradients, count = any(ctx.needs_input_grad), len(hidden)
+            # Every chunk has all its rows, the last one by zeros: oneDNN keeps some 25 MB for each shape it meets.
+            missing = -count % CHUNK_ROWS
+            hidden_, weight_ = F.pad(hidden.to(product_dtype), (0, 0, 0, missing)), weight.to(product_dtype)
+            targets = F.pad(targets, (0, missing))
             loss = hidden.new_zeros(())
             if need_gradients:
-                grad_hidden = torch.empty_like(hidden)
+                grad_hidden = hidden.new_empty(hidden_.shape)
                 grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-            for start in range(0, len(hidden), CHUNK_ROWS):
-                rows = slice(start, start + CHUNK_ROWS)
+            for start in range(0, count, CHUNK_ROWS):
+                rows, counted = slice(start, start + CHUNK_ROWS), count - start  # counted may be more than a chunk
                 ids = targets[rows, None]  # (C, 1)
                 logits = (hidden_[rows] @ weight_.T).to(hidden.dtype).add_(bias)  # (C, V)
                 log_probs = torch.log_softmax(logits, dim=-1)
-                loss -= log_probs.gather(1, ids).sum()
+                loss -= log_probs.gather(1, ids)[:counted].sum()
                 if not need_gradients:
                     continue
                 grad_logits = torch.exp(log_probs, out=log_probs)
                 grad_logits.scatter_add_(1, ids, grad_logits.new_full(ids.shape, -1.0))
-                grad_bias += grad_logits.sum(dim=0)
+                grad_bias += grad_logits[:counted].sum(dim=0)
                 grad_logits = grad_logits.to(product_dtype)
                 grad_hidden[rows] = grad_logits @ weight_  # (C, V) @ (V, D)
-                grad_weight += grad_logits.T @ hidden_[rows]  # (V, C) @ (C, D)
+                grad_weight += grad_logits.T @ hidden_[rows]  # (V, C) @ (C, D); the zeros add nothing
         if need_gradients:
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.save_for_backward(grad_hidden[:count], grad_weight, grad_bias)
         return loss
 
     @staticmethod

@@ -81,6 +81,22 @@ def test_the_logits_are_never_whole():
     assert max(sizes) == 7 * 1000
 
 
+def test_products_have_one_shape_however_many_targets_count():
+    shapes = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                shapes.add(tuple(map(tuple, (tensor.shape for tensor in args))))
+            return func(*args, **(kwargs or {}))
+
+    for rows in (1, 6, 7, 9, 20):
+        with Watch():
+            targets = torch.ones(rows, dtype=torch.long)
+            linear_cross_entropy(torch.ones(rows, 4, requires_grad=True), torch.ones(9, 4), torch.ones(9), targets)
+    assert len(shapes) == 3, "oneDNN would keep memory for each further one"
+
+
 def test_token_losses_are_each_tokens_own():
     tensors, targets = example(requires_grad=False)
     losses = token_losses(*tensors, targets)
