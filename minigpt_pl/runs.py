@@ -30,11 +30,12 @@ def write_aside(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def make_run_folder(output_dir: Path, run_name: str | None, prefix: str) -> Path:
+def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, begin_again: bool = False) -> Path:
     """Create a run's folder.
 
     Args:
         run_name: its name; None: `<prefix>-001`, or the next free number.
+        begin_again: take a folder that exists but holds no checkpoint: a run that ended before its first.
 
     Raises:
         InputError: a run of that name exists.
@@ -42,17 +43,19 @@ def make_run_folder(output_dir: Path, run_name: str | None, prefix: str) -> Path
     output_dir.mkdir(parents=True, exist_ok=True)
     if run_name is not None:
         folder = output_dir / run_name
-        if (folder / RECORD).exists():
-            raise InputError(
-                f"run_name={run_name}: {folder} exists; add resume=auto to go on with it, or take another name"
-            )
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir()  # fails if it exists, so of two runs that start together one is refused
+        except FileExistsError as error:
+            if not begin_again or (folder / "checkpoints" / "last.ckpt").exists():
+                raise InputError(
+                    f"run_name={run_name}: {folder} exists; add resume=auto to go on with it, or take another name"
+                ) from error
         return folder
     number = 1
     while True:
         folder = output_dir / f"{prefix}-{number:03d}"
         try:
-            folder.mkdir()  # fails if it exists, so two runs that start together get two folders
+            folder.mkdir()  # so two runs that start together get two folders
             return folder
         except FileExistsError:
             number += 1

@@ -95,6 +95,19 @@ class TestRunFolder:
             train(config)
         assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
 
+    def test_a_run_that_ended_before_its_first_checkpoint_begins_again(self, tiny_config):
+        folder = train(tiny_config("trainer.max_steps=1", "run_name=mine"))
+        (folder / "checkpoints" / "last.ckpt").unlink()
+        with pytest.raises(InputError, match="run_name=mine: .*exists"):
+            train(tiny_config("trainer.max_steps=1", "run_name=mine"))
+        train(tiny_config("trainer.max_steps=1", "run_name=mine", "resume=auto"))
+        assert checkpoint(folder)["global_step"] == 1
+
+    def test_of_two_that_start_together_one_is_refused(self, tmp_path):
+        runs.make_run_folder(tmp_path, "mine", "test")  # nothing is in it yet
+        with pytest.raises(InputError, match="run_name=mine"):
+            runs.make_run_folder(tmp_path, "mine", "test")
+
     def test_no_folder_for_a_text_that_is_too_small(self, tiny_config, tmp_path):
         with pytest.raises(InputError, match="data.batch_size=512: the text gives only 2[0-9][0-9] sequences"):
             train(tiny_config("data.batch_size=512"))

@@ -66,7 +66,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         folder = resume_from.parent.parent
         _check_resumable(resume_from, folder, module, datamodule)
     elif first_process:
-        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix)
+        begin_again = config.resume == "auto"
+        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, begin_again)
     else:
         folder = Path(config.output_dir)  # ModelCheckpoint takes the first process's; nothing else writes here
     trainer = build_trainer(config, folder, datamodule, prompts, resume_from)
