@@ -204,6 +204,16 @@ class TestResume:
         assert losses(whole, "val/loss") == losses(parts, "val/loss")
         assert losses(whole, "train/epoch_loss").keys() == losses(parts, "train/epoch_loss").keys()
 
+    def test_texts_after_the_checkpoint_are_not_kept_twice(self, tiny_config):
+        options = ["trainer.max_epochs=3", "text_generator.every_n_epochs=1", "run_name=mine"]
+        folder = train(tiny_config(*options))
+        before = (folder / "samples.jsonl").read_text()
+        first_epoch = folder / "checkpoints" / "first.ckpt"
+        one = train(tiny_config("trainer.max_epochs=1", "text_generator.every_n_epochs=1"))
+        (one / "checkpoints" / "last.ckpt").rename(first_epoch)
+        train(tiny_config(*options), resume_from=first_epoch)
+        assert (folder / "samples.jsonl").read_text() == before
+
     def test_other_sizes_are_refused_and_named(self, tiny_config):
         folder = train(tiny_config("trainer.max_steps=1"))
         with pytest.raises(InputError, match="model.embed_dim=8: the checkpoint has 16"):

@@ -11,6 +11,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
 
+from minigpt_pl import runs
 from minigpt_pl.config import TextGeneratorConfig
 from minigpt_pl.generation.text import TextModel, generate_texts
 
@@ -29,7 +30,16 @@ class TextGenerator(L.Callback):
     """
 
     def __init__(self, config: TextGeneratorConfig, prompts: list[str], tokenizer: Tokenizer, folder: Path, seed: int):
-        self.config, self.prompts, self.tokenizer, self.folder, self.seed = config, prompts, tokenizer, folder, seed
+        self.config, self.prompts, self.tokenizer, self.seed = config, prompts, tokenizer, seed
+        self.path = folder / "samples.jsonl"
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.path.exists():  # a resumed run writes again what came after its checkpoint
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            runs.write_aside(
+                self.path, "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step)
+            )
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -41,7 +51,7 @@ class TextGenerator(L.Callback):
         texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **controls)]
         pl_module.train()
         place = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             for prompt, text in zip(self.prompts, texts, strict=True):
                 record = place | {"prompt": prompt, **controls, "seed": self.seed, "text": text}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
