@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -89,9 +89,20 @@ def to_settings(composed: DictConfig) -> object:
     missing = OmegaConf.missing_keys(composed)
     if missing:
         raise InputError(*(f"{name}=: must be given, as in {name}=VALUE" for name in sorted(missing)))
+    if added := sorted(_added(composed)):  # +name=value
+        raise InputError(*(f"{name}: no such setting; --help lists them" for name in added))
     settings = OmegaConf.to_object(composed)
     check(settings)
     return settings
+
+
+def _added(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    known = {field.name for field in fields(OmegaConf.get_type(node))}
+    for name in node:
+        if name not in known:
+            yield f"{prefix}{name}"
+        elif OmegaConf.is_dict(node[name]):
+            yield from _added(node[name], f"{prefix}{name}.")
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

@@ -253,6 +253,9 @@ def _field_problems(name: str, value: Any, field_: Any) -> Iterator[str]:
     if value is None:
         return
     choices, limits = field_.metadata["choices"], field_.metadata["limits"]
+    if value == "" and field_.type is not Any:
+        yield f"{name}=: must not be empty ({field_.metadata['doc']})"
+        return
     if choices and value not in choices:
         yield f"{name}={value}: must be one of {', '.join(choices)}"
     if isinstance(value, float) and not math.isfinite(value):
