@@ -130,9 +130,15 @@ def load_network(checkpoint: Path) -> MiniGPT:
         InputError: the file is damaged, or not a checkpoint of this project.
     """
     contents = read_checkpoint(checkpoint)
-    network = MiniGPT(**contents["hyper_parameters"]["model"])
-    weights = {name.removeprefix("model."): tensor for name, tensor in contents["state_dict"].items()}
-    network.load_state_dict(weights)
+    try:
+        network = MiniGPT(**contents["hyper_parameters"]["model"])
+        network.load_state_dict(
+            {name.removeprefix("model."): weight for name, weight in contents["state_dict"].items()}
+        )
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"checkpoint={checkpoint}: not a checkpoint of minigpt_pl; give one from a run folder"
+        ) from error
     return network
 
 
@@ -147,6 +153,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # zip, pickle and runtime errors, by where the damage is
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"checkpoint={path}: cannot be read ({reason}); it is damaged or no checkpoint") from error
-    if not isinstance(contents, dict) or "model" not in contents.get("hyper_parameters", {}):
+    settings = contents.get("hyper_parameters") if isinstance(contents, dict) else None
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
         raise InputError(f"checkpoint={path}: not a checkpoint of minigpt_pl; give one from a run folder")
     return contents

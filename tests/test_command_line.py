@@ -128,7 +128,10 @@ class TestBadInput:
 
     def test_a_foreign_checkpoint(self, damaged):
         path = damaged / "outputs" / "tiny" / "checkpoints" / "best.ckpt"
-        torch.save({"state_dict": {}}, path)
+        for model in (None, "resnet18", {"layers": 3}, {}):
+            torch.save({"state_dict": {}, "hyper_parameters": {"model": model}}, path)
+            with pytest.raises(minigpt_pl.InputError, match="best.ckpt: not a checkpoint of minigpt_pl"):
+                minigpt_pl.load(path)
         assert_refused(sample(damaged, "prompt=the cat"), "best.ckpt: not a checkpoint of minigpt_pl")
 
     def test_a_checkpoint_that_would_run_code(self, damaged):
