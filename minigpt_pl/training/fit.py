@@ -64,7 +64,9 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         return _find_learning_rate(config, module, datamodule)
     if resume_from is not None:
         folder = resume_from.parent.parent
-        _check_resumable(resume_from, folder, module, datamodule)
+        if _steps_done(resume_from, folder, module, datamodule) >= module.hparams.total_steps:
+            log.info("Nothing is left to do: trainer.max_epochs and trainer.max_steps say when it ends.")
+            return folder
     elif first_process:
         begin_again = config.resume == "auto"
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, begin_again)
@@ -164,7 +166,8 @@ def _prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
     return prompts
 
 
-def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodule: TextDataModule) -> None:
+def _steps_done(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodule: TextDataModule) -> int:
+    """Steps behind a checkpoint that these settings can go on with; InputError if they cannot."""
     contents = runs.read_checkpoint(checkpoint)
     before, now = contents["hyper_parameters"]["model"], module.hparams["model"]
     problems = [
@@ -190,8 +193,7 @@ def _check_resumable(checkpoint: Path, folder: Path, module: MiniGPTModule, data
     if problems:
         raise InputError(*problems)
     log.info("Going on with %s, %s steps done.", checkpoint, contents["global_step"])
-    if contents["global_step"] >= module.hparams.total_steps:
-        log.info("Nothing is left to do: trainer.max_epochs and trainer.max_steps say when it ends.")
+    return contents["global_step"]
 
 
 def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:
