@@ -335,6 +335,10 @@ class TestSettings:
             (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: PyTorch finds no GPU here"),
             (["trainer.val_check_interval=999"], "trainer.val_check_interval=999: an epoch has only"),
             (["data.batch_size=1", "trainer.devices=2"], "data.batch_size=1: must be at least the number of processes"),
+            (
+                ["text_generator.every_n_epochs=1", "text_generator.top_k=99"],
+                "text_generator.top_k=99: the text has only 26",
+            ),
             (["logger=wandb"], r"logger.name=wandb: not installed; pip install 'minigpt_pl\[wandb\]'"),
         ],
     )

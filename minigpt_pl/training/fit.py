@@ -47,7 +47,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         InputError: the text, the machine or the checkpoint does not fit the settings.
         Interrupted: a signal ended it; the last checkpoint is written.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what matters of it, we say
+    # What matters of Lightning's lines, we say; its profilers have no other way to print.
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO if config.trainer.profiler else logging.WARNING)
     logging.getLogger("lightning.pytorch").handlers.clear()  # it would print each line a second time
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     first_process = rank_zero_only.rank == 0
@@ -163,6 +164,9 @@ def _prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
         prompts = ["this movie is"] if isinstance(config.data, ImdbConfig) else [first_words]
     for prompt in prompts:
         encode_prompt(corpus.tokenizer, prompt)
+    top_k, words = config.text_generator.top_k, corpus.tokenizer.get_vocab_size()
+    if top_k is not None and top_k > words:
+        raise InputError(f"text_generator.top_k={top_k}: the text has only {words} words; lower it, or null for all")
     return prompts
 
 
