@@ -1,4 +1,4 @@
-"""What happens beside the training step: text after an epoch, progress, a tidy end."""
+"""What happens beside the training step: text after an epoch, throughput, a tidy end."""
 
 import json
 import logging
