@@ -12,7 +12,7 @@ import torch
 from conftest import TINY_RUN, run_module
 from torch.testing import assert_close
 
-from minigpt_pl import runs
+from minigpt_pl import generate_text, load, runs
 from minigpt_pl.errors import InputError
 from minigpt_pl.training.fit import fit
 
@@ -176,33 +176,86 @@ class TestLoss:
 
 
 class TestResume:
-    @pytest.mark.parametrize("place", ["mid-epoch", "last-but-one", "end-of-epoch", "first-of-next"])
-    def test_goes_on_exactly_after_ctrl_c(self, tiny_config, place):
-        options = ["trainer.max_epochs=3", EVERY_STEP, "schedule.name=cosine", "schedule.warmup_steps=3"]
-        whole = train(tiny_config(*options, "run_name=whole"))
-        steps_per_epoch = checkpoint(whole)["global_step"] // 3
-        places = {"mid-epoch": 7, "last-but-one": -1, "end-of-epoch": 0, "first-of-next": 1}
-        stop = places[place] + steps_per_epoch * (place != "mid-epoch")
+    OPTIONS = ("trainer.max_epochs=3", EVERY_STEP, "schedule.name=cosine", "schedule.warmup_steps=3")
+
+    @pytest.mark.parametrize(
+        ("stop", "options"),
+        [
+            ("in an epoch", []),
+            ("before the last batch", []),
+            ("behind an epoch", []),
+            ("behind the first batch of the next", []),
+            ("in an epoch", ["trainer.accumulate_grad_batches=2"]),
+            ("in an epoch", ["trainer.ema_decay=0.9"]),
+        ],
+    )
+    def test_goes_on_exactly_after_ctrl_c(self, tiny_config, monkeypatch, stop, options):
         from minigpt_pl.training import callbacks
 
+        whole = train(tiny_config(*self.OPTIONS, *options, "run_name=whole"))
+        per_epoch = checkpoint(whole)["global_step"] // 3
+        batches = per_epoch * (2 if "trainer.accumulate_grad_batches=2" in options else 1)
+        places = {"in an epoch": 4, "before the last batch": batches - 2, "behind an epoch": batches - 1}
+        number = places.get(stop, 0)  # a batch; 4 is the first of two that make a step
+        epoch = int(stop == "behind the first batch of the next")
+
         def press_ctrl_c(self, trainer, *args):
-            if trainer.global_step == stop:
+            if (trainer.current_epoch, args[-1]) == (epoch, number):
                 signal.raise_signal(signal.SIGINT)
 
-        with pytest.MonkeyPatch.context() as patch:
+        with monkeypatch.context() as patch:
             patch.setattr(callbacks.Throughput, "on_train_batch_end", press_ctrl_c)
             with pytest.raises(callbacks.Interrupted):
-                train(tiny_config(*options, "run_name=parts"))
+                train(tiny_config(*self.OPTIONS, *options, "run_name=parts"))
         parts = whole.with_name("parts")
         assert runs.read_record(parts)["status"] == "interrupted"
-        train(tiny_config(*options, "run_name=parts"), resume_from=parts / "checkpoints" / "last.ckpt")
-        assert runs.read_record(parts)["status"] == "finished"
+        self.go_on(tiny_config, parts, *self.OPTIONS, *options)
+        self.assert_equal(whole, parts)
+
+    @pytest.mark.parametrize("limit", ["trainer.max_steps=7", "trainer.max_time='00:00:00:05'"])
+    def test_goes_on_exactly_after_a_limit(self, tiny_config, monkeypatch, limit):
+        from minigpt_pl.training import callbacks
+
+        options = ["trainer.max_epochs=3", EVERY_STEP]
+        whole = train(tiny_config(*options, "run_name=whole"))
+        seconds = iter(range(100))
+        with monkeypatch.context() as patch:
+            patch.setattr(callbacks.Ending, "_seconds", lambda self: next(seconds))
+            parts = train(tiny_config(*options, "run_name=parts", limit))
+        assert 0 < checkpoint(parts)["global_step"] < checkpoint(whole)["global_step"] // 3, "not in the first epoch"
+        assert len(losses(parts, "val/loss")) == 1, "no last validation"
+        self.go_on(tiny_config, parts, *options)
+        self.assert_equal(whole, parts)
+
+    def go_on(self, tiny_config, folder, *options):
+        train(tiny_config(*options, "run_name=parts"), resume_from=folder / "checkpoints" / "last.ckpt")
+        assert runs.read_record(folder)["status"] == "finished"
+
+    def assert_equal(self, whole, parts):
         a, b = checkpoint(whole), checkpoint(parts)
         assert a["global_step"] == b["global_step"]
         assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
-        assert losses(whole) == losses(parts)
-        assert losses(whole, "val/loss") == losses(parts, "val/loss")
-        assert losses(whole, "train/epoch_loss").keys() == losses(parts, "train/epoch_loss").keys()
+        for name in ("train/loss", "train/epoch_loss", "val/loss"):
+            assert losses(whole, name).items() <= losses(parts, name).items(), name
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("data.batch_size=8", "data.batch_size: the checkpoint stands inside an epoch that began with 16, not 8"),
+            ("seed=3", "seed: the checkpoint stands inside an epoch that began with 0, not 3"),
+        ],
+    )
+    def test_the_order_of_a_begun_epoch_must_stay(self, tiny_config, override, message):
+        folder = train(tiny_config("trainer.max_steps=3"))
+        with pytest.raises(InputError, match=message):
+            train(tiny_config(override), resume_from=folder / "checkpoints" / "last.ckpt")
+
+    def test_fewer_epochs_than_are_done(self, tiny_config, caplog):
+        folder = train(tiny_config("trainer.max_epochs=2"))
+        before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+        for override in ("trainer.max_epochs=1", "trainer.max_steps=1"):
+            train(tiny_config(override), resume_from=folder / "checkpoints" / "last.ckpt")
+        assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
 
     def test_texts_after_the_checkpoint_are_not_kept_twice(self, tiny_config):
         options = ["trainer.max_epochs=3", "text_generator.every_n_epochs=1", "run_name=mine"]
@@ -319,10 +372,15 @@ class TestSettings:
         assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # Adam's first step knows no scale
 
     def test_ema(self, tiny_config):
-        folder = train(tiny_config("trainer.max_steps=5", "trainer.ema_decay=0.9"))
+        options = ["trainer.max_epochs=1", "text_generator.every_n_epochs=1", "optimizer.learning_rate=0.1"]
+        folder = train(tiny_config(*options, "trainer.ema_decay=0.9"))
         contents = checkpoint(folder)
         weight = "model.output.weight"
         assert not torch.equal(contents["state_dict"][weight], contents["current_model_state"][weight])
+        record = json.loads((folder / "samples.jsonl").read_text())
+        controls = {name: record[name] for name in ("prompt", "num_tokens", "temperature", "top_k", "seed")}
+        last = load(folder / "checkpoints" / "last.ckpt")
+        assert generate_text(last, **controls) == record["text"], "not written by the average, which is saved"
 
     def test_early_stopping(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=50", "trainer.patience=2", "optimizer.learning_rate=1e-12"))
@@ -371,14 +429,34 @@ class TestSettings:
         folder = train(tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'"))
         assert time.monotonic() - start < 60
         assert runs.read_record(folder)["status"] == "finished"
+        steps = checkpoint(folder)["global_step"]
+        again = tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'")
+        train(again, resume_from=folder / "checkpoints" / "last.ckpt")
+        assert checkpoint(folder)["global_step"] == steps + 1, "the time before a resume counts"
+
+    def test_a_diverged_training_stops_and_harms_nothing(self, tiny_config):
+        folder = train(tiny_config("trainer.max_epochs=1", "run_name=mine"))
+        last = folder / "checkpoints" / "last.ckpt"
+        before = last.read_bytes()
+        contents = torch.load(last, weights_only=True)
+        contents["state_dict"]["model.output.bias"].fill_(torch.nan)
+        torch.save(contents, folder / "checkpoints" / "broken.ckpt")
+        with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the loss is no number any more at step"):
+            train(tiny_config("trainer.max_epochs=2"), resume_from=folder / "checkpoints" / "broken.ckpt")
+        assert last.read_bytes() == before and runs.read_record(folder)["status"] == "failed"
 
     def test_learning_rate_finder(self, tiny_config, tmp_path):
         train(tiny_config("find_learning_rate=true"))
         assert (tmp_path / "outputs" / "learning_rate.png").exists()
 
-    def test_profiler_and_logger(self, tiny_config, capsys):
-        folder = train(tiny_config("trainer.max_steps=2", "trainer.profiler=simple", "logger=tensorboard", EVERY_STEP))
+    def test_logger(self, tiny_config):
+        folder = train(tiny_config("trainer.max_steps=2", "logger=tensorboard", EVERY_STEP))
         assert list(folder.glob("events.out.tfevents*")) and losses(folder)
+
+    def test_profiler(self, story, tmp_path):
+        options = [*TINY_RUN, f"data.path={story}", "trainer.max_steps=2", "trainer.profiler=simple"]
+        done = run_module("train", *options, cwd=tmp_path)
+        assert "Action" in done.stderr and "run_training_batch" in done.stderr
 
     def test_overfitting(self, tiny_config):
         options = ["debug=overfit", "model.embed_dim=32", "optimizer.learning_rate=0.01", "trainer.max_epochs=80"]

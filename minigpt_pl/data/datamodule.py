@@ -1,5 +1,7 @@
 """The DataModule: the corpus's two splits as loaders of batches."""
 
+from typing import Any
+
 import lightning.pytorch as L
 from tokenizers import Tokenizer
 
@@ -24,7 +26,7 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         self.config = config
         self.train_loader: BatchLoader | None = None
-        self.resumed_state: dict[str, int] | None = None
+        self.resumed_state: dict[str, Any] | None = None
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size, tokenizer)
         rows = len(self._new_train_loader().rows)
         if rows < config.data.batch_size:
@@ -59,10 +61,13 @@ class TextDataModule(L.LightningDataModule):
             max_sequences=config.data.max_sequences,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        return {} if self.train_loader is None else self.train_loader.state()
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, and what its order hangs on."""
+        loader = self.train_loader or self._new_train_loader()
+        order = {"seed": loader.seed, "data.batch_size": loader.batch_size, "sequences": len(loader.rows)}
+        return loader.state() | {"order": order}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.resumed_state = state_dict
         if self.train_loader is not None:
             self.train_loader.restore(state_dict)

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
 
 from minigpt_pl import runs
 from minigpt_pl.config import TextGeneratorConfig
+from minigpt_pl.errors import InputError
 from minigpt_pl.generation.text import TextModel, generate_texts
 
 log = logging.getLogger(__name__)
@@ -46,10 +49,10 @@ class TextGenerator(L.Callback):
         if not self.config.every_n_epochs or (trainer.current_epoch + 1) % self.config.every_n_epochs:
             return
         controls = {name: getattr(self.config, name) for name in ("num_tokens", "temperature", "top_k")}
-        pl_module.eval()
-        model = TextModel(pl_module.model, self.tokenizer)
+        network = _averaged(trainer, pl_module).model.eval()
+        model = TextModel(network, self.tokenizer)
         texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **controls)]
-        pl_module.train()
+        network.train()
         place = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, text in zip(self.prompts, texts, strict=True):
@@ -58,6 +61,14 @@ class TextGenerator(L.Callback):
         for text in texts:
             print(f"epoch {place['epoch']}: {text}", flush=True)
         _log_texts(trainer, texts)
+
+
+def _averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> L.LightningModule:
+    """The module whose weights are validated and saved: the average where `ema_decay` asks for one."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightAveraging):
+            return callback._average_model.module  # there is no public way to it
+    return pl_module
 
 
 def _log_texts(trainer: L.Trainer, texts: list[str]) -> None:
@@ -87,25 +98,36 @@ class Throughput(L.Callback):
         pl_module.log("tokens_per_second", self.tokens / self.seconds)
 
 
-class StopAtStep(L.Callback):
-    """Ends training after `max_steps` steps, with a last validation (Trainer(max_steps=...) leaves it out)."""
+class Ending(Checkpoint):
+    """Keeps `last.ckpt` where training stands, and ends it: after `max_steps`, after `max_time`, on a signal.
 
-    def __init__(self, max_steps: int):
-        self.max_steps = max_steps
+    `last.ckpt` is written after each epoch, and wherever training ends inside one, always behind a whole step, so
+    a resumed run goes on exactly. (Trainer's own `max_steps` and `max_time` end the epoch with it, and a resumed
+    run would begin the next.) After `max_steps` and `max_time` there is a last validation; the first Ctrl-C or
+    SIGTERM ends without one, and a second Ctrl-C at once, without a checkpoint.
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.max_steps
-
-
-class StopOnSignal(L.Callback):
-    """The first Ctrl-C (or SIGTERM) ends training after the batch at work, with `last.ckpt` written; after an
-    epoch's last batch, with its validation.
-
-    A second Ctrl-C ends it at once, without.
+    Args:
+        checkpoint: the path of `last.ckpt`.
+        max_steps: optimizer steps; None: no limit.
+        max_time: seconds of training, those before a resumed run's checkpoint included; None: no limit.
     """
 
-    def __init__(self, checkpoint: Path):
-        self.checkpoint, self.asked, self.agreed, self.previous = checkpoint, False, False, {}
+    def __init__(self, checkpoint: Path, max_steps: int | None = None, max_time: float | None = None):
+        self.checkpoint, self.max_steps, self.max_time = checkpoint, max_steps, max_time
+        self.asked, self.agreed, self.previous = False, False, {}
+        self.seconds_before, self.saved_step = 0.0, None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -113,18 +135,49 @@ class StopOnSignal(L.Callback):
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log.info("Stopping after this batch, with a checkpoint; Ctrl-C again stops at once, without.")
+        log.info("Stopping after this step, with a checkpoint; Ctrl-C again stops at once, without.")
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        # Signals reach the processes at different batches; they must agree, or one would wait for ever.
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # inside a step
+        over = self.max_steps is not None and trainer.global_step >= self.max_steps
+        late = self.max_time is not None and self._seconds() >= self.max_time
+        # Signals and clocks reach the processes at different batches; they must agree, or one would wait for ever.
         self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.agreed and not trainer.is_last_batch:  # after the last, the epoch ends with a checkpoint of its own
-            trainer.save_checkpoint(self.checkpoint)
+        if over or trainer.strategy.reduce_boolean_decision(late, all=False):
+            trainer.should_stop = True
+        if (self.agreed or trainer.should_stop) and not trainer.is_last_batch:
+            self._save(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         if self.agreed:  # only now, since the batch's numbers are logged after on_train_batch_end
             raise Interrupted
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.saved_step != trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.checkpoint)
+        self.saved_step = trainer.global_step
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+class StopAtNaN(L.Callback):
+    """Ends a training that has diverged before it harms `last.ckpt`; looks every `log_every_n_steps`, and before
+    an epoch's end."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        looks = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
+        if looks and not torch.isfinite(trainer.callback_metrics["train/loss"]):
+            raise InputError(
+                f"optimizer.learning_rate={pl_module.learning_rate}: the loss is no number any more at step"
+                f" {trainer.global_step}; lower it, or set trainer.gradient_clip_val=1"
+            )

@@ -186,6 +186,14 @@ def _steps_done(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodul
             for name in now
             if now[name] != before[name]
         ]
+    place = contents.get("TextDataModule", {})
+    if place.get("batches_done"):  # inside an epoch, whose order must stay
+        problems += [
+            f"{name}: the checkpoint stands inside an epoch that began with {place['order'][name]}, not {value};"
+            " go on to the epoch's end without a change, or begin a new run"
+            for name, value in datamodule.state_dict()["order"].items()
+            if value != place["order"][name]
+        ]
     record, text_now = runs.read_record(folder), datamodule.corpus.record
     text_before = record.get("text", {})
     untrained = IMPORTED_FROM in record and not text_before  # nothing is known of the text that Keras saw

@@ -1,7 +1,6 @@
 """The LightningModule: one training step, the measures of a validation."""
 
 import dataclasses
-import math
 from typing import Any
 
 import lightning.pytorch as L
@@ -45,6 +44,7 @@ class MiniGPTModule(L.LightningModule):
         self.optimizer_config, self.schedule_config = OptimizerConfig(**optimizer), ScheduleConfig(**schedule)
         self.learning_rate = self.optimizer_config.learning_rate  # where the learning-rate finder puts its proposal
         self.ignore_index = None if loss_on_padding else PADDING_ID
+        self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss and counted targets of the epoch, this process's
         if self.optimizer_config.second_moment == "by_occurrence":
             record_squares_by_occurrence(self.model.token_embedding, lambda: self.trainer.world_size)
 
@@ -63,8 +63,27 @@ class MiniGPTModule(L.LightningModule):
         targets = max(int(batch.targets_per_share), 1)  # weighs the epoch's mean by targets
         self.log("train/loss", loss, sync_dist=True, batch_size=targets)
         self.log("train/perplexity", loss.detach().exp(), sync_dist=True, batch_size=targets)
-        self.log("train/epoch_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=targets)
+        device = "cpu" if loss.device.type == "mps" else loss.device  # MPS has no fp64
+        self.epoch_sums = self.epoch_sums.to(device) + torch.stack([total.detach(), batch.targets_per_share]).to(device)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        loss, targets = self._over_processes(self.epoch_sums).tolist()
+        self.log("train/epoch_loss", loss / targets, rank_zero_only=False)
+        if self.trainer.is_last_batch:  # else the run ends inside the epoch, and a resumed one goes on adding
+            self.epoch_sums = torch.zeros_like(self.epoch_sums)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        return sums if self.trainer.world_size == 1 else self.trainer.strategy.reduce(
+            sums.to(self.device), reduce_op="sum"
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_sums"] = self._over_processes(self.epoch_sums).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.global_rank == 0 and "epoch_sums" in checkpoint:  # `convert` writes none
+            self.epoch_sums = checkpoint["epoch_sums"]
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         # Lightning refuses to clip for fused optimizers under any mixed precision, for the sake of fp16's scaler.
@@ -108,17 +127,14 @@ class MiniGPTModule(L.LightningModule):
         self.validation_sums += torch.stack([value.double() for value in sums]).cpu()
 
     def on_validation_epoch_end(self) -> None:
-        sums = self.validation_sums
-        if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        sums = sums.tolist()
-        loss, word_loss = sums[0] / sums[1], sums[2] / max(sums[3], 1)
+        sums = self._over_processes(self.validation_sums)
+        loss, word_loss = sums[0] / sums[1], sums[2] / sums[3]  # without a known word the latter is NaN
         self.log_dict(
             {
                 "val/loss": loss,
-                "val/perplexity": math.exp(loss),
+                "val/perplexity": loss.exp(),
                 "val/word_loss": word_loss,
-                "val/word_perplexity": math.exp(word_loss),
+                "val/word_perplexity": word_loss.exp(),
             },
             rank_zero_only=False,
         )

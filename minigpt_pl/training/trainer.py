@@ -14,7 +14,7 @@ from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig, TrainerConfig
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.training import curve
-from minigpt_pl.training.callbacks import StopAtStep, StopOnSignal, TextGenerator, Throughput
+from minigpt_pl.training.callbacks import Ending, StopAtNaN, TextGenerator, Throughput
 from minigpt_pl.training.progress import Progress
 
 
@@ -37,12 +37,8 @@ def build_trainer(
     callbacks = [
         TextGenerator(config.text_generator, prompts, datamodule.corpus.tokenizer, folder, config.seed),
         Throughput(),
-        StopOnSignal(checkpoints / "last.ckpt"),
+        StopAtNaN(),
         lightning_callbacks.LearningRateMonitor(logging_interval="step"),
-        # Two, since one with save_last=True leaves last.ckpt behind whenever val/loss has not improved.
-        lightning_callbacks.ModelCheckpoint(
-            checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
-        ),
     ]
     if validates(config, datamodule):
         best = lightning_callbacks.ModelCheckpoint(
@@ -51,23 +47,21 @@ def build_trainer(
         callbacks.append(best)
     if settings.patience is not None:
         callbacks.append(lightning_callbacks.EarlyStopping("val/loss", patience=settings.patience))
-    if settings.max_steps is not None:
-        callbacks.append(StopAtStep(settings.max_steps))
     if settings.ema_decay is not None:
         callbacks.append(lightning_callbacks.EMAWeightAveraging(decay=settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(Progress())
+    callbacks.append(Ending(checkpoints / "last.ckpt", settings.max_steps, _seconds(settings.max_time)))
     loggers = _build_loggers(config, folder, resume_from) if rank_zero_only.rank == 0 else True
     return L.Trainer(
         **processes(settings),
         precision=precision(settings.precision, settings.accelerator),
         max_epochs=settings.max_epochs,
-        max_time=settings.max_time,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
         check_val_every_n_epoch=settings.check_val_every_n_epoch,
         val_check_interval=settings.val_check_interval,
-        limit_val_batches=1.0 if settings.limit_val_batches is None else settings.limit_val_batches,
+        limit_val_batches=_limit_val_batches(config, datamodule),
         num_sanity_val_steps=0,
         log_every_n_steps=settings.log_every_n_steps,
         profiler=settings.profiler,
@@ -80,6 +74,19 @@ def build_trainer(
         callbacks=callbacks,
         logger=loggers,
     )
+
+
+def _limit_val_batches(config: TrainConfig, datamodule: TextDataModule) -> int | float:
+    if not validates(config, datamodule):
+        return 0
+    return 1.0 if config.trainer.limit_val_batches is None else config.trainer.limit_val_batches
+
+
+def _seconds(max_time: str | None) -> float | None:
+    if max_time is None:
+        return None
+    days, hours, minutes, seconds = map(int, max_time.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def processes(settings: TrainerConfig) -> dict[str, Any]:
