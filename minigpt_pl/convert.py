@@ -8,6 +8,7 @@ from pathlib import Path
 from minigpt_pl import command_line, runs
 from minigpt_pl.config import ConvertConfig, TrainConfig
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import write_aside
 from minigpt_pl.tokenizer import END, PADDING, UNKNOWN, build_tokenizer, list_vocabulary, split_words
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def _import(config: ConvertConfig) -> Path:
     folder = runs.make_run_folder(output_dir, config.run_name, "keras")
     build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     _save_checkpoint(folder / "checkpoints" / "last.ckpt", settings, model.state_dict)
-    runs.write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
     runs.update_record(
         folder,
         status="finished",
@@ -146,7 +147,7 @@ def _export(config: ConvertConfig) -> Path:
     write_keras(target, model.network)
     if config.vocabulary is not None:
         words = list_vocabulary(model.tokenizer)[:-1]  # less [END], which Keras knows nothing of
-        runs.write_aside(Path(config.vocabulary), "\n".join(words) + "\n")
+        write_aside(Path(config.vocabulary), "\n".join(words) + "\n")
     log.info("Wrote %s from %s", target, model.checkpoint)
     return target
 

@@ -9,7 +9,6 @@ outputs/<run name>/
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,12 @@ from typing import Any
 import torch
 
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import make_folder, write_aside
 from minigpt_pl.model import MiniGPT
 
 RECORD = "run.json"
+LAST = Path("checkpoints", "last.ckpt")
 IMPORTED_FROM = "imported_from"  # in the record of a run that `convert` made: the Keras file
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, begin_again: bool = False) -> Path:
@@ -40,16 +34,18 @@ def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, begin_a
     Raises:
         InputError: a run of that name exists.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir, "output_dir")
     if run_name is not None:
         folder = output_dir / run_name
         try:
             folder.mkdir()  # fails if it exists, so of two runs that start together one is refused
         except FileExistsError as error:
-            if not begin_again or (folder / "checkpoints" / "last.ckpt").exists():
+            if not begin_again or not folder.is_dir() or (folder / LAST).exists():
                 raise InputError(
                     f"run_name={run_name}: {folder} exists; add resume=auto to go on with it, or take another name"
                 ) from error
+        except OSError as error:  # too long, or not to be written
+            raise InputError(f"run_name={run_name}: cannot be made ({error.strerror}); take another name") from error
         return folder
     number = 1
     while True:
@@ -78,53 +74,80 @@ def update_record(folder: Path, **values: Any) -> None:
     write_aside(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def newest_run(output_dir: Path, *statuses: str) -> Path | None:
-    """The run of one of these statuses whose record changed last; None if there is none."""
-    folders = [path.parent for path in output_dir.glob(f"*/{RECORD}")]
-    candidates = [folder for folder in folders if read_record(folder).get("status") in statuses]
-    return max(candidates, key=lambda folder: read_record(folder)["updated"], default=None)
+def hold(folder: Path) -> Any:
+    """Keep a run for this process until the returned lock is released, or the process ends.
+
+    Raises:
+        InputError: another process has it.
+    """
+    from filelock import FileLock, Timeout  # comes with torch
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"run_name={folder.name}: {folder} is being trained by another process") from error
+    return lock
 
 
-def find_checkpoint(path: Path, *names: str) -> Path:
-    """The checkpoint that a path stands for: itself, or the first of `names` in a run folder.
+def newest_unfinished_run(output_dir: Path) -> Path | None:
+    """The run whose record changed last, of those with a checkpoint to go on with that nobody is training."""
+    for folder in _newest_first(output_dir, "interrupted", "failed", "running"):
+        if (folder / LAST).is_file():
+            try:
+                hold(folder).release()
+            except InputError:
+                continue
+            return folder
+    return None
+
+
+def _newest_first(output_dir: Path, *statuses: str) -> list[Path]:
+    records = {path.parent: read_record(path.parent) for path in output_dir.glob(f"*/{RECORD}")}
+    folders = [folder for folder, record in records.items() if record.get("status") in statuses]
+    return sorted(folders, key=lambda folder: records[folder]["updated"], reverse=True)
+
+
+def find_checkpoint(path: str | Path, output_dir: Path | None = None, last: bool = False, setting: str = "run") -> Path:
+    """The checkpoint that a path stands for: itself; or of a run folder the best, else the last.
 
     Args:
-        names: as they stand in `checkpoints/`; without any: the best, else the last.
+        path: a checkpoint, a run folder, or the name of one inside `output_dir`.
+        last: of a run folder always the last.
+        setting: named in the error.
 
     Raises:
         InputError: there is none.
     """
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise InputError(f"{path}: no such run folder or checkpoint")
-    for name in names or ("best.ckpt", "last.ckpt"):
-        checkpoint = path / "checkpoints" / name
-        if checkpoint.is_file():
-            return checkpoint
-    raise InputError(f"{path}: holds no checkpoint; give a run folder that was trained, or a checkpoint's path")
+    places = [Path(path)] if output_dir is None else [output_dir / path, Path(path)]
+    for place in places:
+        if place.is_file():
+            return place
+        for name in ("last.ckpt",) if last else ("best.ckpt", "last.ckpt"):
+            if (place / "checkpoints" / name).is_file():
+                return place / "checkpoints" / name
+    found = "holds no checkpoint" if any(place.is_dir() for place in places) else "no such run folder or checkpoint"
+    raise InputError(f"{setting}={path}: {found}; give a trained run's folder, or a checkpoint's path")
 
 
 def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
-    """The checkpoint of a run that a person named: its best, else its last.
-
-    Args:
-        run: a run folder, its name inside `output_dir`, or a checkpoint; None: the newest finished run.
+    """The checkpoint of a run that a person named (as in `find_checkpoint`); None: of the newest finished run.
 
     Raises:
         InputError: there is none.
     """
     if run is not None:
-        named = output_dir / run
-        return find_checkpoint(named if named.is_dir() else Path(run))
-    newest = newest_run(output_dir, "finished")
-    if newest is None:
+        return find_checkpoint(run, output_dir)
+    finished = [folder for folder in _newest_first(output_dir, "finished") if (folder / LAST).is_file()]
+    if not finished:
         raise InputError(f"output_dir={output_dir}: no finished run there; train one, or give run=FOLDER")
-    return find_checkpoint(newest)
+    return find_checkpoint(finished[0])
 
 
-def load_network(checkpoint: Path) -> MiniGPT:
-    """The network of a checkpoint; nothing else of the file is read from the disk.
+def load_network(checkpoint: Path) -> tuple[MiniGPT, int | None]:
+    """The network of a checkpoint, and the id of its end token (None: it learned no end of a text).
+
+    Nothing else of the file is read from the disk.
 
     Raises:
         InputError: the file is damaged, or not a checkpoint of this project.
@@ -139,7 +162,7 @@ def load_network(checkpoint: Path) -> MiniGPT:
         raise InputError(
             f"checkpoint={checkpoint}: not a checkpoint of minigpt_pl; give one from a run folder"
         ) from error
-    return network
+    return network, contents["hyper_parameters"].get("end_id")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -16,11 +16,12 @@ def main() -> None:
 
 def sample(config: SampleConfig) -> None:
     """Print a text for each prompt and sample to standard output; which checkpoint wrote it, to standard error."""
-    from minigpt_pl.generation.text import generate_texts, load, unknown_words
+    from minigpt_pl.generation.text import encode_prompts, generate_texts, load, unknown_words
 
     prompts = _prompts(config)
     model = load(_checkpoint(config))
     print(f"checkpoint: {model.checkpoint}", file=sys.stderr)
+    encode_prompts(model.tokenizer, prompts, "prompt" if config.prompts_file is None else "prompts_file: prompt")
     for prompt in prompts:
         if unknown := unknown_words(model.tokenizer, prompt):
             print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
@@ -32,10 +33,11 @@ def sample(config: SampleConfig) -> None:
 def _take_prompt_literally(argument: str) -> str:
     """`prompt=it's a, b` as it stands; Hydra would read quotes, commas and brackets as grammar.
 
-    A list (`prompt=[...]`), null and what is quoted already stay Hydra's.
+    A list (`prompt=[...]`), null and what is quoted as a whole stay Hydra's.
     """
     name, _, value = argument.partition("=")
-    if name != "prompt" or value == "null" or value[:1] in ("[", "'", '"'):
+    hydras = r"""null|\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'"""
+    if name != "prompt" or re.fullmatch(hydras, value, re.DOTALL):
         return argument
     # In Hydra's quotes a backslash is one, but before a quote mark or the end it escapes; ${ begins a reference.
     escaped = re.sub(r'(\\*)("|\$\{|\Z)', lambda m: m[1] * 2 + (m[2] and "\\" + m[2]), value)
@@ -51,14 +53,20 @@ def _prompts(config: SampleConfig) -> list[str]:
         prompts = config.prompt if isinstance(config.prompt, list) else [config.prompt]
     else:
         prompts = [line for line in _read_prompts(config.prompts_file).splitlines() if line.strip()]
-    if not prompts:
+    if not prompts and config.prompts_file is not None:
         raise InputError(f"prompts_file={config.prompts_file}: holds no prompt; write one a line")
-    return [str(prompt) for prompt in prompts]
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(
+            f"prompt={config.prompt}: must be a text, or a list of texts; quote what is none, as in ['10']"
+        )
+    return prompts
 
 
 def _read_prompts(name: str) -> str:
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        if name == "-" and sys.stdin is None:
+            raise OSError("standard input is closed")
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"prompts_file={name}: cannot be read ({error}); give a UTF-8 file, or - for standard input"
@@ -66,8 +74,10 @@ def _read_prompts(name: str) -> str:
 
 
 def _checkpoint(config: SampleConfig) -> Path:
+    if config.checkpoint is not None and config.run is not None:
+        raise InputError(f"checkpoint={config.checkpoint}: give it or run={config.run}, and not both")
     if config.checkpoint is not None:
-        return Path(config.checkpoint)
+        return runs.find_checkpoint(config.checkpoint, setting="checkpoint")
     return runs.choose_checkpoint(Path(config.output_dir), config.run)
 
 

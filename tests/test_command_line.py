@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,9 +109,13 @@ class TestBadInput:
             (["prompt=a", "top_k=0"], ["top_k=0: must be at least 1"]),
             (["prompt=a", "top_k=100000"], ["top_k=100000: must be 1 to 26"]),
             (["prompt=a", "topk=3"], ["topk=3: no such setting"]),
-            (["prompt=a", "run=none"], ["none: no such run folder"]),
+            (["prompt=a", "run=none"], ["run=none: no such run folder"]),
+            (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: give it or run=tiny, and not both"]),
+            (["prompt=[]"], ["prompt=[]: must be a text, or a list of texts"]),
+            (["prompt=[the cat, 2.50, null]"], ["prompt=['the cat', 2.5, None]: must be a text"]),
+            (["prompt=a", "=3", "~seed", "word"], ["=3: not a setting", "~seed: not a", "word: not a"]),
             (["prompt=a", "output_dir=none"], ["output_dir=none: no finished run there"]),
-            (["prompt=a", "checkpoint=none.ckpt"], ["none.ckpt: no such run folder or checkpoint"]),
+            (["prompt=a", "checkpoint=none.ckpt"], ["checkpoint=none.ckpt: no such run folder or checkpoint"]),
             (["prompts_file=none.txt"], ["prompts_file=none.txt: cannot be read"]),
             (
                 ["prompt=a", "top_k=0", "num_tokens=x", "temperature=-1", "nope=1"],
@@ -165,8 +170,14 @@ class TestBadInput:
             (["model.embed_dim=-1", "trainer.max_epochs=x", "data.cut=chop", "nope=1"],
              ["model.embed_dim=-1: must be", "trainer.max_epochs=x: ", "data.cut=chop", "nope=1: no such setting"]),
             (["resume=auto"], ["resume=auto: no unfinished run in outputs"]),
-            (["resume=none.ckpt"], ["none.ckpt: no such run folder or checkpoint"]),
-            (["resume=tiny.ckpt"], ["tiny.ckpt: no such run folder or checkpoint"]),
+            (["resume=none.ckpt"], ["resume=none.ckpt: no such run folder or checkpoint"]),
+            (["data.train_splits=[trian]", "data.validation_split=tets"],
+             ["data.train_splits=['trian']: must be one of train", "data.validation_split=tets: must be one of"]),
+            (["trainer.max_time=0:00:00:00"], ["trainer.max_time=0:00:00:00: must be DD:HH:MM:SS"]),
+            (["model.tie_embeddings=true"], ["model.tie_embeddings=true: a tied", ]),
+            (["optimizer.name=adamw"], ["optimizer.name=adamw: set optimizer.second_moment=dense"]),
+            (["-m", "seed=1,2", "run_name=x"], ["run_name=x: is the name of one run; in a sweep (-m) leave it out"]),
+            (["-m", "seed=1,2", "resume=auto"], ["resume=auto: each job would go on with the same run"]),
         ],
     )  # fmt: skip
     def test_train(self, tmp_path, arguments, messages):
@@ -175,7 +186,9 @@ class TestBadInput:
 
     def test_prompts_are_looked_at_before_training(self, story, tmp_path):
         arguments = [*TINY_RUN, f"data.path={story}", "text_generator.prompts=[xyzzy]"]
-        assert_refused(run_module("train", *arguments, cwd=tmp_path), "prompt='xyzzy': none of its words")
+        assert_refused(
+            run_module("train", *arguments, cwd=tmp_path), "text_generator.prompts='xyzzy': none of its words"
+        )
         none_asked_for = ["text_generator.every_n_epochs=0", "trainer.max_steps=1"]
         assert run_module("train", *arguments, *none_asked_for, cwd=tmp_path).returncode == 0
 
@@ -205,3 +218,67 @@ def test_resume_takes_the_runs_own_settings(trained, tmp_path):
     record = json.loads((tmp_path / "outputs" / "tiny" / "run.json").read_text())
     assert record["epochs"] == 3 and record["status"] == "finished"
     assert len((tmp_path / "outputs" / "tiny" / "samples.jsonl").read_text().splitlines()) == 3
+
+
+def test_resume_by_name_with_the_runs_own_kind_of_text(trained, story, tmp_path):
+    """data.path is a setting of data=text, which the run's record brings."""
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    shutil.copy(story, tmp_path / "moved.txt")
+    options = ["resume=tiny", "trainer.max_epochs=3"]
+    done = run_module("train", *options, "data.path=moved.txt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "outputs" / "tiny" / "run.json").read_text())["epochs"] == 3
+    assert_refused(run_module("train", *options, "run_name=other", cwd=tmp_path), "run_name=other: resume=tiny goes on")
+    changed = tmp_path / "changed.txt"
+    changed.write_text(story.read_text() + "The cat sees the dog.\n")
+    refused = run_module("train", *options, f"data.path={changed}", cwd=tmp_path)
+    assert_refused(refused, "data: the text is not the one")
+
+
+def test_a_run_in_training_is_left_alone(trained, tmp_path):
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    folder = tmp_path / "outputs" / "tiny"
+    runs.update_record(folder, status="running")  # killed, or at work: only the lock tells
+    lock = runs.hold(folder)
+    assert_refused(run_module("train", "resume=auto", cwd=tmp_path), "resume=auto: no unfinished run")
+    options = ["resume=tiny", "trainer.max_epochs=3"]
+    assert_refused(run_module("train", *options, cwd=tmp_path), "run_name=tiny: ")
+    lock.release()
+    assert run_module("train", "resume=auto", "trainer.max_epochs=3", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "data.cache_dir"])
+def test_a_file_where_a_folder_should_be(story, tmp_path, setting):
+    (tmp_path / "file").write_text("mine")
+    done = run_module("train", *TINY_RUN, f"data.path={story}", f"{setting}=file", cwd=tmp_path)
+    assert_refused(done, "data.cache_dir=file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "taken"])
+def test_run_names_that_cannot_be(story, tmp_path, name):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "taken").write_text("mine")
+    done = run_module("train", *TINY_RUN, f"data.path={story}", f"run_name={name}", "resume=auto", cwd=tmp_path)
+    assert_refused(done, f"run_name={name}: ")
+    assert (tmp_path / "outputs" / "taken").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk(trained):
+    command = [sys.executable, "-m", "minigpt_pl.sample", "prompt=the cat", "num_samples=9"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=trained, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert_refused(done, "output: no space is left to write")
+
+
+def test_a_reader_that_leaves(trained):
+    command = f"{sys.executable} -m minigpt_pl.sample 'prompt=the cat' num_samples=2000 num_tokens=20 | head -1"
+    done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
+    assert done.stdout.startswith("the cat") and "Error" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_closed_standard_input(trained):
+    command = f"{sys.executable} -m minigpt_pl.sample prompts_file=- <&-"
+    done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
+    assert_refused(done, "prompts_file=-: cannot be read")

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -22,7 +24,7 @@ def network() -> MiniGPT:
 
 @pytest.fixture(scope="module")
 def model(network) -> TextModel:
-    return TextModel(network, build_tokenizer(WORDS))
+    return TextModel(network, build_tokenizer(WORDS), END_ID)
 
 
 def controls(**changes):
@@ -94,12 +96,40 @@ class TestFilters:
         cold, warm, hot = (filters.temperature(self.LOGITS, t).softmax(-1).max() for t in (0.5, 1.0, 2.0))
         assert cold > warm > hot
 
+    @pytest.mark.parametrize(("value", "largest"), [(1e-300, 1.0), (1e-40, 1.0), (1e300, 1 / 3)])
+    def test_extreme_temperatures(self, value, largest):
+        logits = filters.ban(self.LOGITS, [0])
+        probabilities = filters.temperature(logits, value).softmax(-1)
+        assert_close(probabilities.max(-1).values, torch.full((2,), largest))
+        assert (probabilities[:, 0] == 0).all()
+
     def test_ban(self):
         assert filters.ban(self.LOGITS, [0, 3])[:, [0, 3]].isinf().all()
         assert torch.equal(filters.ban(self.LOGITS, []), self.LOGITS)
 
 
 class TestText:
+    def test_a_network_that_learned_no_end_never_writes_it(self, network):
+        tokenizer, texts, network = build_tokenizer(WORDS), {}, copy.deepcopy(network)
+        torch.nn.init.constant_(network.output.bias[END_ID:], 3.0)
+        for end_id in (END_ID, None):
+            model = TextModel(network, tokenizer, end_id)
+            texts[end_id] = [generate_text(model, "the", 20, 1.0, None, seed) for seed in range(20)]
+        lengths = {end: {len(tokenizer.encode(text).ids) for text in group} for end, group in texts.items()}
+        assert lengths[None] == {21} and min(lengths[END_ID]) < 21
+        assert not any("[END]" in text for text in texts[None])
+
+    def test_all_unusable_prompts_are_named(self, model):
+        with pytest.raises(InputError) as caught:
+            generate_texts(model, ["the", "", "xyzzy", "\ud800"], top_k=5)
+        assert [problem.split(":")[0] for problem in caught.value.problems] == [
+            "prompt=''", "prompt='xyzzy'", "prompt='\\ud800'",
+        ]  # fmt: skip
+
+    def test_at_least_one_sample(self, model):
+        with pytest.raises(InputError, match="num_samples=0: must be at least 1"):
+            generate_texts(model, ["the"], top_k=5, num_samples=0)
+
     def test_the_prompt_stays_as_typed_and_the_rest_reads_well(self, model):
         text = generate_text(model, "It's a  Well-KNOWN zebra ", num_tokens=8, temperature=0, top_k=None)
         assert text.startswith("It's a  Well-KNOWN zebra")

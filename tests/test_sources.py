@@ -114,9 +114,11 @@ class TestImdb:
         with pytest.raises(InputError, match="data.source=.*folder in the hub's layout"):
             sources.open_source(imdb_config(str(make(tmp_path))))
 
-    def test_splits_that_are_not_there(self, imdb):
-        with pytest.raises(InputError, match=r"data.train_splits=\['dev'\]: the source has only"):
-            sources.open_source(imdb_config(str(imdb), train_splits=["dev"]))
+    def test_splits_that_are_not_there(self, tmp_path):
+        with pytest.raises(InputError, match=r"data.train_splits=\['test'\]: the source has only train"):
+            (tmp_path / "plain_text").mkdir()
+            (tmp_path / "plain_text" / "train-00000-of-00001.parquet").write_bytes(b"")
+            sources.open_source(imdb_config(str(tmp_path), train_splits=["test"]))
 
 
 class TestText:
@@ -132,6 +134,36 @@ class TestText:
         (tmp_path / "my.txt").write_text(contents)
         source = sources.open_source(text_config(tmp_path / "my.txt", document=document))
         assert [text.strip() for text in source.train()] == documents
+
+    @pytest.mark.parametrize("name", ["plain.TXT", "[1] a*b?.txt"])
+    def test_byte_order_mark_and_odd_names(self, tmp_path, name):
+        (tmp_path / name).write_text("\n".join(DOCUMENTS), encoding="utf-8-sig")
+        assert list(sources.open_source(text_config(tmp_path / name)).train()) == DOCUMENTS
+
+    def test_byte_order_mark_of_a_table(self, tmp_path):
+        (tmp_path / "table.csv").write_text("text\none\ntwo\n", encoding="utf-8-sig")
+        (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+        for name in ("table.csv", "rows.jsonl"):
+            assert list(sources.open_source(text_config(tmp_path / name)).train()) == ["one", "two"]
+
+    def test_identity_is_the_content(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one\n")
+        first = sources.open_source(text_config(tmp_path / "a.txt")).identity
+        (tmp_path / "b.txt").write_text("one\n")
+        assert sources.open_source(text_config(tmp_path / "b.txt")).identity == first
+        (tmp_path / "a.txt").write_text("two\n")
+        assert sources.open_source(text_config(tmp_path / "a.txt")).identity != first
+
+    def test_held_out_text_is_another(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one\n")
+        with pytest.raises(InputError, match="data.validation_path=.*is the text of data.path"):
+            sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "a.txt")))
+
+    def test_of_many_files_the_undecodable_one_is_named(self, tmp_path):
+        for name in "abc":
+            (tmp_path / f"{name}.txt").write_bytes("caf\u00e9".encode("latin-1" if name == "b" else "utf-8"))
+        with pytest.raises(InputError, match="data.path=.*b.txt: cannot be read.*UTF-8"):
+            list(sources.open_source(text_config(tmp_path)).train())
 
     def test_folder_of_txt(self, tmp_path):
         for number, text in enumerate(DOCUMENTS):

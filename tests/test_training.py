@@ -127,7 +127,7 @@ class TestLoss:
         config = tiny_config("trainer.max_epochs=1", "data.loss_on_padding=true")
         folder = train(config)
         data = TextDataModule(config)
-        network = runs.load_network(folder / "checkpoints" / "last.ckpt").eval()
+        network = load(folder / "checkpoints" / "last.ckpt").network
         end_id = data.corpus.tokenizer.token_to_id("[END]")
         every, words = [], []
         for batch in data.val_dataloader():

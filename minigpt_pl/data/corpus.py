@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
-import tempfile
 import time
 from array import array
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from minigpt_pl.config import DataConfig
 from minigpt_pl.data.sources import Source, open_source
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import make_folder
 from minigpt_pl.tokenizer import (
     NUM_SPECIAL,
     UNKNOWN_ID,
@@ -87,7 +88,7 @@ def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
         wanted["vocabulary"] = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.cache_dir) / fingerprint
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, "data.cache_dir")
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             _encode_into(folder, source, config.validation_share, vocab_size, vocabulary)
@@ -144,8 +145,9 @@ def _encode_into(
         if word in first_ids:  # a vocabulary from elsewhere may have words that this text lacks
             final_ids[first_ids[word]] = id_
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process of this number that was killed
+    aside.mkdir()
     try:
         build_tokenizer(vocabulary).save(str(aside / "tokenizer.json"))
         for split, encoded in splits.items():

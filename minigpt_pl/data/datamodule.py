@@ -32,7 +32,7 @@ class TextDataModule(L.LightningDataModule):
         if rows < config.data.batch_size:
             raise InputError(
                 f"data.batch_size={config.data.batch_size}: the text gives only {rows} sequences;"
-                " lower data.batch_size, or give more text"
+                " lower it, give more text, or take all of its tokens with data.cut=pack"
             )
 
     def _sequences(self, ids: Ids) -> Sequences:

@@ -1,6 +1,7 @@
 """Where text comes from. A source streams documents; it holds none of them."""
 
 import csv
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -95,14 +96,14 @@ def _imdb_folder(folder: Path, config: ImdbConfig) -> Source:
         raise InputError(
             f"data.source={folder}: no such folder; give auto, hub, packaged or a folder in the hub's layout"
         )
-    splits = {}
+    splits: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("plain_text/*-*.parquet")):
         splits.setdefault(path.name.split("-")[0], []).append(path)
     if not splits:
         raise InputError(f"data.source={folder}: has no plain_text/SPLIT-*.parquet; give a folder in the hub's layout")
 
     def documents(paths: list[Path]) -> Documents:
-        return lambda: _read("parquet", "text", data_files=[str(path) for path in paths], split="train")
+        return lambda: _read_files("parquet", "text", "data.source", paths)
 
     identity = {"files": [_file_identity(path) for paths in splits.values() for path in paths]}
     return _imdb_source(str(folder), identity, {name: documents(paths) for name, paths in splits.items()}, config)
@@ -170,6 +171,11 @@ def _open_text(config: TextConfig) -> Source:
     if config.validation_path is None:
         return Source(config.path, {"train": identity}, train, None)
     validation, validation_identity = _text_documents("data.validation_path", config.validation_path, config)
+    if validation_identity == identity:
+        raise InputError(
+            f"data.validation_path={config.validation_path}: is the text of data.path; give another, or null to hold"
+            " out a share of it"
+        )
     return Source(config.path, {"train": identity, "validation": validation_identity}, train, validation)
 
 
@@ -194,8 +200,8 @@ def _text_documents(setting: str, given: str, config: TextConfig) -> tuple[Docum
 
 
 def _file_documents(setting: str, path: Path, config: TextConfig) -> tuple[Documents, dict]:
-    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS) if path.is_dir() else [path]
-    suffixes = {file.suffix for file in files}
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READERS) if path.is_dir() else [path]
+    suffixes = {file.suffix.lower() for file in files}
     if not files:
         raise InputError(f"{setting}={path}: the folder holds no {', '.join(_READERS)} file; give one that does")
     if len(suffixes) > 1:
@@ -205,7 +211,9 @@ def _file_documents(setting: str, path: Path, config: TextConfig) -> tuple[Docum
         raise InputError(f"{setting}={path}: unknown kind of file; give {', '.join(_READERS)} or a folder of them")
     if empty := [file for file in files if file.stat().st_size == 0]:
         raise InputError(f"{setting}={empty[0]}: the file is empty; give one with text")
-    options: dict[str, Any] = {"data_files": [str(file) for file in files], "split": "train"}
+    options = {}
+    if suffix in (".txt", ".csv"):
+        options["encoding"] = "utf-8-sig"  # with or without a byte-order mark
     if suffix == ".txt":
         options["sample_by"] = {"line": "line", "paragraph": "paragraph", "file": "document"}[config.document]
     column = "text" if suffix == ".txt" else config.text_column
@@ -214,16 +222,34 @@ def _file_documents(setting: str, path: Path, config: TextConfig) -> tuple[Docum
         "column": column,
         "document": config.document,
     }
-    return lambda: _read(_READERS[suffix], column, setting, **options), identity
+    return lambda: _read_files(_READERS[suffix], column, setting, files, **options), identity
 
 
 # ----------------------------------------------------------------------------------------------- reading
+
+
+def _read_files(reader: str, column: str, setting: str, files: list[Path], **options: Any) -> Iterator[str]:
+    names = [glob.escape(str(file)) for file in files]
+    try:
+        yield from _read(reader, column, setting, data_files=names, split="train", **options)
+    except UnicodeDecodeError as error:
+        undecodable = next(file for file in files if not _is_utf8(file))
+        raise InputError(f"{setting}={undecodable}: cannot be read ({error}); it must be UTF-8") from error
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return all(True for _ in lines)
+    except UnicodeDecodeError:
+        return False
 
 
 def _read(dataset: str, column: str, setting: str = "data.source", **options: Any) -> Iterator[str]:
     """Stream one column through the `datasets` library; documents without a word are left out."""
     import datasets  # a second to import, and not needed when the cache holds the text
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong we say, in one line
     name = options["data_files"][0] if "data_files" in options else dataset
     try:
         rows = datasets.load_dataset(dataset, streaming=True, **options)
@@ -238,17 +264,19 @@ def _read(dataset: str, column: str, setting: str = "data.source", **options: An
                 )
             if row[column] and not row[column].isspace():
                 yield row[column]
-    except (UnicodeDecodeError, datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        if isinstance(error, InputError):
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        if isinstance(error, InputError | UnicodeDecodeError):
             raise
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise error.__cause__ from error
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(f"{setting}={name}: cannot be read ({reason}); it must be UTF-8 and complete") from error
 
 
-def _file_identity(path: Path) -> list:
-    """Changes when the file does: name, size and time of change, as `make` would ask."""
-    status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
+def _file_identity(path: Path) -> str:
+    """Changes when the text does, and not when the file is copied or touched. A gigabyte takes about a second."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hub_revision(dataset_id: str) -> str:

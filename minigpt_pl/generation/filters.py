@@ -19,5 +19,9 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """Divide by the temperature, above 0: under 1 sharpens, over 1 flattens the distribution."""
-    return logits / value
+    """Divide by the temperature, above 0: under 1 sharpens, over 1 flattens the distribution.
+
+    The largest logit becomes 0, so that no temperature, however small or large, gives an infinity but for what is
+    left out already.
+    """
+    return (logits - logits.amax(dim=-1, keepdim=True)) / min(max(value, 1e-30), 1e30)

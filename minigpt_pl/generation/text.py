@@ -3,10 +3,10 @@
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.engine import generate_ids
@@ -19,11 +19,17 @@ BATCH_TEXTS = 256  # written at once; bounds the memory for a thousand prompts
 
 @dataclass
 class TextModel:
-    """A network with its words: what `load` gives and `generate_text` takes."""
+    """A network with its words: what `load` gives and `generate_text` takes.
+
+    Attributes:
+        end_id: the token that ends a text; None: the network was trained without one.
+        checkpoint: where it was read from.
+    """
 
     network: MiniGPT
     tokenizer: Tokenizer
-    checkpoint: Path | None = field(default=None)
+    end_id: int | None
+    checkpoint: Path | None = None
 
 
 def load(path: str | Path) -> TextModel:
@@ -36,14 +42,14 @@ def load(path: str | Path) -> TextModel:
         InputError: there is none, or it is not one of ours.
     """
     checkpoint = find_checkpoint(Path(path))
-    network = load_network(checkpoint)
+    network, end_id = load_network(checkpoint)
     tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json")
     if tokenizer.get_vocab_size() != network.vocab_size:
         raise InputError(
             f"{checkpoint}: {network.vocab_size} logits, but the tokenizer.json beside it has"
             f" {tokenizer.get_vocab_size()} entries; copy both from the same run"
         )
-    return TextModel(network.eval(), tokenizer, checkpoint)
+    return TextModel(network.eval(), tokenizer, end_id, checkpoint)
 
 
 def generate_text(
@@ -90,8 +96,8 @@ def generate_texts(
 
     Sample i of any prompt is drawn with seed + i, so a text is the same alone and in company.
     """
-    _check_controls(num_tokens, temperature, top_k, model.network.vocab_size)
-    prompt_ids = [encode_prompt(model.tokenizer, prompt) for prompt in prompts]
+    _check_controls(num_tokens, temperature, top_k, num_samples, model.network.vocab_size)
+    prompt_ids = encode_prompts(model.tokenizer, prompts)
     seed = secrets.randbelow(2**31) if seed is None else seed
     jobs = [(ids, seed + i) for ids in prompt_ids for i in range(num_samples)]
     new_ids: list[list[int]] = []
@@ -104,8 +110,9 @@ def generate_texts(
             temperature,
             top_k,
             seeds,
-            banned_ids=(PADDING_ID, UNKNOWN_ID),
-            end_id=model.tokenizer.token_to_id(END),
+            # A network that was trained without [END] knows nothing of it, and would write it at random.
+            banned_ids=(PADDING_ID, UNKNOWN_ID, *([model.tokenizer.token_to_id(END)] if model.end_id is None else [])),
+            end_id=model.end_id,
         )
     texts = [
         prompts[i // num_samples].rstrip() + _continuation(model.tokenizer, ids, new)
@@ -116,35 +123,41 @@ def generate_texts(
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
     """The prompt's words, as typed, that are not in the vocabulary."""
-    encoding = _encode(tokenizer, prompt)
+    encoding = tokenizer.encode(prompt)
     return [
         prompt[slice(*place)] for id_, place in zip(encoding.ids, encoding.offsets, strict=True) if id_ == UNKNOWN_ID
     ]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids.
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = "prompt") -> list[list[int]]:
+    """The prompts' ids.
+
+    Args:
+        setting: named in the error.
 
     Raises:
-        InputError: it has no word, or none that the model knows.
+        InputError: one line for each prompt that has no word, or none that the model knows.
     """
-    ids = _encode(tokenizer, prompt).ids
-    if not ids:
-        raise InputError(f"prompt={prompt!r}: has no words; give the beginning of a text")
-    if all(id_ == UNKNOWN_ID for id_ in ids):
-        raise InputError(f"prompt={prompt!r}: none of its words is in the model's vocabulary; use commoner words")
-    return ids
+    all_ids, problems = [], []
+    for prompt in prompts:
+        try:
+            all_ids.append(tokenizer.encode(prompt).ids)
+        except (UnicodeEncodeError, TypeError):  # half a surrogate pair: bytes that were no UTF-8
+            problems.append(f"{setting}={prompt!r}: is not Unicode text; give it in UTF-8")
+            continue
+        if not all_ids[-1]:
+            problems.append(f"{setting}={prompt!r}: has no words; give the beginning of a text")
+        elif all(id_ == UNKNOWN_ID for id_ in all_ids[-1]):
+            problems.append(f"{setting}={prompt!r}: none of its words is in the model's vocabulary; use commoner words")
+    if problems:
+        raise InputError(*problems)
+    return all_ids
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> Encoding:
-    try:
-        return tokenizer.encode(prompt)
-    except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair: bytes that were no UTF-8
-        raise InputError(f"prompt={prompt!r}: is not Unicode text; give it in UTF-8") from error
-
-
-def _check_controls(num_tokens: int, temperature: float, top_k: int | None, vocab_size: int) -> None:
+def _check_controls(num_tokens: int, temperature: float, top_k: int | None, num_samples: int, vocab_size: int) -> None:
     problems = []
+    if num_samples < 1:
+        problems.append(f"num_samples={num_samples}: must be at least 1")
     if num_tokens < 1:
         problems.append(f"num_tokens={num_tokens}: must be at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
 
-from minigpt_pl import runs
 from minigpt_pl.config import TextGeneratorConfig
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import write_aside
 from minigpt_pl.generation.text import TextModel, generate_texts
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,7 @@ class TextGenerator(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.path.exists():  # a resumed run writes again what came after its checkpoint
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            runs.write_aside(
-                self.path, "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step)
-            )
+            write_aside(self.path, "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step))
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,7 +48,7 @@ class TextGenerator(L.Callback):
             return
         controls = {name: getattr(self.config, name) for name in ("num_tokens", "temperature", "top_k")}
         network = _averaged(trainer, pl_module).model.eval()
-        model = TextModel(network, self.tokenizer)
+        model = TextModel(network, self.tokenizer, pl_module.hparams.end_id)
         texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **controls)]
         network.train()
         place = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}

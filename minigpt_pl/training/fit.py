@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import logging
+import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -21,9 +22,10 @@ from minigpt_pl.config import ImdbConfig, TrainConfig
 from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.generation.text import encode_prompt
+from minigpt_pl.files import write_aside
+from minigpt_pl.generation.text import encode_prompts
 from minigpt_pl.runs import IMPORTED_FROM
-from minigpt_pl.tokenizer import END, load_tokenizer
+from minigpt_pl.tokenizer import END, UNKNOWN_ID, load_tokenizer
 from minigpt_pl.training import curve
 from minigpt_pl.training.callbacks import Interrupted
 from minigpt_pl.training.module import MiniGPTModule
@@ -61,6 +63,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     module = _build_module(config, datamodule)
     prompts = _prompts(config, datamodule.corpus)
     _check_surroundings(config, datamodule)
+    if not validates(config, datamodule):
+        log.info("Nothing is held out: there will be no val/loss.")
     if config.find_learning_rate:
         return _find_learning_rate(config, module, datamodule)
     if resume_from is not None:
@@ -73,10 +77,11 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, begin_again)
     else:
         folder = Path(config.output_dir)  # ModelCheckpoint takes the first process's; nothing else writes here
+    lock = runs.hold(folder) if first_process else None
     trainer = build_trainer(config, folder, datamodule, prompts, resume_from)
     if first_process:
         datamodule.corpus.tokenizer.save(str(folder / "tokenizer.json"))
-        runs.write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         runs.update_record(folder, status="running", overrides=overrides, **_circumstances(trainer, datamodule))
         parameters = sum(parameter.numel() for parameter in module.parameters())
         log.info("Run: %s (%s parameters, %s)", folder, f"{parameters:,}", trainer.precision)
@@ -94,6 +99,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
             if (folder / "metrics.csv").exists():
                 curve.draw(folder)
             log.info("Run %s: %s after %s steps.", folder, status, trainer.global_step)
+            lock.release()
     return folder
 
 
@@ -136,11 +142,20 @@ def _check_surroundings(config: TrainConfig, datamodule: TextDataModule) -> None
     elif settings.accelerator != "cpu" and torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
         problems.append(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
     started = processes(settings)
+    by_hand = {"MASTER_ADDR", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    if settings.num_nodes > 1 and not by_hand:
+        problems.append(
+            f"trainer.num_nodes={settings.num_nodes}: start it with torchrun on each machine, or set it to 1"
+        )
     if config.data.batch_size < started["devices"] * started["num_nodes"]:
         problems.append(f"data.batch_size={config.data.batch_size}: must be at least the number of processes")
     if config.logger.name != "csv" and importlib.util.find_spec(config.logger.name) is None:
         extra = config.logger.name
         problems.append(f"logger.name={extra}: not installed; pip install 'minigpt_pl[{extra}]'")
+    if config.find_learning_rate and started["devices"] * started["num_nodes"] > 1:
+        problems.append(f"trainer.devices={settings.devices}: find_learning_rate=true needs one process; set it to 1")
+    if config.find_learning_rate and importlib.util.find_spec("matplotlib") is None:
+        problems.append("find_learning_rate=true: draws with matplotlib; pip install 'minigpt_pl[show]'")
     if settings.patience is not None and not validates(config, datamodule):
         problems.append(
             f"trainer.patience={settings.patience}: nothing is held out to watch; set data.validation_share"
@@ -160,14 +175,20 @@ def _prompts(config: TrainConfig, corpus: Corpus) -> list[str]:
     if not config.text_generator.every_n_epochs:
         return []
     if prompts is None:
-        first_words = corpus.tokenizer.decode(corpus.train.tokens[: corpus.train.offsets[1] - 1][:3])
-        prompts = ["this movie is"] if isinstance(config.data, ImdbConfig) else [first_words]
-    for prompt in prompts:
-        encode_prompt(corpus.tokenizer, prompt)
+        prompts = ["this movie is"] if isinstance(config.data, ImdbConfig) else [_first_known_words(corpus)]
+    encode_prompts(corpus.tokenizer, prompts, "text_generator.prompts")
     top_k, words = config.text_generator.top_k, corpus.tokenizer.get_vocab_size()
     if top_k is not None and top_k > words:
         raise InputError(f"text_generator.top_k={top_k}: the text has only {words} words; lower it, or null for all")
     return prompts
+
+
+def _first_known_words(corpus: Corpus) -> str:
+    tokens = corpus.train.tokens[:10_000]
+    known = (tokens != UNKNOWN_ID) & (tokens != corpus.tokenizer.token_to_id(END))
+    length = 3 if (known[:-2] & known[1:-1] & known[2:]).any() else 1
+    start = int((known[:-2] & known[1:-1] & known[2:]).argmax() if length == 3 else known.argmax())
+    return corpus.tokenizer.decode(tokens[start : start + length])
 
 
 def _steps_done(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodule: TextDataModule) -> int:

@@ -69,13 +69,15 @@ class MiniGPTModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         loss, targets = self._over_processes(self.epoch_sums).tolist()
-        self.log("train/epoch_loss", loss / targets, rank_zero_only=False)
+        self.log("train/epoch_loss", loss / targets, sync_dist=True)
         if self.trainer.is_last_batch:  # else the run ends inside the epoch, and a resumed one goes on adding
             self.epoch_sums = torch.zeros_like(self.epoch_sums)
 
     def _over_processes(self, sums: Tensor) -> Tensor:
-        return sums if self.trainer.world_size == 1 else self.trainer.strategy.reduce(
-            sums.to(self.device), reduce_op="sum"
+        return (
+            sums
+            if self.trainer.world_size == 1
+            else self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -136,5 +138,5 @@ class MiniGPTModule(L.LightningModule):
                 "val/word_loss": word_loss,
                 "val/word_perplexity": word_loss.exp(),
             },
-            rank_zero_only=False,
+            sync_dist=True,
         )

@@ -89,10 +89,11 @@ def _rich_bar() -> Any:
         progress.BarColumn(bar_width=None),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
         progress.TimeRemainingColumn(elapsed_when_finished=False),
+        progress.TextColumn("left"),
         console=Console(stderr=True),
         expand=True,
+        redirect_stdout=False,  # texts go where the person sends them
     )
 
 
