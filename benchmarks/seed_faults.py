@@ -82,6 +82,21 @@ def held_out_losses(model: minigpt_pl.TextModel, texts: list[str]) -> dict[str, 
 
 
 @torch.inference_mode()
+def packed_loss(model: minigpt_pl.TextModel, texts: list[str]) -> float:
+    """Loss over every token of the texts, in consecutive windows as `data.cut=pack` cuts them."""
+    length, end_id = model.network.max_length, model.tokenizer.token_to_id(END)
+    ids = torch.tensor([id_ for text in texts for id_ in [*model.tokenizer.encode(text).ids, end_id]])
+    losses = []
+    for start in range(0, len(ids) - length, 64 * length):
+        windows = ids[start : start + 64 * length + 1]
+        rows = (len(windows) - 1) // length
+        inputs, targets = (windows[i : i + rows * length].view(rows, length) for i in (0, 1))
+        output = model.network.output
+        losses.append(token_losses(model.network.hidden_states(inputs), output.weight, output.bias, targets).flatten())
+    return torch.cat(losses).mean().item()
+
+
+@torch.inference_mode()
 def past_the_context(network: MiniGPT, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, float]:
     """What is written after token 80: different words a text, and perplexity under the same model, which is given the
     last 80 tokens."""
@@ -154,6 +169,7 @@ def main(run: str, reviews: str, *others: str) -> None:
                 "texts_that_end": sum(end_id in text for text in last_tokens) / len(last_tokens),
                 "padding_share_of_targets": float((encoded[:, 1:] == PADDING_ID).mean()),
                 "held_out": {path: held_out_losses(minigpt_pl.load(path), texts) for path in (run, *others)},
+                "held_out_packed": {path: packed_loss(minigpt_pl.load(path), texts) for path in others},
                 "token_ms": {
                     "80_rows_of_logits": 1000 * token_seconds(model.network, prompts[0], everything=True),
                     "one_row_of_logits": 1000 * token_seconds(model.network, prompts[0], everything=False),

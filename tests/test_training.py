@@ -345,7 +345,7 @@ class TestCommand:
     def test_a_sweep_of_several_processes_is_refused(self, story, tmp_path):
         arguments = [*TINY_RUN, f"data.path={story}", "trainer.strategy=ddp", "trainer.devices=2", "-m", "seed=1,2"]
         done = run_module("train", *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and "trainer.devices=2: in a sweep" in done.stderr
+        assert done.returncode == 2 and "trainer.devices=2: each process would start the whole sweep" in done.stderr
 
 
 class TestSettings:
