@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPSILON = 1e-6  # the seed's; PyTorch's own default is 1e-5
+EXPLICIT_LENGTH = 256  # on a CPU in bf16 the plain products take half the fused function's time up to here
 EMBEDDING_RANGE = 0.05  # Keras's default for Embedding: uniform(-0.05, 0.05)
 
 
@@ -49,15 +50,33 @@ class CausalSelfAttention(nn.Module):
         Returns:
             (B, H, L, L); row i sums to 1 over the positions j <= i.
         """
-        query, key = self._split_heads(self.query(x)), self._split_heads(self.key(x))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_dim)  # (B, H, L, L)
-        return scores.masked_fill(causal_mask(x.shape[1], x.device), float("-inf")).softmax(dim=-1)
+        return self._weights(self._split_heads(self.query(x)), self._split_heads(self.key(x)))
+
+    def _weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B, H, L, K) twice -> (B, H, L, L)."""
+        scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_dim)
+        return scores.masked_fill(causal_mask(query.shape[-2], query.device), float("-inf")).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         query, key, value = (self._split_heads(layer(x)) for layer in (self.query, self.key, self.value))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (B, H, L, K)
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and x.shape[1] <= EXPLICIT_LENGTH:
+            mixed = self._weights(query, key) @ value  # (B, H, L, K)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # the same, fused
         return self.output(mixed.transpose(1, 2).flatten(-2))  # (B, H, L, K) -> (B, L, H*K) -> (B, L, D)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, three times as fast on a CPU: it draws 16 bits a value, so p is rounded to 1/65,536."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = (bits[: x.numel()] >= dropped - 2**15).view_as(x)
+        return x * kept.to(x.dtype).mul_(1 / (1 - dropped / 2**16))
 
 
 class TransformerBlock(nn.Module):
@@ -74,7 +93,7 @@ class TransformerBlock(nn.Module):
         )
         self.attention_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPSILON)
         self.feed_forward_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPSILON)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""

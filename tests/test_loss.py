@@ -9,7 +9,8 @@ from minigpt_pl.loss import linear_cross_entropy, token_losses
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ROWS", 7)  # so that 5 x 8 rows need several, the last one short
+    # So that 5 x 8 rows need several, the last one short.
+    monkeypatch.setattr(loss_module, "_chunk_rows", lambda vocab_size, dtype, device: 7)
 
 
 def example(dtype=torch.float32, requires_grad=True):
@@ -66,6 +67,27 @@ def test_nothing_to_count_is_zero():
     assert linear_cross_entropy(*tensors, torch.zeros_like(targets), 0).item() == 0
 
 
+def test_a_chunk_fills_the_cache_whatever_the_vocabulary(monkeypatch):
+    monkeypatch.undo()
+    cpu = torch.device("cpu")
+    assert loss_module._chunk_rows(20_000, torch.bfloat16, cpu) == 512
+    assert loss_module._chunk_rows(20_000, torch.float32, cpu) == 256
+    assert loss_module._chunk_rows(10**7, torch.float32, cpu) == 64
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_losses_too_large_for_a_probability(bf16):
+    tensors, targets = example()
+    tensors[2] = (tensors[2].detach() * 300).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ours = linear_cross_entropy(*tensors, targets)
+    plain = reference(*tensors, targets)
+    assert plain / targets.numel() > 200
+    assert_close(ours, plain, rtol=2**-7 if bf16 else 1e-5, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, tensors), torch.autograd.grad(plain, tensors), strict=True):
+        assert (a - b).norm() < (2**-5 if bf16 else 1e-4) * b.norm()
+
+
 def test_the_logits_are_never_whole():
     hidden, weight, bias = torch.zeros(64, 4), torch.zeros(1000, 4, requires_grad=True), torch.zeros(1000)
     sizes = []
@@ -86,8 +108,8 @@ def test_products_have_one_shape_however_many_targets_count():
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.mm.default:
-                shapes.add(tuple(map(tuple, (tensor.shape for tensor in args))))
+            if func in (torch.ops.aten.mm.default, torch.ops.mkldnn._linear_pointwise.default):
+                shapes.add(tuple(tuple(tensor.shape) for tensor in args[:2]))
             return func(*args, **(kwargs or {}))
 
     for rows in (1, 6, 7, 9, 20):

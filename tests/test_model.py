@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from minigpt_pl import MiniGPT
-from minigpt_pl.model import causal_mask
+from minigpt_pl.model import Dropout, causal_mask
 
 SMALL = {"vocab_size": 50, "max_length": 12, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "feed_forward_dim": 24}
 
@@ -62,6 +62,17 @@ def test_fused_attention_equals_the_explicit_mask(ids):
     assert_close(attention(x), explicit, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("limit", [0, 256], ids=["fused", "explicit"])
+def test_attention_in_bf16_stays_within_its_rounding(monkeypatch, limit):
+    monkeypatch.setattr("minigpt_pl.model.EXPLICIT_LENGTH", limit)
+    attention = MiniGPT(**SMALL).blocks[0].attention
+    x = torch.randn(3, 12, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = attention(x)
+    exact = attention.double()(x.double())
+    assert rounded.dtype == torch.bfloat16 and (rounded - exact).abs().max() < 2**-6 * exact.abs().max() * 2
+
+
 def test_norm_comes_after_the_sum(ids):
     model = MiniGPT(**SMALL).eval()
     hidden = model(ids)[1]
@@ -91,6 +102,19 @@ def test_dropout_works_in_training_only(ids):
     assert not torch.equal(model(ids)[0], model(ids)[0])
     model.eval()
     assert torch.equal(model(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
+def test_dropout_drops_the_share_and_keeps_the_mean(p):
+    dropout, x = Dropout(p), torch.ones(1001, 999)
+    torch.manual_seed(0)
+    first, second = dropout(x), dropout(x.bfloat16())
+    assert (first == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
+    assert second.dtype == torch.bfloat16 and not torch.equal(first == 0, second == 0)
+    if p < 0.9:
+        assert first.mean().item() == pytest.approx(1, abs=5e-3) and len(first.unique()) == 2
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), first)
 
 
 def test_tied_embeddings_are_one_weight():

@@ -97,6 +97,10 @@ class MiniGPTModule(L.LightningModule):
         if squared_grad is not None:
             squared_grad.mul_((gradient_clip_val / (norm + 1e-6)).clamp(max=1.0) ** 2)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning waits until the next forward pass has made the new gradients beside them
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         squared_grad = getattr(self.model.token_embedding.weight, "squared_grad", None)
         if squared_grad is not None and self.trainer.world_size > 1:

@@ -68,7 +68,8 @@ class KerasAdam(torch.optim.Adam):
         state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
         state["exp_avg_sq"].lerp_(parameter.squared_grad, 1 - beta2)
         correction2 = math.sqrt(1 - beta2 ** group["keras_steps"])
-        denominator = state["exp_avg_sq"].sqrt().div_(correction2).add_(group["eps"])
+        root = torch.sqrt(state["exp_avg_sq"], out=parameter.squared_grad)  # which is not needed any more
+        denominator = root.div_(correction2).add_(group["eps"])
         parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** group["keras_steps"]))
 
 

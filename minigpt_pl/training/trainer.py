@@ -63,7 +63,7 @@ def build_trainer(
         val_check_interval=settings.val_check_interval,
         limit_val_batches=_limit_val_batches(config, datamodule),
         num_sanity_val_steps=0,
-        log_every_n_steps=settings.log_every_n_steps,
+        log_every_n_steps=min(settings.log_every_n_steps, datamodule.batches_per_epoch()),
         profiler=settings.profiler,
         deterministic=settings.deterministic,
         detect_anomaly=settings.detect_anomaly,
