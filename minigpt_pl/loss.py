@@ -78,25 +78,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = _chunk_rows(len(weight), product_dtype, hidden.device)
             # Every chunk has all its rows, the last one by zeros: oneDNN keeps some 25 MB for each shape it meets.
             missing = -count % rows
-            hidden_, weight_ = F.pad(hidden.to(product_dtype), (0, 0, 0, missing)), weight.to(product_dtype)
-            bias_, targets = bias.to(product_dtype), F.pad(targets, (0, missing))
+            hidden_, targets = F.pad(hidden.to(product_dtype), (0, 0, 0, missing)), F.pad(targets, (0, missing))
+            output = _OutputLayer(weight.to(product_dtype), bias, rows)
             loss = hidden.new_zeros(())
-            columns = (
-                weight_.T.contiguous() if _by_onednn(weight_) else weight_.T
-            )  # which copies what is not contiguous
             if need_gradients:
                 grad_hidden = hidden.new_empty(hidden_.shape)
                 grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
             for start in range(0, count, rows):
                 chunk, counted = hidden_[start : start + rows], min(count - start, rows)
                 ids = targets[start : start + rows, None]  # (C, 1)
-                logits = _product(chunk, weight_).add_(bias_)  # (C, D), (V, D) -> (C, V)
+                logits = output.logits(chunk)  # (C, V)
                 probabilities = torch.softmax(logits, dim=-1, out=logits)
                 chosen = probabilities.gather(1, ids)[:counted, 0].to(hidden.dtype)
                 losses = -chosen.log()
                 if not chosen.all():  # a loss above 87 nats: the probability is below the smallest number
                     far = (chosen == 0).nonzero()[:, 0]
-                    logits = F.linear(chunk[far], weight_, bias_).to(hidden.dtype)
+                    logits = F.linear(chunk[far], output.weight, bias.to(product_dtype)).to(hidden.dtype)
                     losses[far] = F.cross_entropy(logits, ids[far, 0], reduction="none")
                 loss += losses.sum()
                 if not need_gradients:
@@ -104,8 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = probabilities
                 grad_logits[torch.arange(rows, device=ids.device), ids[:, 0]] -= 1
                 grad_bias += grad_logits[:counted].sum(dim=0)
-                grad_hidden[start : start + rows] = _product(grad_logits, columns)  # (C, V), (D, V) -> (C, D)
-                grad_weight += _product(grad_logits.T, chunk.T)  # (V, C), (D, C) -> (V, D); rows of zeros add nothing
+                grad_hidden[start : start + rows] = output.grad_hidden(grad_logits)
+                grad_weight += output.grad_weight(grad_logits, chunk)  # rows of zeros add nothing
         if need_gradients:
             ctx.save_for_backward(grad_hidden[:count], grad_weight, grad_bias)
         return loss
@@ -117,17 +114,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_output * grad_hidden, grad_output * grad_weight, grad_output * grad_bias, None, None
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K), b (N, K) -> a @ b.T (M, N)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if _by_onednn(a) else a @ b.T
+class _OutputLayer:
+    """The three products of a chunk of rows with the weight, (V, D).
 
-
-def _by_onednn(tensor: Tensor) -> bool:
-    """PyTorch gives fp32 products on a CPU to MKL, which reaches half of oneDNN's rate on CPUs that are not Intel's.
-
-    The function above is oneDNN's, as `torch.compile` calls it.
+    On a CPU they are oneDNN's, called as `torch.compile` calls them, with the weight laid out for them once a step. In
+    bf16 that saves a tenth; in fp32 PyTorch itself would take MKL's, which on CPUs that are not Intel's reach half the
+    rate (benchmarks/training_step.py).
     """
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+    def __init__(self, weight: Tensor, bias: Tensor, rows: int):
+        self.weight, self.bias = weight, bias
+        self.by_onednn = weight.device.type == "cpu" and (
+            (weight.dtype == torch.float32 and torch.backends.mkldnn.is_available())
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+        if self.by_onednn:
+            lay_out = torch.ops.mkldnn._reorder_linear_weight
+            self.rows, self.columns = lay_out(weight, rows), lay_out(weight.T.contiguous(), rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(C, D) -> (C, V)."""
+        if self.by_onednn:
+            return torch.ops.mkldnn._linear_pointwise(hidden, self.rows, self.bias, "none", [], "")
+        return F.linear(hidden, self.weight, self.bias.to(self.weight.dtype))
+
+    def grad_hidden(self, grad_logits: Tensor) -> Tensor:
+        """(C, V) -> (C, D)."""
+        if self.by_onednn:
+            return torch.ops.mkldnn._linear_pointwise(grad_logits, self.columns, None, "none", [], "")
+        return grad_logits @ self.weight
+
+    def grad_weight(self, grad_logits: Tensor, hidden: Tensor) -> Tensor:
+        """(C, V), (C, D) -> (V, D)."""
+        if self.by_onednn and hidden.dtype == torch.float32:
+            return torch.ops.mkldnn._linear_pointwise(grad_logits.T, hidden.T, None, "none", [], "")
+        return grad_logits.T @ hidden
 
 
 def _chunk_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
