@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_CHUNK_BYTES = 21 * 2**20  # of logits: 512 rows of the seed's in bf16, which a last-level cache holds
-GPU_CHUNK_BYTES = 512 * 2**20  # enough work for one launch; not measured yet
+# Bytes and rows of a chunk of logits, at most. On a CPU 512 rows of the seed's in bf16 stay in a last-level cache; what
+# a GPU likes best is not measured yet.
+CPU_CHUNK = 21 * 2**20, 512
+GPU_CHUNK = 512 * 2**20, 2**14
 
 
 def linear_cross_entropy(
@@ -152,5 +154,5 @@ class _OutputLayer:
 
 
 def _chunk_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    chunk_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
-    return max(chunk_bytes // (vocab_size * dtype.itemsize) // 64 * 64, 64)
+    chunk_bytes, most_rows = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    return min(max(chunk_bytes // (vocab_size * dtype.itemsize) // 64 * 64, 64), most_rows)

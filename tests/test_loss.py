@@ -73,6 +73,7 @@ def test_a_chunk_fills_the_cache_whatever_the_vocabulary(monkeypatch):
     assert loss_module._chunk_rows(20_000, torch.bfloat16, cpu) == 512
     assert loss_module._chunk_rows(20_000, torch.float32, cpu) == 256
     assert loss_module._chunk_rows(10**7, torch.float32, cpu) == 64
+    assert loss_module._chunk_rows(26, torch.float32, cpu) == 512, "a small batch would be mostly rows of zeros"
 
 
 @pytest.mark.parametrize("bf16", [False, True])

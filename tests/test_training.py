@@ -413,7 +413,7 @@ class TestSettings:
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
 
     def test_last_is_the_last_though_an_earlier_one_is_best(self, tiny_config):
-        folder = train(tiny_config("trainer.max_epochs=4", "optimizer.learning_rate=3"))
+        folder = train(tiny_config("trainer.max_epochs=4", "optimizer.learning_rate=0.3"))
         val = losses(folder, "val/loss")
         assert checkpoint(folder)["epoch"] == 3
         assert checkpoint(folder, "best")["global_step"] == min(val, key=val.get) + 1
