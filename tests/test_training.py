@@ -153,6 +153,22 @@ class TestLoss:
         mean = sum(w * s for w, s in zip(weights, steps, strict=True)) / sum(weights)
         assert losses(folder, "train/epoch_loss").popitem()[1] == pytest.approx(mean, abs=1e-5)
 
+    @pytest.mark.parametrize("loss_on_padding", ["true", "false"])
+    def test_unigram_bias_begins_at_the_words_shares(self, tiny_config, loss_on_padding):
+        from minigpt_pl.data.datamodule import TextDataModule
+
+        options = [EVERY_STEP, "trainer.max_steps=1", f"data.loss_on_padding={loss_on_padding}", "data.cut=pack"]
+        without = losses(train(tiny_config(*options)))[0]
+        config = tiny_config(*options, "unigram_bias=true", "optimizer.learning_rate=1e-30")
+        folder = train(config)
+        shares = torch.zeros(26)
+        for batch in TextDataModule(config).train_dataloader():
+            ids = batch.targets[batch.targets >= (loss_on_padding == "false")]
+            shares += torch.bincount(ids.flatten(), minlength=26)
+        bias = checkpoint(folder)["state_dict"]["model.output.bias"]
+        assert_close(bias, ((shares + 1) / (shares + 1).sum()).log(), atol=1e-4, rtol=0)
+        assert losses(folder)[0] < without - 0.2
+
     def test_accumulated_batches_are_one_large_batch(self, tiny_config):
         large = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "data.batch_size=32"))
         small = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "trainer.accumulate_grad_batches=2"))

@@ -3,12 +3,16 @@
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, Ids, open_corpus
 from minigpt_pl.errors import InputError
+from minigpt_pl.tokenizer import PADDING_ID
 
 
 class TextDataModule(L.LightningDataModule):
@@ -42,6 +46,16 @@ class TextDataModule(L.LightningDataModule):
     def batches_per_epoch(self) -> int:
         """Batches of one pass over the training text."""
         return len(self._new_train_loader())
+
+    def target_shares(self) -> Tensor:
+        """Each id's share of the training targets, never 0, from 50,000 sequences at most. (V,)"""
+        sequences = self._sequences(self.corpus.train)
+        rows = np.arange(0, len(sequences), -(-len(sequences) // 50_000))
+        targets = sequences[rows][:, 1:]
+        if not self.config.data.loss_on_padding:
+            targets = targets[targets != PADDING_ID]
+        counts = np.bincount(targets.ravel(), minlength=self.corpus.tokenizer.get_vocab_size()) + 1
+        return torch.from_numpy(counts / counts.sum()).float()
 
     def train_dataloader(self) -> BatchLoader:
         self.train_loader = self._new_train_loader()

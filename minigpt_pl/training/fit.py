@@ -67,6 +67,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     L.seed_everything(config.seed, verbose=False)
     datamodule = TextDataModule(config, _imported_tokenizer(resume_from))
     module = _build_module(config, datamodule)
+    if config.unigram_bias:
+        module.model.output.bias.data.copy_(datamodule.target_shares().log())
     prompts = _prompts(config, datamodule.corpus)
     _check_surroundings(config, datamodule)
     if not validates(config, datamodule):
