@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from minigpt_pl import InputError, MiniGPT, TextModel, generate_text, generate_texts
 from minigpt_pl.generation import filters
+from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids
 from minigpt_pl.generation.text import unknown_words
 from minigpt_pl.tokenizer import build_tokenizer
@@ -27,15 +28,15 @@ def model(network) -> TextModel:
     return TextModel(network, build_tokenizer(WORDS), END_ID)
 
 
-def controls(**changes):
-    return {"num_tokens": 20, "temperature": 1.0, "top_k": None, "seeds": [0]} | changes
+def controls(**changes) -> Controls:
+    return Controls(**({"vocab_size": len(WORDS), "num_tokens": 20, "temperature": 1.0, "top_k": None} | changes))
 
 
 class TestEngine:
     @pytest.mark.parametrize("length", [1, 5, 6, 7, 9])
     def test_greedy_is_the_argmax_of_a_full_forward_on_the_last_tokens(self, network, length):
         text = [2 + i % 9 for i in range(length)]
-        new = generate_ids(network, [text], **controls(temperature=0))[0]
+        new = generate_ids(network, [text], controls(temperature=0), [0])[0]
         for id_ in new:
             assert id_ == int(network(torch.tensor([text[-6:]]))[0][0, -1].argmax())
             text.append(id_)
@@ -43,15 +44,17 @@ class TestEngine:
 
     def test_context_is_the_last_tokens_not_the_first(self, network):
         first, second = [2, 3, 4, 5, 6, 7, 8], [9, 3, 4, 5, 6, 7, 8]
-        assert generate_ids(network, [first], **controls()) == generate_ids(network, [second], **controls())
-        assert generate_ids(network, [first], **controls()) != generate_ids(network, [first[:-1] + [2]], **controls())
+        assert generate_ids(network, [first], controls(), [0]) == generate_ids(network, [second], controls(), [0])
+        assert generate_ids(network, [first], controls(), [0]) != generate_ids(
+            network, [first[:-1] + [2]], controls(), [0]
+        )
 
     def test_a_text_is_the_same_in_any_company(self, network):
         prompts, seeds = [[2], [3, 4, 5, 6, 7, 8, 9, 2], [4, 5]], [1, 2, 3]
-        together = generate_ids(network, prompts, **controls(seeds=seeds))
-        alone = [generate_ids(network, [p], **controls(seeds=[s]))[0] for p, s in zip(prompts, seeds, strict=True)]
+        together = generate_ids(network, prompts, controls(), seeds)
+        alone = [generate_ids(network, [p], controls(), [s])[0] for p, s in zip(prompts, seeds, strict=True)]
         assert together == alone
-        assert generate_ids(network, prompts, **controls(seeds=[4, 5, 6])) != together
+        assert generate_ids(network, prompts, controls(), [4, 5, 6]) != together
 
     def test_the_end_token_ends_a_text(self, network):
         ended = [
@@ -59,8 +62,8 @@ class TestEngine:
             for seed in range(20)
             for with_end, without in [
                 (
-                    generate_ids(network, [[2]], **controls(seeds=[seed]), end_id=END_ID)[0],
-                    generate_ids(network, [[2]], **controls(seeds=[seed]))[0],
+                    generate_ids(network, [[2]], controls(end_id=END_ID), [seed])[0],
+                    generate_ids(network, [[2]], controls(), [seed])[0],
                 )
             ]
         ]
@@ -69,14 +72,12 @@ class TestEngine:
             assert with_end == (without[: without.index(END_ID)] if END_ID in without else without)
 
     def test_banned_tokens_are_never_drawn(self, network):
-        free = generate_ids(network, [[2]] * 30, **controls(seeds=range(30)))
-        banned = generate_ids(network, [[2]] * 30, **controls(seeds=range(30)), banned_ids=[0, 1, 4])
+        free = generate_ids(network, [[2]] * 30, controls(), range(30))
+        banned = generate_ids(network, [[2]] * 30, controls(banned_ids=[0, 1, 4]), range(30))
         assert {0, 1, 4} & set(sum(free, [])) and not {0, 1, 4} & set(sum(banned, []))
 
     def test_draws_follow_the_probabilities(self, network):
-        drawn = generate_ids(
-            network, [[2]] * 4000, **controls(num_tokens=1, seeds=range(4000), temperature=0.7, top_k=3)
-        )
+        drawn = generate_ids(network, [[2]] * 4000, controls(num_tokens=1, temperature=0.7, top_k=3), range(4000))
         frequencies = torch.bincount(torch.tensor(sum(drawn, [])), minlength=len(WORDS)) / 4000
         values, ids = (network(torch.tensor([[2]]))[0][0, -1] / 0.7).topk(3)
         expected = torch.zeros(len(WORDS)).index_put((ids,), values.softmax(0))
@@ -134,7 +135,9 @@ class TestText:
         text = generate_text(model, "It's a  Well-KNOWN zebra ", num_tokens=8, temperature=0, top_k=None)
         assert text.startswith("It's a  Well-KNOWN zebra")
         ids = model.tokenizer.encode("It's a  Well-KNOWN zebra").ids
-        new = generate_ids(model.network, [ids], 8, 0, None, [1], banned_ids=(0, 1), end_id=END_ID)[0]
+        new = generate_ids(
+            model.network, [ids], controls(num_tokens=8, temperature=0, banned_ids=(0, 1), end_id=END_ID), [1]
+        )[0]
         assert model.tokenizer.encode(text).ids == ids + new
 
     def test_exactly_num_tokens_unless_the_text_ends(self, model):
