@@ -1,9 +1,9 @@
 """The last hidden state of texts that grow by one token at a time, without a full forward for each.
 
-B texts, R rows (B filled up, see `fill_up`), W the model's max_length, T tokens, D width, H heads, K head width.
+B texts, W the model's max_length, L length, D width, H heads, K head width.
 
 Every product has the same shape alone and in company, but for the number of rows, so that a text does not depend on
-what stands beside it. `start` makes the one that fits the model.
+what stands beside it.
 """
 
 import math
@@ -13,25 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt_pl.generation.products import Product
 from minigpt_pl.model import MiniGPT
-
-ROWS = 4
-
-
-def fill_up(x: Tensor) -> Tensor:
-    """(B, ...) -> (R, ...): rows of zeros up to a multiple of 4.
-
-    MKL takes other kernels, which add up in another order, for the 1 to 3 rows that are left over: with the rows
-    filled up a row's product is the same, bit for bit, in any batch (measured with 1 and 2 threads; tested).
-    """
-    return torch.cat([x, x.new_zeros(-len(x) % ROWS, *x.shape[1:])]) if len(x) % ROWS else x
 
 
 def start(model: MiniGPT, prompts: Sequence[Sequence[int]]) -> "LookupDecoder | CacheDecoder":
     """A decoder that has read the prompts.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, from `with_products`.
         prompts: token ids, at least one each; of long ones the last `max_length` count.
     """
     return (LookupDecoder if len(model.blocks) == 1 else CacheDecoder)(model, prompts)
@@ -52,55 +42,49 @@ class LookupDecoder:
     def __init__(self, model: MiniGPT, prompts: Sequence[Sequence[int]]):
         self.block, attention = model.blocks[0], model.blocks[0].attention
         self.tokens, self.positions = model.token_embedding.weight, model.position_embedding.weight  # (V, D), (W, D)
-        size, width = self.positions.shape
-        heads = (attention.num_heads, attention.head_dim)
+        self.num_heads, size = attention.num_heads, model.max_length
+        heads, scale = (attention.num_heads, attention.head_dim), 1 / math.sqrt(attention.head_dim)
         layers = (attention.query, attention.key, attention.value)
         query, key, value = (layer.weight.unflatten(0, heads) for layer in layers)  # (H*K, D) -> (H, K, D)
-        scale = 1 / math.sqrt(attention.head_dim)
-        self.query = (query.mT @ key).permute(1, 0, 2).flatten(1) * scale  # (H, D, D) -> (D, H*D)
-        self.query_bias = (attention.query.bias.view(heads)[:, None] @ key).flatten() * scale  # (H*D,)
-        output = attention.output.weight.unflatten(1, heads).permute(1, 2, 0)  # (D, H*K) -> (H, K, D)
-        self.value = (value.mT @ output).flatten(0, 1)  # (H, D, D) -> (H*D, D)
-        self.value_bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)
-        self.num_heads = attention.num_heads
+        bias = attention.query.bias.view(heads)[:, None] @ key  # (H, 1, D)
+        self.query = Product((key.mT @ query).flatten(0, 1) * scale, bias.flatten() * scale)  # D -> H*D
+        output = attention.output.weight.unflatten(1, heads).transpose(0, 1)  # (D, H*K) -> (H, D, K)
+        bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)
+        self.value = Product((output @ value).transpose(0, 1).flatten(1), bias)  # H*D -> D
+        self.score_positions, self.mix_positions = Product(self.positions), Product(self.positions.T.contiguous())
 
-        device = self.positions.device
         prompts = [prompt[-size:] for prompt in prompts]
-        self.count = len(prompts)
         # Slot `newest` of the ring is the newest token, the one before it is next older, and so on around.
         self.newest = size - 1
-        self.window = self.positions.new_zeros(self.count + -self.count % ROWS, size, width)  # (R, W, D)
-        for row, prompt in enumerate(prompts):
-            self.window[row, size - len(prompt) :] = self.tokens[torch.tensor(prompt, device=device)]
-        # Slots that a text does not fill yet. A filled-up row counts as full: its numbers are finite, and not used.
-        self.empty = fill_up(torch.tensor([size - len(prompt) for prompt in prompts], device=device))  # (R,)
-        self.slots = torch.arange(size, device=device)
+        self.window = self.positions.new_zeros(len(prompts), *self.positions.shape)  # (B, W, D)
+        self.slots = torch.arange(size, device=self.positions.device)
+        for window, prompt in zip(self.window, prompts, strict=True):
+            window[size - len(prompt) :] = F.embedding(self.slots.new_tensor(prompt), self.tokens)
+        self.empty = self.slots.new_tensor([size - len(prompt) for prompt in prompts])  # (B,): slots not filled yet
 
     def append(self, ids: Tensor) -> None:
         """One more token for each text: ids (B,)."""
         self.newest = (self.newest + 1) % len(self.slots)
-        self.window[: self.count, self.newest] = self.tokens[ids]
+        self.window[:, self.newest] = F.embedding(ids, self.tokens)
         self.empty = (self.empty - 1).clamp_(min=0)
 
     def keep(self, texts: Tensor) -> None:
         """Go on with these texts only: indices among the present ones."""
-        self.count = len(texts)
-        self.window, self.empty = fill_up(self.window[texts]), fill_up(self.empty[texts])
+        self.window, self.empty = self.window[texts], self.empty[texts]
 
     def hidden_states(self) -> Tensor:
         """The last block's output for the newest tokens: (B, D), as `MiniGPT.hidden_states(...)[:, -1]`."""
-        rows, size, width = self.window.shape
-        x = self.window[:, self.newest] + self.positions[size - 1 - self.empty]  # (R, D)
-        query = torch.addmm(self.query_bias, x, self.query)  # (R, H*D)
+        size, width = self.positions.shape
+        x = self.window[:, self.newest] + F.embedding(size - 1 - self.empty, self.positions)  # (B, D)
+        query = self.query(x).unflatten(1, (self.num_heads, width))  # (B, H, D)
         # The place of each slot in its text; below 0: the text is not that long.
-        places = (self.slots - self.newest - 1) % size - self.empty[:, None]  # (R, W)
-        at = places.clamp(min=0)[:, None].expand(-1, self.num_heads, -1)  # (R, H, W)
-        by_position = (query.view(-1, width) @ self.positions.T).view(rows, self.num_heads, size)
-        scores = query.view(rows, self.num_heads, width) @ self.window.mT + by_position.gather(2, at)  # (R, H, W)
+        places = (self.slots - self.newest - 1) % size - self.empty[:, None]  # (B, W)
+        at = places.clamp(min=0)[:, None].expand(-1, self.num_heads, -1)  # (B, H, W)
+        scores = query @ self.window.mT + self.score_positions(query).gather(2, at)  # (B, H, W)
         weights = scores.masked_fill_((places < 0)[:, None], -math.inf).softmax(dim=-1)
-        by_position = torch.zeros_like(weights).scatter_add_(2, at, weights).view(-1, size) @ self.positions
-        mixed = (weights @ self.window).view(rows, -1) + by_position.view(rows, -1)  # (R, H*D)
-        return self.block.after_attention(x, torch.addmm(self.value_bias, mixed, self.value))[: self.count]
+        by_position = torch.zeros_like(weights).scatter_add_(2, at, weights)  # (B, H, W)
+        mixed = weights @ self.window + self.mix_positions(by_position)  # (B, H, D)
+        return self.block.after_attention(x, self.value(mixed.flatten(1)))
 
 
 class CacheDecoder:
@@ -114,9 +98,8 @@ class CacheDecoder:
         self.model, self.size = model, model.max_length
         self.windows = [list(prompt[-self.size :]) for prompt in prompts]
         attention = model.blocks[0].attention
-        rows = len(prompts) + -len(prompts) % ROWS
-        shape = (len(model.blocks), 2, rows, attention.num_heads, self.size, attention.head_dim)
-        self.cache = model.output.weight.new_zeros(shape)  # (blocks, keys and values, R, H, W, K)
+        shape = (len(model.blocks), 2, len(prompts), attention.num_heads, self.size, attention.head_dim)
+        self.cache = model.output.weight.new_zeros(shape)  # (blocks, keys and values, B, H, W, K)
         self.slots = torch.arange(self.size, device=self.cache.device)
         self.hidden = torch.stack([self._read(row) for row in range(len(prompts))])  # (B, D): each text alone
 
@@ -134,8 +117,7 @@ class CacheDecoder:
     def keep(self, texts: Tensor) -> None:
         """Go on with these texts only: indices among the present ones."""
         self.windows = [self.windows[i] for i in texts.tolist()]
-        self.cache = fill_up(self.cache[:, :, texts].transpose(0, 2)).transpose(0, 2)
-        self.hidden = self.hidden[texts]
+        self.cache, self.hidden = self.cache[:, :, texts], self.hidden[texts]
 
     def hidden_states(self) -> Tensor:
         """The last block's output for the newest tokens: (B, D), as `MiniGPT.hidden_states(...)[:, -1]`."""
@@ -153,20 +135,16 @@ class CacheDecoder:
 
     def _step(self, ids: Tensor) -> Tensor:
         """The newest token of each text against its cache. Returns (B, D), of no use for texts that slid."""
-        newest = torch.tensor([len(window) - 1 for window in self.windows], device=ids.device)  # (B,)
-        x = fill_up(self.model.token_embedding(ids) + self.model.position_embedding(newest))  # (R, D)
-        newest = fill_up(newest)
-        rows, later = torch.arange(len(x), device=ids.device), (self.slots > newest[:, None])[:, None]  # (R, 1, W)
+        newest = ids.new_tensor([len(window) - 1 for window in self.windows])  # (B,)
+        x = self.model.token_embedding(ids) + self.model.position_embedding(newest)  # (B, D)
+        texts, later = torch.arange(len(ids), device=ids.device), (self.slots > newest[:, None])[:, None, None]
         for block, (keys, values) in zip(self.model.blocks, self.cache, strict=True):
             attention = block.attention
             heads = (attention.num_heads, attention.head_dim)
-            keys[rows, :, newest], values[rows, :, newest] = (
-                layer(x).unflatten(1, heads)
-                for layer in (attention.key, attention.value)  # (R, H, K)
-            )
-            query = attention.query(x).unflatten(1, heads)
-            scores = (keys @ query[..., None]).squeeze(-1) / math.sqrt(attention.head_dim)  # (R, H, W)
+            keys[texts, :, newest] = attention.key(x).unflatten(1, heads)  # (B, H, K)
+            values[texts, :, newest] = attention.value(x).unflatten(1, heads)
+            query = attention.query(x).unflatten(1, heads)[:, :, None]  # (B, H, 1, K)
+            scores = query @ keys.mT / math.sqrt(attention.head_dim)  # (B, H, 1, W)
             weights = scores.masked_fill_(later, -math.inf).softmax(dim=-1)
-            mixed = (weights[:, :, None] @ values).flatten(1)  # (R, H, 1, K) -> (R, H*K)
-            x = block.after_attention(x, attention.output(mixed))
-        return x[: len(ids)]
+            x = block.after_attention(x, attention.output((weights @ values).flatten(1)))  # (B, H, 1, K) -> (B, D)
+        return x

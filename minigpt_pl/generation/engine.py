@@ -9,6 +9,7 @@ from torch import Tensor
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import decoders, filters
 from minigpt_pl.generation.controls import Controls
+from minigpt_pl.generation.products import Product, with_products
 from minigpt_pl.model import MiniGPT
 
 SPARE = 32  # candidates beyond top_k: what bf16 may put in another order
@@ -47,6 +48,7 @@ def generate_ids(
     chances = chances.to(device)  # (B, num_tokens)
     new_ids: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # whose text each row is
+    model = with_products(model)
     decoder, output = decoders.start(model, prompts), _Output(model, controls)
     for place in range(num_tokens):
         end = longest + place
@@ -104,7 +106,7 @@ class _Output:
         self.screens = self.count is not None and not controls.read_the_text
         self.screens = self.screens and has_bf16 and self.layer.weight.device.type == "cpu"
         if self.screens:
-            self.weight_bf16, self.bias_for = self.layer.weight.bfloat16(), None
+            self.screen, self.bias_for = Product(self.layer.weight.bfloat16()), None
 
     def candidates(self, hidden: Tensor, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """Logits after `filters.process`, and their token ids in ascending order.
@@ -119,11 +121,11 @@ class _Output:
         """
         if self.screens:
             return self._screened(hidden, texts, place)
-        logits = self.layer(decoders.fill_up(hidden))[: len(hidden)]  # (B, V)
+        logits = self.layer(hidden)  # (B, V)
         logits = filters.process(logits, self.controls, texts, place)
         if self.count is None:
             return logits, torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-        ids = logits.topk(self.count, sorted=False).indices.sort().values
+        ids = _largest(logits, self.count)
         return logits.gather(-1, ids), ids
 
     def _screened(self, hidden: Tensor, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:
@@ -131,10 +133,24 @@ class _Output:
         wanted = (self.controls.banned_at(place), self.controls.forced_ids.get(place))
         if self.bias_for != wanted:
             self.bias = filters.process(self.layer.bias[None], self.controls, texts, place)[0]  # (V,)
-            self.bias_bf16, self.bias_for = self.bias.bfloat16(), wanted
-        rough = F.linear(hidden.bfloat16(), self.weight_bf16, self.bias_bf16)  # (B, V)
-        ids = rough.topk(self.count, sorted=False).indices.sort().values  # (B, C)
-        return (self.layer.weight[ids] * hidden[:, None]).sum(dim=-1) + self.bias[ids], ids  # (B, C, D) -> (B, C)
+            self.bias_for = wanted
+        ids = _largest(self.screen(hidden.bfloat16()) + self.bias, self.count)  # (B, C), from (B, V) in fp32
+        rows = F.embedding(ids, self.layer.weight)  # (B, C, D)
+        return (rows * hidden[:, None]).sum(dim=-1) + self.bias[ids], ids
+
+
+def _largest(logits: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row are, ascending: (B, V) -> (B, count)."""
+    size = logits.shape[1]
+    groups = size // 20
+    if size % 20 or groups < count:
+        return logits.topk(count, sorted=False).indices.sort().values
+    # They are in the `count` groups with the largest maxima: id i is in group i % groups.
+    columns = logits.view(len(logits), 20, groups)
+    best = columns.amax(dim=1).topk(count, sorted=False).indices  # (B, count)
+    members = columns.gather(2, best[:, None].expand(-1, 20, -1)).flatten(1)  # (B, 20 * count)
+    at = members.topk(count, sorted=False).indices
+    return (at // count * groups + best.gather(1, at % count)).sort().values
 
 
 def _nothing_to_draw(logits: Tensor, place: int) -> ValueError:
