@@ -190,6 +190,54 @@ class TestText:
         with pytest.raises(InputError, match=message):
             generate_text(**({"model": model, "prompt": "the cat", "top_k": 3} | changes))
 
+    def test_controls_reach_the_text(self, model):
+        def write(**controls):
+            return generate_text(model, "the", num_tokens=30, temperature=3.0, top_k=None, seed=0, **controls)
+
+        plain = write()
+        for controls in (
+            {"top_p": 0.3}, {"min_p": 0.9}, {"typical_p": 0.2}, {"repetition_penalty": 9.0},
+            {"no_repeat_ngram_size": 2}, {"banned_words": ["cat", "dog"]}, {"forced_words": {1: "well-known"}},
+        ):  # fmt: skip
+            assert write(**controls) != plain, controls
+
+    def test_a_text_does_not_end_before_min_tokens(self, model):
+        def lengths(**controls):
+            texts = generate_texts(model, ["the"], 20, 1.0, None, 0, 40, **controls)[0]
+            return [len(model.tokenizer.encode(text).ids) - 1 for text in texts]
+
+        assert min(lengths()) < 8 <= min(lengths(min_tokens=8)) < 20
+
+    def test_banned_words(self, model):
+        texts = generate_texts(model, ["the"], 30, 5.0, None, 0, 30)[0]
+        assert any("cat" in text for text in texts) and any("it's" in text for text in texts)
+        # Words that the model does not know are never written anyway; one of two tokens is left out as a whole.
+        texts = generate_texts(model, ["the"], 30, 5.0, None, 0, 30, banned_words=["Cat", "it's", "zebra", "a zebra"])[
+            0
+        ]
+        assert not any("cat" in text or "it's" in text for text in texts)
+        assert any("it" in text for text in texts) and any("'s" in text for text in texts)
+        assert any(" a " in text for text in texts)
+
+    def test_forced_words(self, model):
+        texts = generate_texts(model, ["the"], 6, 1.0, 5, 0, 10, forced_words={0: "dog", 3: "well-known"}, min_tokens=6)
+        words = [model.tokenizer.encode(text).tokens[1:] for text in texts[0]]
+        assert all(row[0] == "dog" and row[3:5] == ["well", "-known"] for row in words)
+        assert len({tuple(row) for row in words}) > 1
+
+    def test_forced_words_that_cannot_be(self, model):
+        with pytest.raises(InputError) as caught:
+            generate_text(
+                model, "the", 9, top_k=5, top_p=0, forced_words={0: "zebra", 2: "", 4: "well-known", 5: "cat", 9: "dog"}
+            )
+        assert [problem.split(": must")[0].split(": not")[0] for problem in caught.value.problems] == [
+            "forced_words={0: 'zebra'}",
+            "forced_words={2: ''}",
+            "forced_words={5: 'cat'}: place 5 is taken by another; leave room for 1 tokens",
+            "forced_words={9: 'dog'}: place 9 is beyond the last, 8; raise num_tokens=9",
+            "top_p=0",
+        ]
+
     def test_all_problems_are_named_at_once(self, model):
         with pytest.raises(InputError, match="(?s)num_tokens=0.*temperature=-1.*top_k=99"):
             generate_text(model, "the", num_tokens=0, temperature=-1, top_k=99)

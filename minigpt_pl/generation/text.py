@@ -114,7 +114,7 @@ def generate_texts(
 
     The other arguments are those of `generate_text` and of `Controls`, which gives their ranges; so are the errors.
     """
-    forced_ids, problems = _forced_ids(model.tokenizer, forced_words or {})
+    forced_ids, problems = _forced_ids(model.tokenizer, forced_words or {}, num_tokens)
     banned = [encoding.ids for encoding in model.tokenizer.encode_batch(list(banned_words))]
     # A network that was trained without [END] knows nothing of it, and would write it at random.
     never = (PADDING_ID, UNKNOWN_ID, *([model.tokenizer.token_to_id(END)] if model.end_id is None else []))
@@ -180,7 +180,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
     return all_ids
 
 
-def _forced_ids(tokenizer: Tokenizer, words: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
+def _forced_ids(tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int) -> tuple[dict[int, int], list[str]]:
     """Place -> id, and a line for each that cannot be."""
     forced, problems = {}, []
     for place, text in words.items():
@@ -190,6 +190,11 @@ def _forced_ids(tokenizer: Tokenizer, words: Mapping[int, str]) -> tuple[dict[in
             problems.append(f"{name}: not in the model's vocabulary; use words that it knows")
         elif taken := [at for at in range(place, place + len(ids)) if at in forced]:
             problems.append(f"{name}: place {taken[0]} is taken by another; leave room for {len(ids)} tokens")
+        elif place < 0:
+            problems.append(f"{name}: places are counted from 0, the first new token; give 0 or more")
+        elif place + len(ids) > num_tokens:
+            last = place + len(ids) - 1
+            problems.append(f"{name}: place {last} is beyond the last, {num_tokens - 1}; raise num_tokens={num_tokens}")
         else:
             forced |= dict(enumerate(ids, place))
     return forced, problems
