@@ -57,9 +57,13 @@ class CausalSelfAttention(nn.Module):
         scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_dim)
         return scores.masked_fill(causal_mask(query.shape[-2], query.device), float("-inf")).softmax(dim=-1)
 
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What later positions need of these: (B, L, D) -> (B, H, L, K) twice."""
+        return self._split_heads(self.key(x)), self._split_heads(self.value(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        query, key, value = (self._split_heads(layer(x)) for layer in (self.query, self.key, self.value))
+        query, (key, value) = self._split_heads(self.query(x)), self.keys_and_values(x)
         if query.device.type == "cpu" and query.dtype == torch.bfloat16 and x.shape[1] <= EXPLICIT_LENGTH:
             mixed = self._weights(query, key) @ value  # (B, H, L, K)
         else:
@@ -97,7 +101,11 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        x = self.attention_norm(x + self.dropout(self.attention(x)))
+        return self.after_attention(x, self.attention(x))
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's output, given its input and what the attention made of it: (..., D) twice -> (..., D)."""
+        x = self.attention_norm(x + self.dropout(attended))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
@@ -152,14 +160,18 @@ class MiniGPT(nn.Module):
         Returns:
             (B, L, D). Row i depends on ids 0..i only.
         """
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The first block's input: ids (B, L) with L <= max_length -> (B, L, D)."""
         length = ids.shape[1]
         if length > self.max_length:
             raise ValueError(f"{length} tokens are more than the model's max_length={self.max_length}")
         positions = torch.arange(length, device=ids.device)
-        x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, L, D) + (L, D)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.token_embedding(ids) + self.position_embedding(positions)  # (B, L, D) + (L, D)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, L) -> logits (B, L, V) and hidden states (B, L, D), the two outputs of the seed's model."""

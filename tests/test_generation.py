@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from minigpt_pl import InputError, MiniGPT, TextModel, generate_text, generate_texts
 from minigpt_pl.generation import filters
+from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids
 from minigpt_pl.generation.text import unknown_words
 from minigpt_pl.tokenizer import build_tokenizer
@@ -27,15 +28,15 @@ def model(network) -> TextModel:
     return TextModel(network, build_tokenizer(WORDS), END_ID)
 
 
-def controls(**changes):
-    return {"num_tokens": 20, "temperature": 1.0, "top_k": None, "seeds": [0]} | changes
+def controls(**changes) -> Controls:
+    return Controls(**({"vocab_size": len(WORDS), "num_tokens": 20, "temperature": 1.0, "top_k": None} | changes))
 
 
 class TestEngine:
     @pytest.mark.parametrize("length", [1, 5, 6, 7, 9])
     def test_greedy_is_the_argmax_of_a_full_forward_on_the_last_tokens(self, network, length):
         text = [2 + i % 9 for i in range(length)]
-        new = generate_ids(network, [text], **controls(temperature=0))[0]
+        new = generate_ids(network, [text], controls(temperature=0), [0])[0]
         for id_ in new:
             assert id_ == int(network(torch.tensor([text[-6:]]))[0][0, -1].argmax())
             text.append(id_)
@@ -43,15 +44,17 @@ class TestEngine:
 
     def test_context_is_the_last_tokens_not_the_first(self, network):
         first, second = [2, 3, 4, 5, 6, 7, 8], [9, 3, 4, 5, 6, 7, 8]
-        assert generate_ids(network, [first], **controls()) == generate_ids(network, [second], **controls())
-        assert generate_ids(network, [first], **controls()) != generate_ids(network, [first[:-1] + [2]], **controls())
+        assert generate_ids(network, [first], controls(), [0]) == generate_ids(network, [second], controls(), [0])
+        assert generate_ids(network, [first], controls(), [0]) != generate_ids(
+            network, [first[:-1] + [2]], controls(), [0]
+        )
 
     def test_a_text_is_the_same_in_any_company(self, network):
         prompts, seeds = [[2], [3, 4, 5, 6, 7, 8, 9, 2], [4, 5]], [1, 2, 3]
-        together = generate_ids(network, prompts, **controls(seeds=seeds))
-        alone = [generate_ids(network, [p], **controls(seeds=[s]))[0] for p, s in zip(prompts, seeds, strict=True)]
+        together = generate_ids(network, prompts, controls(), seeds)
+        alone = [generate_ids(network, [p], controls(), [s])[0] for p, s in zip(prompts, seeds, strict=True)]
         assert together == alone
-        assert generate_ids(network, prompts, **controls(seeds=[4, 5, 6])) != together
+        assert generate_ids(network, prompts, controls(), [4, 5, 6]) != together
 
     def test_the_end_token_ends_a_text(self, network):
         ended = [
@@ -59,8 +62,8 @@ class TestEngine:
             for seed in range(20)
             for with_end, without in [
                 (
-                    generate_ids(network, [[2]], **controls(seeds=[seed]), end_id=END_ID)[0],
-                    generate_ids(network, [[2]], **controls(seeds=[seed]))[0],
+                    generate_ids(network, [[2]], controls(end_id=END_ID), [seed])[0],
+                    generate_ids(network, [[2]], controls(), [seed])[0],
                 )
             ]
         ]
@@ -69,14 +72,12 @@ class TestEngine:
             assert with_end == (without[: without.index(END_ID)] if END_ID in without else without)
 
     def test_banned_tokens_are_never_drawn(self, network):
-        free = generate_ids(network, [[2]] * 30, **controls(seeds=range(30)))
-        banned = generate_ids(network, [[2]] * 30, **controls(seeds=range(30)), banned_ids=[0, 1, 4])
+        free = generate_ids(network, [[2]] * 30, controls(), range(30))
+        banned = generate_ids(network, [[2]] * 30, controls(banned_ids=[0, 1, 4]), range(30))
         assert {0, 1, 4} & set(sum(free, [])) and not {0, 1, 4} & set(sum(banned, []))
 
     def test_draws_follow_the_probabilities(self, network):
-        drawn = generate_ids(
-            network, [[2]] * 4000, **controls(num_tokens=1, seeds=range(4000), temperature=0.7, top_k=3)
-        )
+        drawn = generate_ids(network, [[2]] * 4000, controls(num_tokens=1, temperature=0.7, top_k=3), range(4000))
         frequencies = torch.bincount(torch.tensor(sum(drawn, [])), minlength=len(WORDS)) / 4000
         values, ids = (network(torch.tensor([[2]]))[0][0, -1] / 0.7).topk(3)
         expected = torch.zeros(len(WORDS)).index_put((ids,), values.softmax(0))
@@ -134,7 +135,9 @@ class TestText:
         text = generate_text(model, "It's a  Well-KNOWN zebra ", num_tokens=8, temperature=0, top_k=None)
         assert text.startswith("It's a  Well-KNOWN zebra")
         ids = model.tokenizer.encode("It's a  Well-KNOWN zebra").ids
-        new = generate_ids(model.network, [ids], 8, 0, None, [1], banned_ids=(0, 1), end_id=END_ID)[0]
+        new = generate_ids(
+            model.network, [ids], controls(num_tokens=8, temperature=0, banned_ids=(0, 1), end_id=END_ID), [1]
+        )[0]
         assert model.tokenizer.encode(text).ids == ids + new
 
     def test_exactly_num_tokens_unless_the_text_ends(self, model):
@@ -186,6 +189,54 @@ class TestText:
     def test_bad_input(self, model, changes, message):
         with pytest.raises(InputError, match=message):
             generate_text(**({"model": model, "prompt": "the cat", "top_k": 3} | changes))
+
+    def test_controls_reach_the_text(self, model):
+        def write(**controls):
+            return generate_text(model, "the", num_tokens=30, temperature=3.0, top_k=None, seed=0, **controls)
+
+        plain = write()
+        for controls in (
+            {"top_p": 0.3}, {"min_p": 0.9}, {"typical_p": 0.2}, {"repetition_penalty": 9.0},
+            {"no_repeat_ngram_size": 2}, {"banned_words": ["cat", "dog"]}, {"forced_words": {1: "well-known"}},
+        ):  # fmt: skip
+            assert write(**controls) != plain, controls
+
+    def test_a_text_does_not_end_before_min_tokens(self, model):
+        def lengths(**controls):
+            texts = generate_texts(model, ["the"], 20, 1.0, None, 0, 40, **controls)[0]
+            return [len(model.tokenizer.encode(text).ids) - 1 for text in texts]
+
+        assert min(lengths()) < 8 <= min(lengths(min_tokens=8)) < 20
+
+    def test_banned_words(self, model):
+        texts = generate_texts(model, ["the"], 30, 5.0, None, 0, 30)[0]
+        assert any("cat" in text for text in texts) and any("it's" in text for text in texts)
+        # Words that the model does not know are never written anyway; one of two tokens is left out as a whole.
+        texts = generate_texts(model, ["the"], 30, 5.0, None, 0, 30, banned_words=["Cat", "it's", "zebra", "a zebra"])[
+            0
+        ]
+        assert not any("cat" in text or "it's" in text for text in texts)
+        assert any("it" in text for text in texts) and any("'s" in text for text in texts)
+        assert any(" a " in text for text in texts)
+
+    def test_forced_words(self, model):
+        texts = generate_texts(model, ["the"], 6, 1.0, 5, 0, 10, forced_words={0: "dog", 3: "well-known"}, min_tokens=6)
+        words = [model.tokenizer.encode(text).tokens[1:] for text in texts[0]]
+        assert all(row[0] == "dog" and row[3:5] == ["well", "-known"] for row in words)
+        assert len({tuple(row) for row in words}) > 1
+
+    def test_forced_words_that_cannot_be(self, model):
+        with pytest.raises(InputError) as caught:
+            generate_text(
+                model, "the", 9, top_k=5, top_p=0, forced_words={0: "zebra", 2: "", 4: "well-known", 5: "cat", 9: "dog"}
+            )
+        assert [problem.split(": must")[0].split(": not")[0] for problem in caught.value.problems] == [
+            "forced_words={0: 'zebra'}",
+            "forced_words={2: ''}",
+            "forced_words={5: 'cat'}: place 5 is taken by another; leave room for 1 tokens",
+            "forced_words={9: 'dog'}: place 9 is beyond the last, 8; raise num_tokens=9",
+            "top_p=0",
+        ]
 
     def test_all_problems_are_named_at_once(self, model):
         with pytest.raises(InputError, match="(?s)num_tokens=0.*temperature=-1.*top_k=99"):

@@ -1,14 +1,14 @@
 """Text in, text out: `load` a run, `generate_text` from it."""
 
-import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from minigpt_pl.errors import InputError
+from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.runs import find_checkpoint, load_network
@@ -59,6 +59,7 @@ def generate_text(
     temperature: float = 0.8,
     top_k: int | None = 20,
     seed: int | None = None,
+    **controls,
 ) -> str:
     """Continue a prompt: the seed homework's call.
 
@@ -69,6 +70,7 @@ def generate_text(
         temperature: 0 (greedy) or above; under 1 is safer, over 1 is bolder.
         top_k: draw from this many likeliest words, 1 to the vocabulary's size; None: from all.
         seed: the same seed gives the same text; None: a new one each time.
+        controls: others of `generate_texts`, as `top_p`, `repetition_penalty` or `banned_words`.
 
     Returns:
         The prompt as given, and its continuation.
@@ -80,7 +82,7 @@ def generate_text(
         >>> model = minigpt_pl.load("outputs/quick-001")
         >>> generate_text(model, "this movie is", num_tokens=60, temperature=0.8, top_k=20)
     """
-    return generate_texts(model, [prompt], num_tokens, temperature, top_k, seed)[0][0]
+    return generate_texts(model, [prompt], num_tokens, temperature, top_k, seed, **controls)[0][0]
 
 
 def generate_texts(
@@ -91,29 +93,53 @@ def generate_texts(
     top_k: int | None = 20,
     seed: int | None = None,
     num_samples: int = 1,
+    *,
+    min_tokens: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    banned_words: Sequence[str] = (),
+    forced_words: Mapping[int, str] | None = None,
 ) -> list[list[str]]:
     """`generate_text` for many prompts at once: `num_samples` texts for each, in the prompts' order.
 
     Sample i of any prompt is drawn with seed + i, so a text is the same alone and in company.
+
+    Args:
+        banned_words: never written; one of several tokens, as "it's", is never written as a whole. `[UNK]` is
+            always banned.
+        forced_words: place among the new tokens (0 the first) -> the word or words that begin there.
+
+    The other arguments are those of `generate_text` and of `Controls`, which gives their ranges; so are the errors.
     """
-    _check_controls(num_tokens, temperature, top_k, num_samples, model.network.vocab_size)
+    forced_ids, problems = _forced_ids(model.tokenizer, forced_words or {}, num_tokens)
+    banned = [encoding.ids for encoding in model.tokenizer.encode_batch(list(banned_words))]
+    # A network that was trained without [END] knows nothing of it, and would write it at random.
+    never = (PADDING_ID, UNKNOWN_ID, *([model.tokenizer.token_to_id(END)] if model.end_id is None else []))
+    if num_samples < 1:
+        problems.append(f"num_samples={num_samples}: must be at least 1")
+    try:
+        controls = Controls(
+            vocab_size=model.network.vocab_size, num_tokens=num_tokens, min_tokens=min_tokens, end_id=model.end_id,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
+            repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
+            banned_ids=(*never, *(ids[0] for ids in banned if len(ids) == 1)),
+            banned_sequences=[ids for ids in banned if len(ids) > 1 and UNKNOWN_ID not in ids],
+            forced_ids=forced_ids,
+        )  # fmt: skip
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(*problems)
     prompt_ids = encode_prompts(model.tokenizer, prompts)
     seed = secrets.randbelow(2**31) if seed is None else seed
     jobs = [(ids, seed + i) for ids in prompt_ids for i in range(num_samples)]
     new_ids: list[list[int]] = []
     for start in range(0, len(jobs), BATCH_TEXTS):
         ids, seeds = zip(*jobs[start : start + BATCH_TEXTS], strict=True)
-        new_ids += generate_ids(
-            model.network,
-            ids,
-            num_tokens,
-            temperature,
-            top_k,
-            seeds,
-            # A network that was trained without [END] knows nothing of it, and would write it at random.
-            banned_ids=(PADDING_ID, UNKNOWN_ID, *([model.tokenizer.token_to_id(END)] if model.end_id is None else [])),
-            end_id=model.end_id,
-        )
+        new_ids += generate_ids(model.network, ids, controls, seeds)
     texts = [
         prompts[i // num_samples].rstrip() + _continuation(model.tokenizer, ids, new)
         for i, ((ids, _), new) in enumerate(zip(jobs, new_ids, strict=True))
@@ -154,18 +180,24 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
     return all_ids
 
 
-def _check_controls(num_tokens: int, temperature: float, top_k: int | None, num_samples: int, vocab_size: int) -> None:
-    problems = []
-    if num_samples < 1:
-        problems.append(f"num_samples={num_samples}: must be at least 1")
-    if num_tokens < 1:
-        problems.append(f"num_tokens={num_tokens}: must be at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        problems.append(f"temperature={temperature}: must be 0 (greedy) or a finite number above")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        problems.append(f"top_k={top_k}: must be 1 to {vocab_size}, the vocabulary's size, or null for all words")
-    if problems:
-        raise InputError(*problems)
+def _forced_ids(tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int) -> tuple[dict[int, int], list[str]]:
+    """Place -> id, and a line for each that cannot be."""
+    forced, problems = {}, []
+    for place, text in words.items():
+        ids = tokenizer.encode(text).ids
+        name = f"forced_words={{{place}: {text!r}}}"
+        if not ids or UNKNOWN_ID in ids:
+            problems.append(f"{name}: not in the model's vocabulary; use words that it knows")
+        elif taken := [at for at in range(place, place + len(ids)) if at in forced]:
+            problems.append(f"{name}: place {taken[0]} is taken by another; leave room for {len(ids)} tokens")
+        elif place < 0:
+            problems.append(f"{name}: places are counted from 0, the first new token; give 0 or more")
+        elif place + len(ids) > num_tokens:
+            last = place + len(ids) - 1
+            problems.append(f"{name}: place {last} is beyond the last, {num_tokens - 1}; raise num_tokens={num_tokens}")
+        else:
+            forced |= dict(enumerate(ids, place))
+    return forced, problems
 
 
 def _continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: list[int]) -> str:

@@ -1,0 +1,245 @@
+"""The engine against plain full forwards, and against itself in other company."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minigpt_pl import InputError, MiniGPT
+from minigpt_pl.generation import decoders, engine, filters
+from minigpt_pl.generation.controls import Controls
+from minigpt_pl.generation.engine import draw, generate_ids
+from minigpt_pl.generation.products import with_products
+
+SIZE, WINDOW = 2000, 12  # enough tokens that the likeliest are screened in bf16, and looked for in groups
+
+
+def network(num_blocks: int = 1, **changes) -> MiniGPT:
+    sizes = {"vocab_size": SIZE, "max_length": WINDOW, "embed_dim": 32, "num_heads": 2, "head_dim": 24}
+    torch.manual_seed(num_blocks)
+    model = MiniGPT(**(sizes | {"feed_forward_dim": 40, "num_blocks": num_blocks} | changes)).eval()
+    for parameter in model.parameters():  # so that position, context and every bias matter
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def random_prompts(*lengths: int, size: int = SIZE) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def plainly(model: MiniGPT, prompt: list[int], controls: Controls, seed: int) -> list[int]:
+    """What `generate_ids` must give: one text, a full forward and all the logits for each token."""
+    text, chances = list(prompt), torch.rand(controls.num_tokens, generator=torch.Generator().manual_seed(seed))
+    for place, chance in enumerate(chances):
+        logits = model(torch.tensor([text[-model.max_length :]]))[0][:, -1]
+        logits = filters.process(logits, controls, torch.tensor([text]), place)
+        if controls.temperature == 0:
+            text.append(int(logits.argmax()))
+        else:
+            cumulative = filters.warp(logits, controls).softmax(-1).cumsum(-1)[0]
+            text.append(int((cumulative <= chance * cumulative[-1]).sum()))
+        if text[-1] == controls.end_id:
+            return text[len(prompt) : -1]
+    return text[len(prompt) :]
+
+
+class TestDecoders:
+    @pytest.mark.parametrize("num_heads", [1, 3])
+    @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4])
+    def test_equal_a_full_forward_at_every_step(self, num_blocks, num_heads):
+        model = network(num_blocks, num_heads=num_heads)
+        texts = random_prompts(1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2)
+        with torch.inference_mode():
+            decoder = decoders.start(with_products(model), texts)
+            for step in range(2 * WINDOW + 3):
+                full = [model.hidden_states(torch.tensor([text[-WINDOW:]]))[0, -1] for text in texts]
+                assert_close(decoder.hidden_states(), torch.stack(full), atol=1e-5, rtol=0)
+                if step in (3, WINDOW):  # some texts end
+                    rest = torch.arange(len(texts))[torch.arange(len(texts)) != 1]
+                    texts = [texts[i] for i in rest]
+                    decoder.keep(rest)
+                ids = torch.randint(SIZE, (len(texts),))
+                decoder.append(ids)
+                texts = [[*text, int(id_)] for text, id_ in zip(texts, ids, strict=True)]
+
+    @pytest.mark.parametrize("num_blocks", [1, 2])
+    def test_a_window_of_one_token(self, num_blocks):
+        model = network(num_blocks, max_length=1)
+        controls = Controls(vocab_size=SIZE, num_tokens=5)
+        assert generate_ids(model, [[3, 4]], controls, [0]) == [plainly(model, [3, 4], controls, 0)]
+
+
+class TestEngine:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"top_k": None},
+            {"top_k": 1},
+            {"top_k": SIZE},
+            {"temperature": 0},
+            {"temperature": 0, "repetition_penalty": 3.0},
+            {"temperature": 1.5, "top_k": 200},
+            {"top_p": 0.7},
+            {"top_p": 0.7, "top_k": None},
+            {"min_p": 0.2, "typical_p": 0.6},
+            {"typical_p": 0.6, "top_k": None},
+            {"repetition_penalty": 1.7},
+            {"no_repeat_ngram_size": 1, "top_k": 2},
+            {"end_id": 7, "top_k": None, "temperature": 10.0},
+            {"min_tokens": 10, "end_id": 11, "forced_ids": {10: 11}},
+            {"banned_ids": range(500), "banned_sequences": [[600], [601, 602]]},
+            {"forced_ids": {0: 5, 7: 6, 19: 7}, "banned_ids": [5]},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("num_blocks", [1, 2])
+    def test_equals_the_plain_loop(self, num_blocks, changes):
+        model, prompts, seeds = network(num_blocks), random_prompts(1, 4, WINDOW, 2 * WINDOW), [3, 4, 5, 6]
+        controls = Controls(**({"vocab_size": SIZE, "num_tokens": 20} | changes))
+        expected = [plainly(model, prompt, controls, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        assert generate_ids(model, prompts, controls, seeds) == expected
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("num_blocks", [1, 2])
+    def test_bit_equal_alone_and_in_any_batch(self, num_blocks, threads):
+        """Hidden states, not only draws: one in a million draws would show a difference in the last bits."""
+        width = 256  # the seed's: smaller products have other kernels
+        model = with_products(network(num_blocks, embed_dim=width, head_dim=width, feed_forward_dim=width))
+        prompts = random_prompts(*(1 + i % (2 * WINDOW) for i in range(70)))
+        torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode():
+                alone = torch.cat([self._states(model, [prompt]) for prompt in prompts])
+                for size in (2, 3, 5, 6, 7, 9, 11, 13, 16, 31, 70):
+                    groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+                    assert torch.equal(torch.cat([self._states(model, group) for group in groups]), alone), size
+        finally:
+            torch.set_num_threads(1)
+
+    @staticmethod
+    def _states(model, prompts):
+        """(B, 4, D and V): hidden states and logits of four steps on, ids given by the texts."""
+        decoder, states = decoders.start(model, prompts), []
+        for step in range(4):
+            hidden = decoder.hidden_states()
+            states.append(torch.cat([hidden, model.output(hidden)], dim=1))
+            decoder.append(torch.tensor([(prompt[0] + step) % SIZE for prompt in prompts]))
+        return torch.stack(states, dim=1)
+
+    @pytest.mark.parametrize("changes", [{}, {"top_k": None, "temperature": 2.0}, {"repetition_penalty": 1.3}], ids=str)
+    def test_a_seed_gives_a_text_whatever_the_batch(self, changes):
+        model, prompts, seeds = network(), random_prompts(*(1 + i % 30 for i in range(60))), range(60)
+        controls = Controls(**({"vocab_size": SIZE, "num_tokens": 25, "end_id": 3} | changes))
+        model.output.bias.data[3] += 6  # texts end, so that the batch shrinks
+        together = generate_ids(model, prompts, controls, seeds)
+        assert len({len(ids) for ids in together}) > 5
+        for size in (1, 7, 16):
+            groups = [range(i, min(i + size, 60)) for i in range(0, 60, size)]
+            parts = [generate_ids(model, [prompts[i] for i in group], controls, group) for group in groups]
+            assert sum(parts, []) == together, size
+
+    def test_with_more_tokens_a_text_goes_on(self):
+        texts = [generate_ids(network(), [[5]], Controls(vocab_size=SIZE, num_tokens=n), [1])[0] for n in (7, 40)]
+        assert len(texts[0]) == 7 and texts[1][:7] == texts[0]
+
+    def test_other_seeds_give_other_texts(self):
+        controls = Controls(vocab_size=SIZE, num_tokens=10)
+        assert len(set(map(tuple, generate_ids(network(), [[5]] * 20, controls, range(20))))) > 15
+
+    def test_screening_in_bf16_finds_the_likeliest_and_their_exact_logits(self):
+        model = with_products(network())
+        output = engine._Output(model, Controls(vocab_size=SIZE, top_k=10))
+        if not output.screens:
+            pytest.skip("no bf16 units")
+        hidden = torch.randn(500, 32)
+        with torch.inference_mode():
+            exact, (logits, ids) = model.output(hidden), output.candidates(hidden, None, 0)
+        assert_close(logits, exact.gather(1, ids), atol=1e-5, rtol=1e-5)
+        assert logits.shape == (500, 10 + engine.SPARE)
+        assert torch.equal(ids.gather(1, logits.topk(10).indices), exact.topk(10).indices)
+
+    def test_nothing_left_to_draw(self):
+        controls = Controls(vocab_size=15, num_tokens=20, top_k=3, no_repeat_ngram_size=1)
+        with pytest.raises(InputError, match="nothing is left to draw after 14 tokens.*no_repeat_ngram_size"):
+            generate_ids(network(vocab_size=15), [[2]], controls, [0])
+
+    @pytest.mark.parametrize("temperature", [0, 1])
+    def test_a_network_that_diverged_is_named(self, temperature):
+        model = network()
+        model.output.weight.data[5] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            generate_ids(model, [[2]], Controls(vocab_size=SIZE, temperature=temperature), [0])
+
+    def test_the_model_is_left_as_it_was(self):
+        model = network()
+        before = {name: type(module) for name, module in model.named_modules()}
+        generate_ids(model, [[2]], Controls(vocab_size=SIZE, num_tokens=2), [0])
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        with torch.no_grad():
+            model.output.bias[8] += 100  # and no weight is remembered
+        assert generate_ids(model, [[2]], Controls(vocab_size=SIZE, num_tokens=2), [0]) == [[8, 8]]
+
+
+class TestDraw:
+    def test_never_what_is_left_out_and_always_something(self):
+        out = -float("inf")
+        logits = torch.tensor([[out, 0.0, out, 0.0, out]] * 3)
+        assert draw(logits, torch.tensor([0.0, 0.4999, 1 - 2**-24])).flatten().tolist() == [1, 1, 3]
+
+    def test_follows_the_probabilities(self):
+        logits = torch.randn(1, 30)
+        chances = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+        drawn = draw(logits.expand(len(chances), -1), chances).flatten()
+        assert_close(drawn.bincount(minlength=30) / len(chances), logits.softmax(-1)[0], atol=5e-3, rtol=0)
+
+
+class TestControls:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_tokens": 0}, "num_tokens=0: must be at least 1"),
+            ({"min_tokens": 61}, "min_tokens=61: must be 0 to num_tokens=60"),
+            ({"min_tokens": -1}, "min_tokens=-1: must be 0"),
+            ({"temperature": float("nan")}, "temperature=nan: must be 0"),
+            ({"temperature": -1e-9}, "temperature=-1e-09: must be 0"),
+            ({"temperature": float("inf")}, "temperature=inf: must be 0"),
+            ({"top_k": 0}, "top_k=0: must be 1 to 15"),
+            ({"top_k": 16}, "top_k=16: must be 1 to 15"),
+            ({"top_p": 0.0}, "top_p=0.0: must be above 0"),
+            ({"top_p": 1.1}, "top_p=1.1: must be above 0"),
+            ({"top_p": float("nan")}, "top_p=nan: must be above 0"),
+            ({"min_p": -0.1}, "min_p=-0.1: must be 0 to 1"),
+            ({"min_p": 1.1}, "min_p=1.1: must be 0 to 1"),
+            ({"typical_p": 0}, "typical_p=0: must be above 0"),
+            ({"typical_p": 1.01}, "typical_p=1.01: must be above 0"),
+            ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be a finite number above 0"),
+            ({"repetition_penalty": float("inf")}, "repetition_penalty=inf: must be a finite number above 0"),
+            ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1: must be at least 1"),
+            ({"end_id": 15}, "end_id=15: must be 0 to 14"),
+            ({"banned_ids": [15]}, r"banned_ids=\[15\]: must be 0 to 14"),
+            ({"banned_ids": [-1]}, r"banned_ids=\[-1\]: must be 0 to 14"),
+            ({"banned_ids": range(15)}, "banned_ids: all 15 tokens are banned"),
+            ({"banned_ids": range(14), "end_id": 14, "min_tokens": 1}, "banned_ids: all 15 tokens are banned"),
+            ({"banned_sequences": [[1], []]}, "banned_sequences=.*at least one id"),
+            ({"banned_sequences": [[1, 15]]}, "banned_sequences=.*each 0 to 14"),
+            ({"forced_ids": {60: 1}}, "forced_ids={60: 1}: places must be 0 to 59"),
+            ({"forced_ids": {0: 15}}, "forced_ids={0: 15}: places.*ids 0 to 14"),
+        ],
+        ids=str,
+    )
+    def test_out_of_range(self, changes, message):
+        with pytest.raises(InputError, match=message) as caught:
+            Controls(**({"vocab_size": 15, "top_k": None} | changes))
+        assert len(caught.value.problems) == 1
+
+    def test_all_problems_at_once(self):
+        with pytest.raises(InputError) as caught:
+            Controls(vocab_size=15, num_tokens=0, temperature=-1, top_k=99, top_p=2)
+        assert [problem.split("=")[0] for problem in caught.value.problems] == [
+            "num_tokens", "temperature", "top_k", "top_p",
+        ]  # fmt: skip
+
+    def test_the_ends_of_the_ranges(self):
+        Controls(vocab_size=15, num_tokens=1, min_tokens=1, temperature=0, top_k=15, top_p=1, min_p=1, typical_p=1)

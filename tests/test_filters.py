@@ -1,0 +1,132 @@
+"""The filters against Hugging Face's: its own `generate` tells the logits before and after, in its own order."""
+
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minigpt_pl.generation import filters
+from minigpt_pl.generation.controls import Controls
+
+SIZE, END, NEW = 40, 3, 12
+
+
+@pytest.fixture(scope="module")
+def hugging_face():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=END)
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.pad_token_id = END
+    torch.nn.init.normal_(model.transformer.wte.weight)  # the output's too: logits of every size
+    return model
+
+
+# Our setting, its values to choose from, and what Hugging Face calls it.
+SETTINGS = {
+    "repetition_penalty": ([0.7, 1.3, 5.0], lambda value: {"repetition_penalty": value}),
+    "no_repeat_ngram_size": ([1, 2, 3], lambda value: {"no_repeat_ngram_size": value}),
+    "banned_ids": ([[5], [0, 1, 7, 9]], lambda ids: {"bad_words_ids": [[id_] for id_ in ids]}),
+    "banned_sequences": (
+        [[[8, 9], [4]], [[a, b] for a in range(0, SIZE, 2) for b in range(1, SIZE, 2)], [[1, 2, 3, 4, 5, 6, 7, 8, 9]]],
+        lambda rows: {"bad_words_ids": rows},
+    ),
+    "min_tokens": ([4, NEW], lambda value: {"min_new_tokens": value}),
+    "temperature": ([0.3, 0.8, 2.0], lambda value: {"temperature": value}),
+    "top_k": ([1, 5, SIZE], lambda value: {"top_k": value}),
+    "top_p": ([0.1, 0.6, 0.95], lambda value: {"top_p": value}),
+    "min_p": ([0.02, 0.3, 1.0], lambda value: {"min_p": value}),
+    "typical_p": ([0.1, 0.5, 0.9], lambda value: {"typical_p": value}),
+}
+
+
+def choices() -> list[dict]:
+    """Each value alone, and 60 mixtures."""
+    rng = random.Random(0)
+    alone = [{name: value} for name, (values, _) in SETTINGS.items() for value in values]
+    mixed = [
+        {name: rng.choice(SETTINGS[name][0]) for name in rng.sample(list(SETTINGS), rng.randint(2, 7))}
+        for _ in range(60)
+    ]
+    return alone + mixed
+
+
+def test_the_same_distribution_as_generate_at_every_step(hugging_face):
+    steps, filtered = 0, 0
+    for number, settings in enumerate(choices()):
+        wanted = {"temperature": 1.0, "top_k": None} | settings
+        controls = Controls(vocab_size=SIZE, num_tokens=NEW, end_id=END, forced_ids={NEW - 1: 6}, **wanted)
+        theirs = {"top_k": 0, "forced_eos_token_id": 6}
+        for name, value in settings.items():
+            words = theirs.get("bad_words_ids", [])
+            theirs |= SETTINGS[name][1](value)
+            theirs |= {"bad_words_ids": words + theirs["bad_words_ids"]} if "bad_words_ids" in theirs and words else {}
+        torch.manual_seed(number)
+        prompt = torch.randint(4, SIZE, (1, 3))
+        out = hugging_face.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=NEW, output_logits=True,
+            output_scores=True, return_dict_in_generate=True, **theirs,
+        )  # fmt: skip
+        for place, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
+            processed = filters.process(logits, controls, out.sequences[:, : 3 + place], place)
+            ours, expected = filters.warp(processed, controls).softmax(-1), scores.softmax(-1)
+            assert torch.equal(ours == 0, expected == 0), (settings, place)
+            assert_close(ours, expected, atol=1e-6, rtol=1e-5, msg=f"{settings} at {place}")
+            steps, filtered = steps + 1, filtered + bool((ours == 0).any())
+    assert steps > 600 and filtered > 400
+
+
+def test_greedy_takes_what_generate_takes(hugging_face):
+    prompt = torch.tensor([[5, 6, 7]])
+    settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 5}
+    out = hugging_face.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW, output_logits=True,
+        return_dict_in_generate=True, bad_words_ids=[[9]], **settings,
+    )  # fmt: skip
+    controls = Controls(
+        vocab_size=SIZE, num_tokens=NEW, min_tokens=5, end_id=END, temperature=0, repetition_penalty=1.5,
+        no_repeat_ngram_size=2, banned_ids=[9],
+    )  # fmt: skip
+    for place, logits in enumerate(out.logits):
+        text = out.sequences[:, : 3 + place]
+        assert filters.process(logits, controls, text, place).argmax(-1) == out.sequences[:, 3 + place]
+
+
+class TestTexts:
+    """Texts of different lengths in one batch: each as alone, without what it is filled up with."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2},
+         {"no_repeat_ngram_size": 3}, {"banned_sequences": [[5, 5, 2], [5, 6], [7], [9, 5]]}],
+        ids=str,
+    )  # fmt: skip
+    def test_filled_up_on_the_left(self, changes):
+        controls = Controls(vocab_size=12, **({"top_k": None} | changes))
+        texts = [[5], [5, 5], [5, 6, 5, 6], [1, 2, 3, 4, 5, 6, 7, 2, 3]]
+        logits, longest = torch.randn(len(texts), 12), 9
+        filled = torch.tensor([[-1] * (longest - len(text)) + text for text in texts])
+        together = filters.process(logits, controls, filled, 0)
+        for row, text in enumerate(texts):
+            assert torch.equal(
+                filters.process(logits[row : row + 1], controls, torch.tensor([text]), 0)[0], together[row]
+            )
+        assert not torch.equal(together, logits)
+
+    def test_no_repeat_ngram(self):
+        text = torch.tensor([[4, 5, 6, 4, 7, 4]])
+        for size, left_out in [(1, {4, 5, 6, 7}), (2, {5, 7}), (3, set()), (6, set()), (7, set())]:
+            logits = filters.no_repeat_ngram(torch.zeros(1, 9), size, text)
+            assert set(logits[0].isinf().nonzero().flatten().tolist()) == left_out, size
+
+    def test_nothing_is_changed_in_place(self):
+        logits, text = torch.randn(2, 9), torch.tensor([[1, 2, 1], [3, 3, 3]])
+        controls = Controls(
+            vocab_size=9, top_k=4, top_p=0.5, min_p=0.1, typical_p=0.5, repetition_penalty=2.0, no_repeat_ngram_size=2,
+            banned_ids=[0], banned_sequences=[[1, 5], [4]],
+        )  # fmt: skip
+        before = logits.clone()
+        filters.warp(filters.process(logits, controls, text, 0), controls)
+        assert torch.equal(logits, before)
