@@ -200,6 +200,13 @@ class SampleConfig:
     num_tokens: int = setting("new tokens; fewer only where a text ends itself", minimum=1)
     temperature: float = setting("randomness; 0: the likeliest token each time", minimum=0)
     top_k: int | None = setting("draw from this many likeliest tokens; null: from all", minimum=1)
+    top_p: float = setting("draw from the fewest likeliest tokens with this probability together", above=0, maximum=1)
+    min_p: float = setting("draw from tokens with this share of the likeliest's probability", minimum=0, maximum=1)
+    typical_p: float = setting("draw from the tokens of most usual surprise; 1: from all", above=0, maximum=1)
+    repetition_penalty: float = setting("over 1: what stands there already is less likely", above=0)
+    no_repeat_ngram_size: int = setting("no row of this many tokens comes twice; 0: any may", minimum=0)
+    min_tokens: int = setting("no text ends itself before this many new tokens", minimum=0)
+    banned_words: list[str] = setting("words that are never written; [UNK] never is")
     num_samples: int = setting("texts a prompt", minimum=1)
     seed: int | None = setting("the same seed gives the same texts; null: new ones", minimum=0, maximum=2**31 - 1)
 

@@ -8,6 +8,11 @@ from minigpt_pl import command_line, runs
 from minigpt_pl.config import SampleConfig
 from minigpt_pl.errors import InputError
 
+CONTROLS = (
+    "num_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "banned_words", "num_samples", "seed",
+)  # fmt: skip
+
 
 def main() -> None:
     sys.argv[1:] = [_take_prompt_literally(argument) for argument in sys.argv[1:]]
@@ -25,7 +30,7 @@ def sample(config: SampleConfig) -> None:
     for prompt in prompts:
         if unknown := unknown_words(model.tokenizer, prompt):
             print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
-    controls = {name: getattr(config, name) for name in ("num_tokens", "temperature", "top_k", "seed", "num_samples")}
+    controls = {name: getattr(config, name) for name in CONTROLS}
     texts = [text for group in generate_texts(model, prompts, **controls) for text in group]
     print("\n\n".join(texts))
 

@@ -57,6 +57,23 @@ class TestSample:
         assert base == write("seed=0", "temperature=1", "top_k=20") and base not in others
         assert write("temperature=0", "top_k=20") == write("top_k=1", "seed=7"), "greedy is the likeliest of all"
 
+    @pytest.mark.parametrize(
+        "control",
+        ["top_p=0.3", "min_p=0.9", "typical_p=0.1", "repetition_penalty=5", "no_repeat_ngram_size=2",
+         "banned_words=[the]"],
+    )  # fmt: skip
+    def test_each_control_reaches_the_text(self, trained, control):
+        arguments = ["prompt=the cat", "num_tokens=40", "seed=0", "temperature=2", "top_k=20"]
+        plain, changed = (run_module("sample", *arguments, *more, cwd=trained) for more in ([], [control]))
+        assert changed.returncode == 0, changed.stderr
+        assert changed.stdout != plain.stdout
+
+    def test_min_tokens(self, trained):
+        arguments = ["prompt=the cat", "num_samples=30", "num_tokens=40", "seed=0", "top_k=20"]
+        texts = [run_module("sample", *arguments, *more, cwd=trained).stdout for more in ([], ["min_tokens=40"])]
+        shortest = [min(len(text.split()) for text in texts_.strip().split("\n\n")) for texts_ in texts]
+        assert shortest[0] < 25 <= shortest[1]
+
     @pytest.mark.parametrize("where", ["tiny", "outputs/tiny", "outputs/tiny/checkpoints/last.ckpt"])
     def test_a_run_by_name_folder_or_checkpoint(self, trained, where):
         setting = "checkpoint" if where.endswith("ckpt") else "run"
@@ -108,6 +125,8 @@ class TestBadInput:
             (["prompt=a", "temperature=warm"], ["temperature=warm: "]),
             (["prompt=a", "top_k=0"], ["top_k=0: must be at least 1"]),
             (["prompt=a", "top_k=100000"], ["top_k=100000: must be 1 to 26"]),
+            (["prompt=a", "top_p=0", "min_tokens=-1"], ["top_p=0.0: must be above 0", "min_tokens=-1: must be"]),
+            (["prompt=a", "top_k=5", "min_tokens=61"], ["min_tokens=61: must be 0 to num_tokens=60"]),
             (["prompt=a", "topk=3"], ["topk=3: no such setting"]),
             (["prompt=a", "run=none"], ["run=none: no such run folder"]),
             (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: give it or run=tiny, and not both"]),
