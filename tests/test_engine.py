@@ -128,13 +128,17 @@ class TestEngine:
             decoder.append(torch.tensor([(prompt[0] + step) % SIZE for prompt in prompts]))
         return torch.stack(states, dim=1)
 
-    @pytest.mark.parametrize("changes", [{}, {"top_k": None, "temperature": 2.0}, {"repetition_penalty": 1.3}], ids=str)
-    def test_a_seed_gives_a_text_whatever_the_batch(self, changes):
+    @pytest.mark.parametrize(
+        ("changes", "push"),
+        [({}, 4), ({"top_k": None, "temperature": 2.0}, 6), ({"repetition_penalty": 1.3}, 4)],
+        ids=str,
+    )
+    def test_a_seed_gives_a_text_whatever_the_batch(self, changes, push):
         model, prompts, seeds = network(), random_prompts(*(1 + i % 30 for i in range(60))), range(60)
         controls = Controls(**({"vocab_size": SIZE, "num_tokens": 25, "end_id": 3} | changes))
-        model.output.bias.data[3] += 2  # texts end, so that the batch shrinks
+        model.output.bias.data[3] += push  # texts end, so that the batch shrinks
         together = generate_ids(model, prompts, controls, seeds)
-        assert len({len(ids) for ids in together}) > 3, "the batch hardly shrinks"
+        assert len({len(ids) for ids in together}) > 5
         for size in (1, 7, 16):
             groups = [range(i, min(i + size, 60)) for i in range(0, 60, size)]
             parts = [generate_ids(model, [prompts[i] for i in group], controls, group) for group in groups]

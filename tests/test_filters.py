@@ -36,7 +36,7 @@ SETTINGS = {
     "min_tokens": ([4, NEW], lambda value: {"min_new_tokens": value}),
     "temperature": ([0.3, 0.8, 2.0], lambda value: {"temperature": value}),
     "top_k": ([1, 5, SIZE], lambda value: {"top_k": value}),
-    "top_p": ([0.1, 0.6, 0.95], lambda value: {"top_p": value}),
+    "top_p": ([1e-9, 0.1, 0.6, 0.95], lambda value: {"top_p": value}),
     "min_p": ([0.02, 0.3, 1.0], lambda value: {"min_p": value}),
     "typical_p": ([0.1, 0.5, 0.9], lambda value: {"typical_p": value}),
 }
@@ -80,14 +80,15 @@ def test_the_same_distribution_as_generate_at_every_step(hugging_face):
 
 def test_greedy_takes_what_generate_takes(hugging_face):
     prompt = torch.tensor([[5, 6, 7]])
-    settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 5}
+    settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 5, "do_sample": False}
+    settings |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": NEW}
+    banned = int(hugging_face.generate(prompt, **settings)[0, 3])  # what would be the first
     out = hugging_face.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW, output_logits=True,
-        return_dict_in_generate=True, bad_words_ids=[[9]], **settings,
-    )  # fmt: skip
+        prompt, output_logits=True, return_dict_in_generate=True, bad_words_ids=[[banned]], **settings
+    )
     controls = Controls(
         vocab_size=SIZE, num_tokens=NEW, min_tokens=5, end_id=END, temperature=0, repetition_penalty=1.5,
-        no_repeat_ngram_size=2, banned_ids=[9],
+        no_repeat_ngram_size=2, banned_ids=[banned],
     )  # fmt: skip
     for place, logits in enumerate(out.logits):
         text = out.sequences[:, : 3 + place]
@@ -129,4 +130,5 @@ class TestTexts:
         )  # fmt: skip
         before = logits.clone()
         filters.warp(filters.process(logits, controls, text, 0), controls)
+        filters.ban_sequences(logits, [[1, 5], [4]], text)
         assert torch.equal(logits, before)

@@ -67,7 +67,7 @@ class TestRunFolder:
         lines = (trained / "outputs" / "tiny" / "samples.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         assert [record["epoch"] for record in records] == [1, 2]
-        assert all(record["text"].startswith(record["prompt"] + " ") for record in records)
+        assert all(record["text"].startswith(record["prompt"]) for record in records)
 
     def test_metrics(self, trained):
         folder = trained / "outputs" / "tiny"

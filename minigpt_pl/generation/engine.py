@@ -12,7 +12,10 @@ from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.products import Product, with_products
 from minigpt_pl.model import MiniGPT
 
-SPARE = 32  # candidates beyond top_k: what bf16 may put in another order
+# Candidates beyond top_k. In bf16 alone the ten likeliest tokens were others in 4 to 6 % of the contexts of two trained
+# networks, and in 25 % of an untrained one's; the deepest that one of the `top_k` fell was 3 places beyond them for
+# top_k=20, 12 for 900.
+SPARE = 32
 
 
 @torch.inference_mode()
