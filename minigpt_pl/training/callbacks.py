@@ -39,7 +39,8 @@ class TextGenerator(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.path.exists():  # a resumed run writes again what came after its checkpoint
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with self.path.open(encoding="utf-8") as file:  # not splitlines: a text may hold U+0085 and the like
+                lines = list(file)
             write_aside(self.path, "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step))
 
     @rank_zero_only

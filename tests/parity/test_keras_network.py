@@ -9,7 +9,8 @@ import torch
 import minigpt_pl
 from minigpt_pl.config import ConvertConfig
 from minigpt_pl.convert import convert
-from minigpt_pl.generation import engine
+from minigpt_pl.generation import filters
+from minigpt_pl.generation.controls import Controls
 from minigpt_pl.keras_weights import read_keras
 from minigpt_pl.tokenizer import build_tokenizer
 
@@ -79,23 +80,17 @@ def test_dropout_is_read_where_the_file_tells_it(saved):
     assert read_keras(folder / "model.weights.h5").arguments["dropout"] == 0.1
 
 
-def test_top_k_probabilities(saved, monkeypatch, within):
+def test_top_k_probabilities(saved, within):
     """What the engine hands to the draw, against what `sample_from` hands to it, from the same logits."""
     name, _, outputs = saved
     logits = torch.from_numpy(outputs["sample_logits"])
-    handed: list[torch.Tensor] = []
 
-    def record(probabilities: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        handed.append(probabilities)
-        return probabilities.argmax(keepdim=True)
-
-    monkeypatch.setattr(engine.torch, "multinomial", record)
     for k in TOP_K:
         for temperature in TEMPERATURES:
-            handed.clear()
-            engine._draw(logits, temperature, k, [torch.Generator() for _ in logits])
+            controls = Controls(vocab_size=logits.shape[1], temperature=temperature, top_k=k)
+            ours = filters.warp(logits, controls).softmax(dim=-1)  # what `engine.draw` draws by
             theirs = np.zeros(logits.shape)
             np.put_along_axis(
                 theirs, outputs[f"indices_{k}_{temperature}"], outputs[f"probabilities_{k}_{temperature}"], axis=-1
             )
-            within(f"top-k probabilities, {name}", torch.stack(handed), theirs, 1e-6)
+            within(f"top-k probabilities, {name}", ours, theirs, 1e-6)
