@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minigpt_pl.products import Product, by_onednn
+
 # Bytes and rows of a chunk of logits, at most. On a CPU 512 rows of the seed's in bf16 stay in a last-level cache; what
 # a GPU likes best is not measured yet.
 CPU_CHUNK = 21 * 2**20, 512
@@ -81,7 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Every chunk has all its rows, the last one by zeros: oneDNN keeps some 25 MB for each shape it meets.
             missing = -count % rows
             hidden_, targets = F.pad(hidden.to(product_dtype), (0, 0, 0, missing)), F.pad(targets, (0, missing))
-            output = _OutputLayer(weight.to(product_dtype), bias, rows)
+            weight_ = weight.to(product_dtype)
+            output, output_transposed = Product(weight_, bias, rows), Product(weight_.T.contiguous(), rows=rows)
             loss = hidden.new_zeros(())
             if need_gradients:
                 grad_hidden = hidden.new_empty(hidden_.shape)
@@ -89,13 +92,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, count, rows):
                 chunk, counted = hidden_[start : start + rows], min(count - start, rows)
                 ids = targets[start : start + rows, None]  # (C, 1)
-                logits = output.logits(chunk)  # (C, V)
+                logits = output(chunk)  # (C, V)
                 probabilities = torch.softmax(logits, dim=-1, out=logits)
                 chosen = probabilities.gather(1, ids)[:counted, 0].to(hidden.dtype)
                 losses = -chosen.log()
                 if not chosen.all():  # a loss above 87 nats: the probability is below the smallest number
                     far = (chosen == 0).nonzero()[:, 0]
-                    logits = F.linear(chunk[far], output.weight, bias.to(product_dtype)).to(hidden.dtype)
+                    logits = F.linear(chunk[far], weight_, bias.to(product_dtype)).to(hidden.dtype)
                     losses[far] = F.cross_entropy(logits, ids[far, 0], reduction="none")
                 loss += losses.sum()
                 if not need_gradients:
@@ -103,8 +106,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = probabilities
                 grad_logits[torch.arange(rows, device=ids.device), ids[:, 0]] -= 1
                 grad_bias += grad_logits[:counted].sum(dim=0)
-                grad_hidden[start : start + rows] = output.grad_hidden(grad_logits)
-                grad_weight += output.grad_weight(grad_logits, chunk)  # rows of zeros add nothing
+                grad_hidden[start : start + rows] = output_transposed(grad_logits)
+                grad_weight += _transposed_product(grad_logits, chunk)  # rows of zeros add nothing
         if need_gradients:
             ctx.save_for_backward(grad_hidden[:count], grad_weight, grad_bias)
         return loss
@@ -116,41 +119,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_output * grad_hidden, grad_output * grad_weight, grad_output * grad_bias, None, None
 
 
-class _OutputLayer:
-    """The three products of a chunk of rows with the weight, (V, D).
-
-    On a CPU they are oneDNN's, called as `torch.compile` calls them, with the weight laid out for them once a step. In
-    bf16 that saves a tenth; in fp32 PyTorch itself would take MKL's, which on CPUs that are not Intel's reach half the
-    rate (benchmarks/training_step.py).
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, rows: int):
-        self.weight, self.bias = weight, bias
-        self.by_onednn = weight.device.type == "cpu" and (
-            (weight.dtype == torch.float32 and torch.backends.mkldnn.is_available())
-            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-        if self.by_onednn:
-            lay_out = torch.ops.mkldnn._reorder_linear_weight
-            self.rows, self.columns = lay_out(weight, rows), lay_out(weight.T.contiguous(), rows)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(C, D) -> (C, V)."""
-        if self.by_onednn:
-            return torch.ops.mkldnn._linear_pointwise(hidden, self.rows, self.bias, "none", [], "")
-        return F.linear(hidden, self.weight, self.bias.to(self.weight.dtype))
-
-    def grad_hidden(self, grad_logits: Tensor) -> Tensor:
-        """(C, V) -> (C, D)."""
-        if self.by_onednn:
-            return torch.ops.mkldnn._linear_pointwise(grad_logits, self.columns, None, "none", [], "")
-        return grad_logits @ self.weight
-
-    def grad_weight(self, grad_logits: Tensor, hidden: Tensor) -> Tensor:
-        """(C, V), (C, D) -> (V, D)."""
-        if self.by_onednn and hidden.dtype == torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(grad_logits.T, hidden.T, None, "none", [], "")
-        return grad_logits.T @ hidden
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b: (C, V), (C, D) -> (V, D). In fp32 by oneDNN, for its rate; in bf16 PyTorch's is oneDNN's."""
+    if a.dtype == torch.float32 and by_onednn(a):
+        return torch.ops.mkldnn._linear_pointwise(a.T, b.T, None, "none", [], "")
+    return a.T @ b
 
 
 def _chunk_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:

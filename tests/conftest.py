@@ -1,5 +1,6 @@
 """Shared by all tests: a small text of our own, the real reviews where they are, one small trained run."""
 
+import csv
 import os
 import random
 import subprocess
@@ -22,6 +23,25 @@ TINY_MODEL = [
     "model.feed_forward_dim=16",
 ]
 TINY_RUN = [*TINY_MODEL, "data=text", "data.batch_size=16", "trainer=cpu", "trainer.progress_bar=false"]
+
+EVERY_STEP = "trainer.log_every_n_steps=1"
+
+
+def train(config, resume_from: Path | None = None) -> Path:
+    """Train in this process; returns the run folder."""
+    from minigpt_pl.training.fit import fit
+
+    return fit(config, "test", [], resume_from)
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def losses(folder: Path, name: str = "train/loss") -> dict[int, float]:
+    """Step -> value, from metrics.csv."""
+    with (folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
 
 
 COMMON = {

@@ -8,7 +8,7 @@ from minigpt_pl import InputError, MiniGPT
 from minigpt_pl.generation import decoders, engine, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import draw, generate_ids
-from minigpt_pl.generation.products import with_products
+from minigpt_pl.products import with_products
 
 SIZE, WINDOW = 2000, 12  # enough tokens that the likeliest are screened in bf16, and looked for in groups
 

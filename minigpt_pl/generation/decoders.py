@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt_pl.generation.products import Product
 from minigpt_pl.model import MiniGPT
+from minigpt_pl.products import Product
 
 
 def start(model: MiniGPT, prompts: Sequence[Sequence[int]]) -> "LookupDecoder | CacheDecoder":

@@ -9,8 +9,8 @@ from torch import Tensor
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import decoders, filters
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.products import Product, with_products
 from minigpt_pl.model import MiniGPT
+from minigpt_pl.products import Product, has_bf16_units, with_products
 
 # Candidates beyond top_k. In bf16 alone the ten likeliest tokens were others in 4 to 6 % of the contexts of two trained
 # networks, and in 25 % of an untrained one's; the deepest that one of the `top_k` fell was 3 places beyond them for
@@ -105,9 +105,8 @@ class _Output:
         self.layer, self.controls = model.output, controls
         top_k = 1 if controls.temperature == 0 else controls.top_k
         self.count = None if top_k is None else min(top_k + SPARE, model.vocab_size)
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         self.screens = self.count is not None and not controls.read_the_text
-        self.screens = self.screens and has_bf16 and self.layer.weight.device.type == "cpu"
+        self.screens = self.screens and has_bf16_units() and self.layer.weight.device.type == "cpu"
         if self.screens:
             self.screen, self.bias_for = Product(self.layer.weight.bfloat16()), None
 

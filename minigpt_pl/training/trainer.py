@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig, TrainerConfig
 from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.products import has_bf16_units
 from minigpt_pl.training import curve
 from minigpt_pl.training.callbacks import Ending, StopAtNaN, TextGenerator, Throughput
 from minigpt_pl.training.progress import Progress
@@ -111,8 +112,7 @@ def precision(wanted: str, accelerator: str) -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return "32-true"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if has_bf16 else "32-true"
+    return "bf16-mixed" if has_bf16_units() else "32-true"
 
 
 def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:

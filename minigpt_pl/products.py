@@ -1,0 +1,71 @@
+"""Products with a matrix that stays the same for a while, by oneDNN where a CPU has it."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt_pl.model import MiniGPT
+
+
+class Product(nn.Module):
+    """x @ weight.T + bias, with the weight laid out once for oneDNN, which is called as `torch.compile` calls it.
+
+    In training it is faster: PyTorch's own product lays a bf16 weight out anew each time, a tenth of it, and is MKL's
+    in fp32, which on CPUs that are not Intel's reaches half the rate (benchmarks/training_step.py).
+
+    In generation a row is the same beside any others, bit for bit: MKL adds up in another order for the rows that are
+    left over from its tiles. oneDNN's were equal for 1 to 256 rows, on 1 and 2 threads.
+
+    Where there is no oneDNN, and on a GPU, it is PyTorch's product.
+
+    Args:
+        weight: (out, in); used as it is now, fp32 or bf16.
+        bias: (out,); None: none.
+        rows: how many each x will have; None: any number.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: int | None = None):
+        super().__init__()
+        self.weight, self.bias, self.rows, self.laid_out = weight, bias, rows, None
+        self.by_onednn = by_onednn(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not self.by_onednn:
+            return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        if self.laid_out is None:  # not before: of a model's products some are never asked for
+            self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows or 64)
+        rows = x.flatten(0, -2)
+        count = len(rows)
+        if self.rows is None:
+            # oneDNN makes a kernel for each number of rows, and keeps some MB with it: so 1, 2, 4, 8, 16, 32, 48, ...
+            size = 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16
+            if size > count:
+                rows = F.pad(rows, (0, 0, 0, size - count))
+        result = torch.ops.mkldnn._linear_pointwise(rows, self.laid_out, self.bias, "none", [], "")
+        return result[:count].view(*x.shape[:-1], -1)
+
+
+def by_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies tensors of this type here."""
+    return weight.device.type == "cpu" and (
+        (weight.dtype == torch.float32 and torch.backends.mkldnn.is_available())
+        or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def with_products(model: MiniGPT) -> MiniGPT:
+    """The model, its weights shared, with a `Product` in place of each `nn.Linear`."""
+    shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in list(shared.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Product(child.weight, child.bias))
+    return shared

@@ -1,0 +1,162 @@
+"""What a run leaves in its folder, and runs by the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import EVERY_STEP, TINY_RUN, checkpoint, losses, run_module, train
+from torch.testing import assert_close
+
+from minigpt_pl import runs
+from minigpt_pl.errors import InputError
+
+
+class TestRunFolder:
+    def test_holds_all_that_a_run_leaves(self, trained):
+        folder = trained / "outputs" / "tiny"
+        assert {path.name for path in folder.iterdir()} >= {
+            "run.json", "config.yaml", "tokenizer.json", "checkpoints", "metrics.csv", "samples.jsonl", "loss.png",
+        }  # fmt: skip
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert not list((trained).glob("*.log")) and not (trained / ".hydra").exists()
+
+    def test_record_tells_where_the_model_is_from(self, trained):
+        record = runs.read_record(trained / "outputs" / "tiny")
+        assert record["status"] == "finished" and record["epochs"] == 2
+        assert record["text"]["source"].endswith("story.txt") and record["text"]["train_documents"] > 200
+        assert "trainer=cpu" in record["overrides"] and record["versions"]["torch"]
+
+    def test_checkpoint_is_plain(self, trained):
+        hyper_parameters = checkpoint(trained / "outputs" / "tiny")["hyper_parameters"]
+        assert json.loads(json.dumps(hyper_parameters)) == hyper_parameters
+        assert hyper_parameters["model"]["embed_dim"] == 16
+
+    def test_lightning_loads_it(self, trained):
+        from minigpt_pl.training.module import MiniGPTModule
+
+        module = MiniGPTModule.load_from_checkpoint(
+            trained / "outputs" / "tiny" / "checkpoints" / "best.ckpt", weights_only=True
+        )
+        assert sum(p.numel() for p in module.parameters()) > 1000
+
+    def test_samples_of_each_epoch(self, trained):
+        lines = (trained / "outputs" / "tiny" / "samples.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [record["epoch"] for record in records] == [1, 2]
+        assert all(record["text"].startswith(record["prompt"]) for record in records)
+
+    def test_metrics(self, trained):
+        folder = trained / "outputs" / "tiny"
+        word_perplexity = losses(folder, "val/word_perplexity")
+        assert len(word_perplexity) == 2
+        for name in (
+            "train/loss",
+            "train/epoch_loss",
+            "val/loss",
+            "val/perplexity",
+            "tokens_per_second",
+            "lr-KerasAdam",
+        ):
+            assert losses(folder, name), name
+
+    def test_a_name_is_made_and_numbered(self, tiny_config):
+        config = tiny_config("trainer.max_steps=1")
+        assert [train(config).name, train(config).name] == ["test-001", "test-002"]
+
+    def test_a_run_is_never_overwritten(self, tiny_config):
+        config = tiny_config("trainer.max_steps=1", "run_name=mine")
+        folder = train(config)
+        before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+        with pytest.raises(InputError, match="run_name=mine: .*exists; add resume=auto"):
+            train(config)
+        assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+
+    def test_a_run_that_ended_before_its_first_checkpoint_begins_again(self, tiny_config):
+        folder = train(tiny_config("trainer.max_steps=1", "run_name=mine"))
+        (folder / "checkpoints" / "last.ckpt").unlink()
+        with pytest.raises(InputError, match="run_name=mine: .*exists"):
+            train(tiny_config("trainer.max_steps=1", "run_name=mine"))
+        train(tiny_config("trainer.max_steps=1", "run_name=mine", "resume=auto"))
+        assert checkpoint(folder)["global_step"] == 1
+
+    def test_of_two_that_start_together_one_is_refused(self, tmp_path):
+        runs.make_run_folder(tmp_path, "mine", "test")  # nothing is in it yet
+        with pytest.raises(InputError, match="run_name=mine"):
+            runs.make_run_folder(tmp_path, "mine", "test")
+
+    def test_no_folder_for_a_text_that_is_too_small(self, tiny_config, tmp_path):
+        with pytest.raises(InputError, match="data.batch_size=512: the text gives only 2[0-9][0-9] sequences"):
+            train(tiny_config("data.batch_size=512"))
+        assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["cache"]
+
+
+class TestCommand:
+    def test_ctrl_c_leaves_a_checkpoint_that_resume_auto_goes_on_with(self, story, tmp_path):
+        arguments = [*TINY_RUN, f"data.path={story}", "trainer.max_epochs=100000", "run_name=long"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minigpt_pl.train", *arguments],
+            cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        metrics = tmp_path / "outputs" / "long" / "metrics.csv"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert "Traceback" not in error and "interrupted after" in error
+        folder = tmp_path / "outputs" / "long"
+        steps = checkpoint(folder)["global_step"]
+        assert steps > 0 and runs.read_record(folder)["status"] == "interrupted"
+
+        sampled = run_module("sample", "run=long", "prompt=the cat", "top_k=5", cwd=tmp_path)
+        assert sampled.returncode == 0, sampled.stderr
+        resumed = run_module("train", "resume=auto", f"trainer.max_steps={steps + 3}", cwd=tmp_path)
+        assert resumed.returncode == 0, resumed.stderr
+        assert checkpoint(folder)["global_step"] == steps + 3, "the run's own settings were not taken up"
+        assert [path.name for path in (tmp_path / "outputs").glob("*/run.json")] == ["run.json"]
+
+    def test_sweep(self, story, tmp_path):
+        done = run_module(
+            "train", *TINY_RUN, f"data.path={story}", "trainer.max_steps=1", "-m", "seed=1,2", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        seeds = [json.loads(p.read_text())["overrides"][-1] for p in sorted((tmp_path / "outputs").glob("*/run.json"))]
+        assert seeds == ["seed=1", "seed=2"]
+
+    @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+    def test_two_processes_train_as_one(self, story, tmp_path, launcher):
+        options = [*TINY_RUN, f"data.path={story}", "model.dropout=0", EVERY_STEP, "trainer.max_epochs=2"]
+        one = run_module("train", *options, "run_name=one", cwd=tmp_path)
+        assert one.returncode == 0, one.stderr
+        if launcher == "lightning":
+            two = run_module(
+                "train", *options, "trainer.strategy=ddp", "trainer.devices=2", "run_name=two", cwd=tmp_path
+            )
+        else:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minigpt_pl.train"]
+            two = subprocess.run(
+                [sys.executable, *command, *options, "run_name=two"],
+                cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+        assert two.returncode == 0, two.stderr
+        outputs = tmp_path / "outputs"
+        assert sorted(path.name for path in outputs.iterdir()) == ["cache", "one", "two"]
+        assert runs.read_record(outputs / "two")["processes"] == 2
+        assert len((outputs / "two" / "samples.jsonl").read_text().splitlines()) == 2
+        for name in ("train/loss", "train/epoch_loss", "val/loss", "val/word_loss"):
+            a, b = losses(outputs / "one", name), losses(outputs / "two", name)
+            assert a == pytest.approx(b, abs=1e-4), name
+        weights = checkpoint(outputs / "one")["state_dict"], checkpoint(outputs / "two")["state_dict"]
+        for name in weights[0]:
+            assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=0)
+
+    def test_a_sweep_of_several_processes_is_refused(self, story, tmp_path):
+        arguments = [*TINY_RUN, f"data.path={story}", "trainer.strategy=ddp", "trainer.devices=2", "-m", "seed=1,2"]
+        done = run_module("train", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and "trainer.devices=2: each process would start the whole sweep" in done.stderr
