@@ -140,6 +140,7 @@ class TrainerConfig:
     patience: int | None = setting("stop after this many validations without a better val/loss", minimum=1)
     ema_decay: float | None = setting("keep an exponential average of the weights and use it", above=0, below=1)
     profiler: str | None = setting("print where the time went", choices=("simple", "advanced", "pytorch"))
+    compile: bool = setting("compile the blocks with torch.compile: a minute at the start, fewer launches on a GPU")
     deterministic: bool = setting("only deterministic algorithms")
     detect_anomaly: bool = setting("stop at the first NaN of a backward pass (slow)")
     progress_bar: bool = setting("show progress")

@@ -15,6 +15,8 @@ from minigpt_pl.products import Product, by_onednn
 # a GPU likes best is not measured yet.
 CPU_CHUNK = 21 * 2**20, 512
 GPU_CHUNK = 512 * 2**20, 2**14
+# Where Python may look at a tensor's values for nothing; on a GPU it would wait for all that is queued before.
+LOOKS = ("cpu",)
 
 
 def linear_cross_entropy(
@@ -30,15 +32,18 @@ def linear_cross_entropy(
         weight: (V, D).
         bias: (V,).
         targets: (...), integers in [0, V).
-        ignore_index: targets of this id do not count; their rows are left out before the product.
+        ignore_index: targets of this id do not count; on a CPU their rows are left out before the product.
 
     Returns:
         A scalar. Differentiable once, with respect to hidden, weight and bias.
     """
-    hidden, targets = _flat_counted(hidden, targets, ignore_index)
     device = hidden.device.type
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, D), (N,)
+    counted = torch.ones_like(targets) if ignore_index is None else targets != ignore_index  # (N,)
+    if device in LOOKS and ignore_index is not None:
+        hidden, targets, counted = hidden[counted], targets[counted], counted[counted]
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, product_dtype)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, counted.to(hidden.dtype), product_dtype)
 
 
 @torch.no_grad()
@@ -59,30 +64,25 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) 
     return torch.cat(losses).view(targets.shape)
 
 
-def _flat_counted(hidden: Tensor, targets: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, D), (N,)
-    if ignore_index is None:
-        return hidden, targets
-    counted = targets != ignore_index
-    return hidden[counted], targets[counted]
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, chunk by chunk, while the probabilities are at hand.
 
-    A chunk's logits, its probabilities and their gradients lie in the same memory: the passes between the three
-    products are as few as can be.
+    On a CPU a chunk's logits, its probabilities and their gradients lie in the same memory: the passes between the
+    three products are as few as can be. On a GPU nothing depends on the values of a tensor, so that Python runs ahead.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, product_dtype):
-        # hidden (N, D), weight (V, D), bias (V,), targets (N,)
+    def forward(ctx, hidden, weight, bias, targets, counted, product_dtype):
+        # hidden (N, D), weight (V, D), bias (V,), targets (N,); counted (N,): 1, or 0 for a row that does not count
         with torch.autocast(hidden.device.type, enabled=False):
             need_gradients, count = any(ctx.needs_input_grad), len(hidden)
             rows = _chunk_rows(len(weight), product_dtype, hidden.device)
             # Every chunk has all its rows, the last one by zeros: oneDNN keeps some 25 MB for each shape it meets.
             missing = -count % rows
-            hidden_, targets = F.pad(hidden.to(product_dtype), (0, 0, 0, missing)), F.pad(targets, (0, missing))
+            hidden_, targets, counted = (
+                F.pad(hidden.to(product_dtype), (0, 0, 0, missing)), F.pad(targets, (0, missing)),
+                F.pad(counted, (0, missing)),
+            )  # fmt: skip
             weight_ = weight.to(product_dtype)
             output, output_transposed = Product(weight_, bias, rows), Product(weight_.T.contiguous(), rows=rows)
             loss = hidden.new_zeros(())
@@ -90,24 +90,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden = hidden.new_empty(hidden_.shape)
                 grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
             for start in range(0, count, rows):
-                chunk, counted = hidden_[start : start + rows], min(count - start, rows)
-                ids = targets[start : start + rows, None]  # (C, 1)
+                chunk, ids, counts = (
+                    x[start : start + rows] for x in (hidden_, targets, counted)
+                )  # (C, D), (C,) twice
                 logits = output(chunk)  # (C, V)
-                probabilities = torch.softmax(logits, dim=-1, out=logits)
-                chosen = probabilities.gather(1, ids)[:counted, 0].to(hidden.dtype)
-                losses = -chosen.log()
-                if not chosen.all():  # a loss above 87 nats: the probability is below the smallest number
-                    far = (chosen == 0).nonzero()[:, 0]
-                    logits = F.linear(chunk[far], weight_, bias.to(product_dtype)).to(hidden.dtype)
-                    losses[far] = F.cross_entropy(logits, ids[far, 0], reduction="none")
-                loss += losses.sum()
+                if hidden.device.type in LOOKS:
+                    probabilities = torch.softmax(logits, dim=-1, out=logits)
+                    losses = _losses(probabilities, ids, chunk, weight_, bias)
+                    probabilities[count - start :] = 0
+                else:
+                    log_probabilities = logits.log_softmax(dim=-1, dtype=hidden.dtype)
+                    losses = -log_probabilities.gather(1, ids[:, None])[:, 0]
+                    probabilities = log_probabilities.exp_().mul_(counts[:, None]).to(product_dtype)
+                loss += losses @ counts
                 if not need_gradients:
                     continue
                 grad_logits = probabilities
-                grad_logits[torch.arange(rows, device=ids.device), ids[:, 0]] -= 1
-                grad_bias += grad_logits[:counted].sum(dim=0)
+                grad_logits[torch.arange(rows, device=ids.device), ids] -= counts.to(product_dtype)
+                grad_bias += grad_logits.sum(dim=0)
                 grad_hidden[start : start + rows] = output_transposed(grad_logits)
-                grad_weight += _transposed_product(grad_logits, chunk)  # rows of zeros add nothing
+                grad_weight += _transposed_product(grad_logits, chunk)
         if need_gradients:
             ctx.save_for_backward(grad_hidden[:count], grad_weight, grad_bias)
         return loss
@@ -116,7 +118,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        return grad_output * grad_hidden, grad_output * grad_weight, grad_output * grad_bias, None, None
+        return grad_output * grad_hidden, grad_output * grad_weight, grad_output * grad_bias, None, None, None
+
+
+def _losses(probabilities: Tensor, ids: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """-log of each row's probability of its id: (C, V), (C,) -> (C,), in the bias's type."""
+    chosen = probabilities.gather(1, ids[:, None])[:, 0].to(bias.dtype)
+    losses = -chosen.log()
+    if not chosen.all():  # a loss above 87 nats: the probability is below the smallest number
+        far = (chosen == 0).nonzero()[:, 0]
+        logits = F.linear(hidden[far], weight, bias.to(weight.dtype)).to(bias.dtype)
+        losses[far] = F.cross_entropy(logits, ids[far], reduction="none")
+    return losses
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Ids
@@ -15,7 +16,7 @@ def sequences(cut="truncate", end_token=True, count_padding=False, length=4):
 
 
 def all_rows(made: Sequences) -> list[list[int]]:
-    return made[np.arange(len(made))].tolist()
+    return made[torch.arange(len(made))].tolist()
 
 
 def test_truncate_is_the_beginning_of_each_document():
@@ -40,6 +41,13 @@ def test_pack_loses_no_token():
     targets = [t for row, n in zip(all_rows(made), made.target_counts, strict=True) for t in row[1 : n + 1]]
     assert targets == TOKENS[1:], "each token but the first is a target once"
     assert all_rows(made)[0] == [10, 11, 12, 99, 20]
+
+
+def test_ids_over_the_signed_range():
+    for dtype in (np.uint16, np.uint32):
+        largest = np.iinfo(dtype).max
+        made = Sequences(Ids(np.array([5, largest, 7], dtype=dtype), np.array([0, 3])), 2, "truncate", True, False)
+        assert all_rows(made) == [[5, largest, 7]]
 
 
 def loader(**changes) -> BatchLoader:
@@ -122,7 +130,7 @@ def test_shares_add_up_to_the_steps_exact_mean():
     shares = [list(BatchLoader(sequences(), rank=rank, **options)) for rank in range(2)]
     counted = sum(int((b.targets != 0).sum()) for share in shares for b in share)
     assert counted == 10
-    assert [float(b.targets_per_share) for share in shares for b in share] == [10 / 4] * 4
+    assert [b.targets_per_share for share in shares for b in share] == [10 / 4] * 4
 
 
 def test_limits():

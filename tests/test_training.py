@@ -1,15 +1,24 @@
 """What a training step learns from, and what each setting of the training changes."""
 
+import itertools
 import json
+import re
+import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import EVERY_STEP, TINY_RUN, checkpoint, losses, run_module, train
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from minigpt_pl import generate_text, load, runs
+from minigpt_pl import loss as loss_module
+from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
+from minigpt_pl.training import progress
+from minigpt_pl.training.fit import _build_module
 
 NO_DROPOUT = "model.dropout=0"
 
@@ -47,7 +56,7 @@ class TestLoss:
 
         config = tiny_config("trainer.max_epochs=1", EVERY_STEP, "data.cut=pack", "data.batch_size=50")
         folder = train(config)
-        weights = [float(batch.targets_per_share) for batch in TextDataModule(config).train_dataloader()]
+        weights = [batch.targets_per_share for batch in TextDataModule(config).train_dataloader()]
         steps = list(losses(folder).values())
         assert len(set(weights)) > 1, "the batches do not differ in size"
         mean = sum(w * s for w, s in zip(weights, steps, strict=True)) / sum(weights)
@@ -91,6 +100,34 @@ class TestLoss:
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_on_a_gpu_never_waits_for_values(monkeypatch, tiny_config, clip):
+    """The GPU's way, on a CPU: no operation gives Python a value, or a shape that hangs on one."""
+    monkeypatch.setattr(loss_module, "LOOKS", ())
+    waits = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            masks = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+            if func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+                waits.append(str(func))
+            elif func.__name__.startswith("index") and masks:
+                waits.append(f"{func} with a mask")
+            return func(*args, **(kwargs or {}))
+
+    config = tiny_config()
+    module = _build_module(config, TextDataModule(config))
+    module.trainer = SimpleNamespace(world_size=1)
+    module.log = lambda *args, **kwargs: None
+    optimizer = module.configure_optimizers()["optimizer"]
+    for batch in itertools.islice(TextDataModule(config).train_dataloader(), 2):
+        with Watch():
+            module.training_step(batch, 0).backward()
+            module.configure_gradient_clipping(optimizer, clip)
+            optimizer.step()
+    assert not waits
+
+
 class TestSettings:
     """What a setting of Lightning's changes."""
 
@@ -113,6 +150,24 @@ class TestSettings:
         clipped = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=0.001")))["state_dict"]
         name = "model.token_embedding.weight"
         assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # Adam's first step knows no scale
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+    def test_compile(self, tiny_config):
+        options = ["trainer.max_steps=2", EVERY_STEP, NO_DROPOUT]
+        plain, compiled = (train(tiny_config(*options, f"trainer.compile={on}")) for on in ("false", "true"))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+        assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+        assert checkpoint(compiled)["state_dict"].keys() == checkpoint(plain)["state_dict"].keys()
+
+    def test_progress_without_a_terminal(self, tiny_config, monkeypatch, capsys):
+        monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+        train(tiny_config("trainer.max_steps=2", "trainer.progress_bar=true"))
+        lines = capsys.readouterr().err.splitlines()
+        number = r"[\d,]+(\.\d+)?"
+        for step in (1, 2):
+            line = rf"epoch 1/25  step {step}/2  loss {number}  perplexity {number}  {number} tokens/s  0:00:\d\d left"
+            assert any(re.fullmatch(line, shown) for shown in lines), lines
+        assert any(re.fullmatch(rf"epoch 1, step 2: val/loss {number}, .*", shown) for shown in lines)
 
     def test_ema(self, tiny_config):
         options = ["trainer.max_epochs=1", "text_generator.every_n_epochs=1", "optimizer.learning_rate=0.1"]

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    targets_per_share: Tensor
+    targets_per_share: float
 
 
 class Sequences:
@@ -40,10 +40,12 @@ class Sequences:
             over all documents, the last one padded.
         end_token: keep the token that closes each document (pack always does).
         count_padding: whether padding counts among the targets.
+        device: where sequences are made. On a GPU all the ids are copied there: 2 bytes a token.
     """
 
-    def __init__(self, ids: Ids, length: int, cut: str, end_token: bool, count_padding: bool):
-        self.ids, self.length = ids, length
+    def __init__(
+        self, ids: Ids, length: int, cut: str, end_token: bool, count_padding: bool, device: torch.device | str = "cpu"
+    ):
         if cut == "pack":
             starts = np.arange(0, len(ids.tokens) - 1, length)
             ends = np.full_like(starts, len(ids.tokens))
@@ -52,17 +54,21 @@ class Sequences:
         sizes = np.minimum(ends - starts, length + 1)
         target_counts = np.full_like(sizes, length) if count_padding else sizes - 1
         useful = target_counts > 0  # a document of one word teaches nothing
-        self.starts, self.sizes, self.target_counts = starts[useful], sizes[useful], target_counts[useful]
+        self.target_counts = target_counts[useful]
+        self.starts, self.sizes = (torch.from_numpy(x[useful]).to(device) for x in (starts, sizes))
+        # PyTorch selects from signed integers only.
+        self.tokens = torch.from_numpy(ids.tokens.view(f"i{ids.tokens.itemsize}")).to(device)
+        self.largest_id = int(np.iinfo(ids.tokens.dtype).max)
+        self.places = torch.arange(length + 1, device=device)
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: Tensor) -> Tensor:
         """(B,) sequence numbers -> (B, L + 1) ids."""
-        places = np.arange(self.length + 1)
-        inside = places < self.sizes[rows, None]
-        where = np.where(inside, self.starts[rows, None] + places, 0)
-        return np.where(inside, self.ids.tokens[where], PADDING_ID).astype(np.int64)
+        inside = self.places < self.sizes[rows, None]
+        where = torch.where(inside, self.starts[rows, None] + self.places, 0)
+        return torch.where(inside, self.tokens[where].long() & self.largest_id, PADDING_ID)
 
 
 class BatchLoader:
@@ -112,19 +118,20 @@ class BatchLoader:
         order = (
             self.rows if self.seed is None else np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
         )
-        batches = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(self.num_batches)]
-        counts = [int(self.sequences.target_counts[batch].sum()) for batch in batches]
+        batches = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(self.num_batches)]
+        counts = [int(self.sequences.target_counts[order[batch]].sum()) for batch in batches]
+        order = torch.from_numpy(order).to(self.sequences.starts.device)
         for number in range(self.batches_done, self.num_batches):
             step = number - number % self.accumulate
             step_counts = counts[step : step + self.accumulate]
             # Before the batch leaves: Lightning never asks for one more than there are.
             last = number + 1 == self.num_batches
             self.epoch, self.batches_done = (self.epoch + 1, 0) if last else (self.epoch, number + 1)
-            ids = torch.from_numpy(self.sequences[batches[number][self.rank :: self.world_size]])  # (B, L + 1)
+            ids = self.sequences[order[batches[number]][self.rank :: self.world_size]]  # (B, L + 1)
             yield Batch(
                 ids[:, :-1].contiguous(),
                 ids[:, 1:].contiguous(),
-                torch.tensor(sum(step_counts) / (self.accumulate * self.world_size)),
+                sum(step_counts) / (self.accumulate * self.world_size),
             )
 
     # Not state_dict and load_state_dict: Lightning would use them, but leaves out the loading when a checkpoint

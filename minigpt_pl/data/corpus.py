@@ -104,10 +104,8 @@ def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
 
 
 def _open_ids(folder: Path, split: str) -> Ids:
-    return Ids(
-        np.load(folder / f"{split}.tokens.npy", mmap_mode="r"),
-        np.load(folder / f"{split}.offsets.npy", mmap_mode="r"),
-    )
+    # "c": as "r", but PyTorch warns of arrays that cannot be written.
+    return Ids(*(np.load(folder / f"{split}.{name}.npy", mmap_mode="c") for name in ("tokens", "offsets")))
 
 
 def _encode_into(

@@ -14,6 +14,8 @@ from minigpt_pl.data.corpus import Corpus, Ids, open_corpus
 from minigpt_pl.errors import InputError
 from minigpt_pl.tokenizer import PADDING_ID
 
+GPU_TEXT_BYTES = 4 * 2**30  # of encoded text; larger ones stay on the disk
+
 
 class TextDataModule(L.LightningDataModule):
     """Opens (and, the first time, encodes) the text on construction, since the model's size hangs on its words.
@@ -41,7 +43,14 @@ class TextDataModule(L.LightningDataModule):
 
     def _sequences(self, ids: Ids) -> Sequences:
         data = self.config.data
-        return Sequences(ids, self.config.model.max_length, data.cut, data.end_token, data.loss_on_padding)
+        return Sequences(
+            ids, self.config.model.max_length, data.cut, data.end_token, data.loss_on_padding, self._device(ids)
+        )
+
+    def _device(self, ids: Ids) -> torch.device | str:
+        """Where batches are made: on the GPU that they are for, if the text leaves room there for the training."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        return device if device.type == "cuda" and ids.tokens.nbytes < GPU_TEXT_BYTES else "cpu"
 
     def batches_per_epoch(self) -> int:
         """Batches of one pass over the training text."""
@@ -51,7 +60,7 @@ class TextDataModule(L.LightningDataModule):
         """Each id's share of the training targets, never 0, from 50,000 sequences at most. (V,)"""
         sequences = self._sequences(self.corpus.train)
         rows = np.arange(0, len(sequences), -(-len(sequences) // 50_000))
-        targets = sequences[rows][:, 1:]
+        targets = sequences[torch.from_numpy(rows)][:, 1:].numpy()
         if not self.config.data.loss_on_padding:
             targets = targets[targets != PADDING_ID]
         counts = np.bincount(targets.ravel(), minlength=self.corpus.tokenizer.get_vocab_size()) + 1

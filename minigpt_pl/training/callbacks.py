@@ -79,21 +79,26 @@ def _log_texts(trainer: L.Trainer, texts: list[str]) -> None:
 
 
 class Throughput(L.Callback):
-    """Logs `tokens_per_second`: input tokens of all processes, padding included, validation left out."""
+    """Logs `tokens_per_second`: input tokens of all processes, padding included; validation and texts left out.
+
+    Time runs from batch to batch, since a GPU still computes when Python has left the step.
+    """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.start = time.perf_counter()
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.since = time.perf_counter()
+
+    on_validation_end = on_train_epoch_start
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.tokens += batch.inputs.numel() * trainer.world_size
-        self.seconds += time.perf_counter() - self.start
+        now = time.perf_counter()
+        self.tokens, self.seconds, self.since = (
+            self.tokens + batch.inputs.numel() * trainer.world_size, self.seconds + now - self.since, now,
+        )  # fmt: skip
         pl_module.log("tokens_per_second", self.tokens / self.seconds)
 
 

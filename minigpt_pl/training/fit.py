@@ -69,6 +69,9 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     module = _build_module(config, datamodule)
     if config.unigram_bias:
         module.model.output.bias.data.copy_(datamodule.target_shares().log())
+    if config.trainer.compile:
+        for block in module.model.blocks:
+            block.compile()  # in place, so that the checkpoint's names stay
     prompts = _prompts(config, datamodule.corpus)
     _check_surroundings(config, datamodule)
     if not validates(config, datamodule):

@@ -64,7 +64,9 @@ class MiniGPTModule(L.LightningModule):
         self.log("train/loss", loss, sync_dist=True, batch_size=targets)
         self.log("train/perplexity", loss.detach().exp(), sync_dist=True, batch_size=targets)
         device = "cpu" if loss.device.type == "mps" else loss.device  # MPS has no fp64
-        self.epoch_sums = self.epoch_sums.to(device) + torch.stack([total.detach(), batch.targets_per_share]).to(device)
+        self.epoch_sums = self.epoch_sums.to(device)
+        self.epoch_sums[0] += total.detach().to(device)
+        self.epoch_sums[1] += batch.targets_per_share
         return loss
 
     def on_train_epoch_end(self) -> None:

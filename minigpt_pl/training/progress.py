@@ -8,6 +8,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_only
 
 LOG_SECONDS = 30  # between lines where nobody looks on
+BAR_SECONDS = 0.2  # between two states of the bar: to read a loss is to wait for the GPU
 
 
 class Progress(L.Callback):
@@ -22,7 +23,8 @@ class Progress(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started, self.steps_before, self.last_line = time.monotonic(), trainer.global_step, time.monotonic()
+        self.started = self.last_shown = time.monotonic()
+        self.steps_before = trainer.global_step
         self.bar = _rich_bar() if sys.stderr.isatty() else None
         if self.bar is not None:
             self.task = self.bar.add_task(
@@ -34,6 +36,10 @@ class Progress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        now, done, total = time.monotonic(), trainer.global_step, self._total_steps(trainer)
+        if now - self.last_shown < (LOG_SECONDS if self.bar is None else BAR_SECONDS) and done < total:
+            return
+        self.last_shown = now
         metrics = trainer.callback_metrics
         numbers = (
             f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:,.1f}"
@@ -41,12 +47,9 @@ class Progress(L.Callback):
         )
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=trainer.global_step, description=epoch, numbers=numbers)
-        elif time.monotonic() - self.last_line >= LOG_SECONDS:
-            self.last_line = time.monotonic()
-            done, total = trainer.global_step, self._total_steps(trainer)
-            per_step = (time.monotonic() - self.started) / (done - self.steps_before)
-            left = _hours_minutes_seconds(per_step * (total - done))
+            self.bar.update(self.task, completed=done, description=epoch, numbers=numbers)
+        else:
+            left = _hours_minutes_seconds((now - self.started) / (done - self.steps_before) * (total - done))
             print(f"{epoch}  step {done}/{total}  {numbers}  {left} left", file=sys.stderr, flush=True)
 
     @rank_zero_only
