@@ -8,7 +8,7 @@ from minigpt_pl import command_line
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import show
-from minigpt_pl.generation.text import TextModel, generate, unknown_words
+from minigpt_pl.generation.text import TextModel, encode_prompts, generate, unknown_words
 from minigpt_pl.tokenizer import list_vocabulary
 
 HELP = """\
@@ -87,6 +87,7 @@ class Session:
         generate(self.model, [], num_samples=config.num_samples, seed=config.seed, **_controls(config))
 
     def _write(self, prompt: str) -> None:
+        encode_prompts(self.model.tokenizer, [prompt])
         if unknown := unknown_words(self.model.tokenizer, prompt):
             print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
         config, shown = self.config, self.config.show is not None

@@ -59,8 +59,8 @@ def as_markdown(record: Record) -> str:
     lines = [f"## {_escape(' '.join(record.prompt.split()))}", "", f"> {_escape(' '.join(record.text.split()))}", ""]
     if record.unknown_words:
         lines += [f"Not in the vocabulary: {_escape(' '.join(record.unknown_words))}", ""]
-    settings = ", ".join(f"{name}={value}" for name, value in record.settings.items())
-    return "\n".join([*lines, f"{_escape(settings)}, seed={record.seed}", "", _escape(f"from {record.checkpoint}"), ""])
+    settings = " ".join(f"{name}={value}" for name, value in (record.settings | {"seed": record.seed}).items())
+    return "\n".join([*lines, f"`` {settings} ``", "", f"`` {record.checkpoint} ``", ""])
 
 
 def measure(record: Record) -> dict[str, float]:

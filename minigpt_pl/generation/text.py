@@ -250,7 +250,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
 def _word_ids(tokenizer: Tokenizer, word: str) -> list[int]:
     try:
         return tokenizer.encode(word).ids
-    except UnicodeEncodeError:  # half a surrogate pair: no text has it
+    except (UnicodeEncodeError, TypeError):  # half a surrogate pair: no text has it
         return [UNKNOWN_ID]
 
 
