@@ -6,7 +6,25 @@ minigpt_pl.generate_text(model, "this movie is", num_tokens=60, temperature=0.8,
 """
 
 from minigpt_pl.errors import InputError
-from minigpt_pl.generation.text import TextModel, generate_text, generate_texts, load
+from minigpt_pl.generation.text import (
+    Record,
+    TextModel,
+    generate,
+    generate_text,
+    generate_texts,
+    load,
+    stream_text,
+)
 from minigpt_pl.model import MiniGPT
 
-__all__ = ["InputError", "MiniGPT", "TextModel", "generate_text", "generate_texts", "load"]
+__all__ = [
+    "InputError",
+    "MiniGPT",
+    "Record",
+    "TextModel",
+    "generate",
+    "generate_text",
+    "generate_texts",
+    "load",
+    "stream_text",
+]

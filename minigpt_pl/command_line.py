@@ -8,8 +8,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -123,12 +124,31 @@ def to_settings(composed: DictConfig) -> object:
     return settings
 
 
+def change(config: Any, **values: Any) -> Any:
+    """The settings with other values, text among them converted, checked as those of the command line are.
+
+    Raises:
+        InputError: one line for each problem.
+    """
+    typed, problems = OmegaConf.structured(config), []
+    for name, value in values.items():
+        try:
+            typed[name] = value
+        except OmegaConfBaseException as error:
+            problems.append(f"{name}={value}: {_one_line(error)}")
+    if problems:
+        raise InputError(*problems)
+    changed = OmegaConf.to_object(typed)
+    check(changed)
+    return changed
+
+
 def _added(node: DictConfig, prefix: str = "") -> Iterator[str]:
     known = {field.name for field in fields(OmegaConf.get_type(node))}
     for name in node:
         if name not in known:
             yield f"{prefix}{name}"
-        elif OmegaConf.is_dict(node[name]):
+        elif is_dataclass(OmegaConf.get_type(node, name)):
             yield from _added(node[name], f"{prefix}{name}.")
 
 
@@ -205,7 +225,7 @@ def _print_settings(settings: DictConfig, prefix: str) -> None:
     values = OmegaConf.to_container(settings, resolve=False)
     for field in fields(OmegaConf.get_type(settings)):
         name = prefix + field.name
-        if isinstance(values[field.name], dict):
+        if is_dataclass(OmegaConf.get_type(settings, field.name)):
             _print_settings(settings[field.name], f"{name}.")
             continue
         value = json.dumps(values[field.name]) if not isinstance(values[field.name], str) else values[field.name]

@@ -189,6 +189,13 @@ class TrainConfig:
     text_generator: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
 
 
+# Of the settings below those that `generate_text` takes.
+CONTROLS = (
+    "num_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "banned_words", "stop_words", "forced_words", "num_beams", "length_penalty",
+)  # fmt: skip
+
+
 @dataclass
 class SampleConfig:
     """Settings of `python -m minigpt_pl.sample`."""
@@ -208,8 +215,22 @@ class SampleConfig:
     no_repeat_ngram_size: int = setting("no row of this many tokens comes twice; 0: any may", minimum=0)
     min_tokens: int = setting("no text ends itself before this many new tokens", minimum=0)
     banned_words: list[str] = setting("words that are never written; [UNK] never is")
+    stop_words: list[str] = setting("words that each end the text once min_tokens stand, as its last")
+    forced_words: Any = setting("words in their places among the new tokens, as '{0: a, 5: film}'; 0 is the first")
+    num_beams: int = setting("texts side by side in the search for the likeliest, with temperature=0", minimum=1)
+    length_penalty: float = setting("of beams: above 0 favours long texts, below 0 short ones")
     num_samples: int = setting("texts a prompt", minimum=1)
     seed: int | None = setting("the same seed gives the same texts; null: new ones", minimum=0, maximum=2**31 - 1)
+    format: str = setting(
+        "jsonl: a record a line, with each token's probability; markdown: to be read by people",
+        choices=("text", "jsonl", "markdown"),
+    )
+    show: str | None = setting(
+        "probabilities: each new word in the colour of its probability, or as word(0.12) where no colour can be",
+        choices=("probabilities",),
+    )
+    compare: Any = setting("settings side by side, as '{temperature: [0.2, 1.0], top_k: [1, 20]}': every combination")
+    interactive: bool = setting("ask for prompts, and for settings, until /quit")
 
 
 @dataclass
@@ -243,6 +264,8 @@ def check(config: Any) -> None:
     problems = [problem for name, value, field_ in _walk(config) for problem in _field_problems(name, value, field_)]
     if isinstance(config, TrainConfig):
         problems += _train_problems(config)
+    if isinstance(config, SampleConfig):
+        problems += _sample_problems(config)
     if isinstance(config, TrainConfig | ConvertConfig):
         problems += _run_name_problems(config.run_name)
     if isinstance(config, ConvertConfig):
@@ -296,6 +319,26 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if config.text_generator.prompts == [] and config.text_generator.every_n_epochs:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
+
+
+def _sample_problems(config: SampleConfig) -> Iterator[str]:
+    forced, lists = config.forced_words, config.compare
+    if forced is not None and not (
+        isinstance(forced, dict)
+        and all(isinstance(at, int) and isinstance(word, str) and word for at, word in forced.items())
+    ):
+        yield f"forced_words={forced}: must be words by their places, as '{{0: a, 5: film}}'"
+    if lists is not None and not (
+        isinstance(lists, dict) and lists and all(isinstance(values, list) and values for values in lists.values())
+    ):
+        yield f"compare={lists}: must be lists of values by setting, as '{{temperature: [0.2, 1.0], top_k: [1, 20]}}'"
+    elif unknown := [str(name) for name in lists or () if name not in CONTROLS]:
+        yield f"compare={lists}: {', '.join(unknown)} cannot be compared; one of {', '.join(CONTROLS)}"
+    if config.show is not None and config.format != "text":
+        yield f"show={config.show}: needs format=text; format=jsonl has the probabilities by itself"
+    for name, default in (("prompt", None), ("prompts_file", None), ("compare", None), ("format", "text")):
+        if config.interactive and getattr(config, name) != default:
+            yield f"{name}={getattr(config, name)}: not with interactive=true, which asks for prompts and prints texts"
 
 
 def _run_name_problems(run_name: str | None) -> Iterator[str]:

@@ -1,17 +1,18 @@
 """python -m minigpt_pl.sample: write text with a trained model."""
 
+import itertools
 import re
+import secrets
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from minigpt_pl import command_line, runs
-from minigpt_pl.config import SampleConfig
+from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
 
-CONTROLS = (
-    "num_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
-    "no_repeat_ngram_size", "banned_words", "num_samples", "seed",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from minigpt_pl.generation.text import TextModel
 
 
 def main() -> None:
@@ -20,19 +21,73 @@ def main() -> None:
 
 
 def sample(config: SampleConfig) -> None:
-    """Print a text for each prompt and sample to standard output; which checkpoint wrote it, to standard error."""
-    from minigpt_pl.generation.text import encode_prompts, generate_texts, load, unknown_words
+    """Write texts to standard output; to standard error which checkpoint wrote them, and unknown words."""
+    from minigpt_pl.generation import show
+    from minigpt_pl.generation.text import encode_prompts, load, unknown_words
 
-    prompts = _prompts(config)
+    prompts = [] if config.interactive else _prompts(config)
+    variants = _variants(config)
     model = load(_checkpoint(config))
     print(f"checkpoint: {model.checkpoint}", file=sys.stderr)
+    if config.show and show.has_colours(sys.stdout):
+        print(show.LEGEND, file=sys.stderr)
+    if config.interactive:
+        from minigpt_pl.interactive import Session
+
+        Session(model, config).run()
+        return
     encode_prompts(model.tokenizer, prompts, "prompt" if config.prompts_file is None else "prompts_file: prompt")
     for prompt in prompts:
         if unknown := unknown_words(model.tokenizer, prompt):
             print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
+    if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
+        controls = {name: getattr(config, name) for name in CONTROLS}
+        show.print_words(model, prompts[0], config.show is not None, seed=config.seed, **controls)
+    else:
+        _print_all(model, prompts, config, variants)
+
+
+def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, variants: list[dict[str, Any]]) -> None:
+    """Every text under every variant of the settings; where settings are compared, the table of their measures."""
+    from minigpt_pl.generation import show
+    from minigpt_pl.generation.text import generate
+
+    seed = secrets.randbelow(2**31) if config.seed is None else config.seed
     controls = {name: getattr(config, name) for name in CONTROLS}
-    texts = [text for group in generate_texts(model, prompts, **controls) for text in group]
-    print("\n\n".join(texts))
+    with_probabilities = config.show is not None or config.format == "jsonl" or config.compare is not None
+    texts = [  # nothing is written before all of the settings are seen to be good
+        generate(
+            model, prompts, seed=seed, num_samples=config.num_samples, with_probabilities=with_probabilities,
+            **(controls | variant),
+        )
+        for variant in variants
+    ]  # fmt: skip
+    rows, between = [], ""
+    for variant, records in zip(variants, texts, strict=True):
+        rows.append((variant, []))
+        for record in records:
+            measures = show.measure(record) if variant else {}
+            rows[-1][1].append(measures)
+            if config.format == "jsonl":
+                print(show.as_json(record, measures))
+                continue
+            title = " ".join(f"{name}={value}" for name, value in variant.items())
+            text = show.as_markdown(record) if config.format == "markdown" else show.as_text(record, bool(config.show))
+            print(between + (f"[{title}]\n" if title else "") + text)
+            between = "\n"
+    if config.compare is not None and config.format != "jsonl":
+        print("\n" + show.as_table(rows))
+
+
+def _variants(config: SampleConfig) -> list[dict[str, Any]]:
+    """The settings to be compared: what differs from the others, every combination."""
+    if config.compare is None:
+        return [{}]
+    variants = [
+        dict(zip(config.compare, values, strict=True)) for values in itertools.product(*config.compare.values())
+    ]
+    changed = [command_line.change(config, **variant) for variant in variants]
+    return [{name: getattr(config, name) for name in config.compare} for config in changed]
 
 
 def _take_prompt_literally(argument: str) -> str:

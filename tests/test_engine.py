@@ -1,5 +1,7 @@
 """The engine against plain full forwards, and against itself in other company."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,7 +9,7 @@ from torch.testing import assert_close
 from minigpt_pl import InputError, MiniGPT
 from minigpt_pl.generation import decoders, engine, filters
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.engine import draw, generate_ids
+from minigpt_pl.generation.engine import draw, generate_ids, stream_ids
 from minigpt_pl.products import with_products
 
 SIZE, WINDOW = 2000, 12  # enough tokens that the likeliest are screened in bf16, and looked for in groups
@@ -41,6 +43,8 @@ def plainly(model: MiniGPT, prompt: list[int], controls: Controls, seed: int) ->
             text.append(int((cumulative <= chance * cumulative[-1]).sum()))
         if text[-1] == controls.end_id:
             return text[len(prompt) : -1]
+        if place + 1 >= controls.min_tokens and any(text[-len(ids) :] == ids for ids in controls.stop_sequences):
+            break
     return text[len(prompt) :]
 
 
@@ -91,6 +95,8 @@ class TestEngine:
             {"min_tokens": 10, "end_id": 11, "forced_ids": {10: 11}},
             {"banned_ids": range(500), "banned_sequences": [[600], [601, 602]]},
             {"forced_ids": {0: 5, 7: 6, 19: 7}, "banned_ids": [5]},
+            {"forced_ids": {2: 5, 3: 6, 9: 7}, "stop_sequences": [[6, 5], [5, 6]]},
+            {"forced_ids": {2: 5, 3: 6, 9: 7}, "stop_sequences": [[6, 5], [7]], "min_tokens": 5},
         ],
         ids=str,
     )
@@ -144,6 +150,43 @@ class TestEngine:
             parts = [generate_ids(model, [prompts[i] for i in group], controls, group) for group in groups]
             assert sum(parts, []) == together, size
 
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"top_k": None, "temperature": 3.0}, {"temperature": 0}, {"repetition_penalty": 1.3}, {"num_beams": 2}],
+        ids=str,
+    )
+    @pytest.mark.parametrize("num_blocks", [1, 2])
+    def test_steps_with_probabilities(self, num_blocks, changes):
+        """They are the network's own, whatever the controls, and asking for them changes no draw."""
+        model, prompts = network(num_blocks), random_prompts(1, 5, 2 * WINDOW)
+        changes = changes | ({"temperature": 0} if "num_beams" in changes else {})
+        controls = Controls(**({"vocab_size": SIZE, "num_tokens": 16, "end_id": 3, "stop_sequences": [[9]]} | changes))
+        model.output.bias.data[3] += 3.5
+        steps = list(stream_ids(model, prompts, controls, [1, 2, 3], with_probabilities=True))
+        bare = list(stream_ids(model, prompts, controls, [1, 2, 3]))
+        assert [step[:2] for step in bare] == [step[:2] for step in steps] and not any(bare[0][2:])
+        texts = [list(prompt) for prompt in prompts]
+        for step in steps:
+            assert len({len(values) for values in step}) == 1
+            for text, id_, probability, rank, entropy in zip(*step, strict=True):
+                with torch.inference_mode():
+                    logits = model(torch.tensor([texts[text][-WINDOW:]]))[0][0, -1]
+                    own = filters.process(logits[None], controls, torch.tensor([texts[text]]), len(texts[text]))
+                assert probability == pytest.approx(float(logits.softmax(-1)[id_]), rel=1e-4)
+                order = logits.sort(descending=True)
+                assert order.values[rank - 1] == pytest.approx(float(logits[id_]), abs=1e-5)
+                drawn_from = filters.warp(own, controls).softmax(-1) if controls.temperature else torch.ones(1)
+                assert entropy == pytest.approx(-float(drawn_from.xlogy(drawn_from).sum()) / math.log(2), abs=1e-3)
+                texts[text].append(id_)
+        new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+        assert [[id_ for id_ in ids if id_ != 3] for ids in new] == generate_ids(model, prompts, controls, [1, 2, 3])
+
+    def test_a_stream_may_be_left(self):
+        stream = stream_ids(network(), [[5]], Controls(vocab_size=SIZE), [0])
+        next(stream)
+        stream.close()
+        assert not torch.is_inference_mode_enabled()
+
     def test_with_more_tokens_a_text_goes_on(self):
         texts = [generate_ids(network(), [[5]], Controls(vocab_size=SIZE, num_tokens=n), [1])[0] for n in (7, 40)]
         assert len(texts[0]) == 7 and texts[1][:7] == texts[0]
@@ -184,6 +227,77 @@ class TestEngine:
         with torch.no_grad():
             model.output.bias[8] += 100  # and no weight is remembered
         assert generate_ids(model, [[2]], Controls(vocab_size=SIZE, num_tokens=2), [0]) == [[8, 8]]
+
+
+class TestBeams:
+    SIZE, END = 40, 3
+
+    @pytest.fixture
+    def model(self):
+        return network(vocab_size=self.SIZE)
+
+    @pytest.fixture
+    def hugging_face(self, model):
+        """The same network for Hugging Face's `generate`, with the window that ours has."""
+        from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+        from transformers.modeling_outputs import CausalLMOutput
+
+        class Wrapped(PreTrainedModel, GenerationMixin):
+            def forward(self, input_ids, **_):
+                return CausalLMOutput(logits=self.network(input_ids[:, -WINDOW:])[0])
+
+            def prepare_inputs_for_generation(self, input_ids, **_):
+                return {"input_ids": input_ids}
+
+        wrapped = Wrapped(PreTrainedConfig(vocab_size=self.SIZE, eos_token_id=self.END, pad_token_id=self.END))
+        wrapped.network = model
+        return wrapped
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [
+            ({}, {}),
+            ({"length_penalty": 0.0}, {}),
+            ({"length_penalty": 3.0}, {}),
+            ({"length_penalty": -2.0}, {}),
+            ({"min_tokens": 6}, {"min_new_tokens": 6}),
+            ({"repetition_penalty": 1.4}, {"repetition_penalty": 1.4}),
+            ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 2}),
+            ({"banned_ids": [5, 6], "banned_sequences": [[7, 8]]}, {"bad_words_ids": [[5], [6], [7, 8]]}),
+            ({"end_id": None}, {"eos_token_id": None}),
+        ],
+        ids=str,
+    )
+    def test_equal_hugging_faces(self, model, hugging_face, ours, theirs):
+        lengths, beyond_greedy = set(), 0
+        for num_beams, end in ((2, 0.0), (3, 2.0), (5, 4.0)):
+            with torch.no_grad():
+                model.output.bias[self.END] += end
+            for prompt in random_prompts(1, 4, WINDOW + 3, size=self.SIZE):
+                settings = {"vocab_size": self.SIZE, "num_tokens": 15, "end_id": self.END, "temperature": 0} | ours
+                controls = Controls(**settings, num_beams=num_beams)
+                found = generate_ids(model, [prompt], controls, [0])[0]
+                names = {"length_penalty": controls.length_penalty, "num_beams": num_beams, "use_cache": False} | theirs
+                expected = hugging_face.generate(torch.tensor([prompt]), max_new_tokens=15, **names)[0, len(prompt) :]
+                assert found == [id_ for id_ in expected.tolist() if id_ != settings["end_id"]]
+                lengths.add(len(found))
+                beyond_greedy += found != generate_ids(model, [prompt], Controls(**settings), [0])[0]
+            with torch.no_grad():
+                model.output.bias[self.END] -= end
+        assert beyond_greedy and (settings["end_id"] is None or len(lengths) > 1)
+
+    def test_stop_words_end_a_beam(self, model):
+        controls = Controls(
+            vocab_size=self.SIZE, num_tokens=9, temperature=0, num_beams=4, stop_sequences=[[8]], forced_ids={3: 8}
+        )
+        assert [ids.index(8) for ids in generate_ids(model, [[5], [6, 7]], controls, [0, 0])] == [3, 3]
+
+    def test_nothing_left(self, model):
+        controls = Controls(
+            vocab_size=self.SIZE, num_tokens=50, temperature=0, num_beams=2, no_repeat_ngram_size=1, top_k=None
+        )
+        with pytest.raises(InputError, match="nothing is left to draw after 39 tokens"):
+            generate_ids(model, [[2]], controls, [0])
 
 
 class TestDraw:
@@ -230,6 +344,12 @@ class TestControls:
             ({"banned_sequences": [[1, 15]]}, "banned_sequences=.*each 0 to 14"),
             ({"forced_ids": {60: 1}}, "forced_ids={60: 1}: places must be 0 to 59"),
             ({"forced_ids": {0: 15}}, "forced_ids={0: 15}: places.*ids 0 to 14"),
+            ({"stop_sequences": [[]]}, r"stop_sequences=\[\[\]\].*at least one id"),
+            ({"stop_sequences": [[-1]]}, r"stop_sequences=\[\[-1\]\].*each 0 to 14"),
+            ({"num_beams": 0}, "num_beams=0: must be 1 to 7"),
+            ({"num_beams": 8, "temperature": 0}, "num_beams=8: must be 1 to 7"),
+            ({"num_beams": 2}, "num_beams=2: beams look for the likeliest text.*give temperature=0"),
+            ({"length_penalty": float("nan")}, "length_penalty=nan: must be a finite number"),
         ],
         ids=str,
     )

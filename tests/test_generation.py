@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minigpt_pl import InputError, MiniGPT, TextModel, generate_text, generate_texts
-from minigpt_pl.generation import filters
+from minigpt_pl import InputError, MiniGPT, TextModel, generate, generate_text, generate_texts, stream_text
+from minigpt_pl.generation import filters, text
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids
-from minigpt_pl.generation.text import unknown_words
+from minigpt_pl.generation.text import BATCH_TEXTS, unknown_words
 from minigpt_pl.tokenizer import build_tokenizer
 
 WORDS = ["", "[UNK]", *["the", "a", "cat", "dog", "sees", "likes", ",", ".", "'s", "-known", "well", "it"], "[END]"]
@@ -244,3 +244,147 @@ class TestText:
 
     def test_unknown_words_as_typed(self, model):
         assert unknown_words(model.tokenizer, "The Zebra sees it's CAT-like") == ["Zebra", "-like"]
+
+    @pytest.mark.parametrize("words", [["cat"], ["it's"], [".", "well-known"]], ids=str)
+    def test_stop_words_end_a_text_as_its_last(self, model, words):
+        free = generate_texts(model, ["the"], 40, 5.0, None, 0, 30)[0]
+        stopped = generate_texts(model, ["the"], 40, 5.0, None, 0, 30, stop_words=words)[0]
+        patient = generate_texts(model, ["the"], 40, 5.0, None, 0, 30, stop_words=words, min_tokens=9)[0]
+        assert stopped != free and any(text.endswith(tuple(words)) for text in stopped)
+        assert all(long.startswith(text) for text, long in zip(stopped, free, strict=True))
+        assert not any(word in text[3:-1] for text in stopped for word in (words[0] + " ", words[0] + ","))
+        assert min(len(model.tokenizer.encode(text).ids) for text in patient) == 10
+        assert any(text.endswith(tuple(words)) for text in patient)
+
+    def test_words_that_cannot_be(self, model):
+        with pytest.raises(InputError) as caught:
+            generate_text(model, "the", 9, top_k=5, stop_words=["zebra", "", "\udcff"], forced_words={0: "\udcff"})
+        assert [problem.split(": not in the model's vocabulary")[0] for problem in caught.value.problems] == [
+            "stop_words=['zebra']", "stop_words=['']", r"stop_words=['\udcff']", r"forced_words={0: '\udcff'}",
+        ]  # fmt: skip
+        with pytest.raises(InputError, match="(?s)banned_words='cat': must be a list.*stop_words=.3.: must be a list"):
+            generate_text(model, "the", 9, top_k=5, banned_words="cat", stop_words=[3])
+        assert generate_text(model, "the", 9, top_k=5, seed=0, banned_words=["\udcff"])
+
+    def test_beams(self, model):
+        with pytest.raises(InputError, match="num_beams=3: beams look for the likeliest text.*give temperature=0"):
+            generate_text(model, "the", num_beams=3, top_k=5)
+        with pytest.raises(InputError, match="num_samples=2: with temperature=0 all would be the same text"):
+            generate_texts(model, ["the"], num_beams=3, temperature=0, top_k=None, num_samples=2)
+        greedy, wide = (generate_text(model, "the", 9, 0, None, num_beams=beams) for beams in (1, 4))
+        assert wide != greedy and wide == "".join(["the", *stream_text(model, "the", 9, 0, None, num_beams=4)])
+
+    @pytest.mark.parametrize("greedy", [{"temperature": 0, "top_k": 5}, {"top_k": 1}])
+    def test_samples_that_would_all_be_the_same(self, model, greedy):
+        with pytest.raises(InputError, match="num_samples=2: with (temperature=0|top_k=1) all would be the same"):
+            generate_texts(model, ["the"], num_samples=2, **greedy)
+        assert generate_texts(model, ["the", "a"], num_samples=1, **greedy)
+
+    def test_the_seeds_name_for_num_tokens(self, model):
+        def write(**controls):
+            return generate_text(model, "the", top_k=5, seed=3, **controls)
+
+        assert write(max_tokens=7) == write(num_tokens=7) != write(num_tokens=30) and write() == write(num_tokens=60)
+        with pytest.raises(InputError, match="max_tokens=7: is another name for num_tokens=7; give one of them"):
+            write(max_tokens=7, num_tokens=7)
+        with pytest.raises(InputError, match="num_tokens=0: must be at least 1"):
+            write(max_tokens=0)
+
+    @pytest.mark.parametrize("seed", [-1, 2**31])
+    def test_seeds_out_of_range(self, model, seed):
+        with pytest.raises(InputError, match=f"seed={seed}: must be 0 to 2147483647"):
+            generate_text(model, "the", top_k=5, seed=seed)
+
+    def test_one_text_is_not_several(self, model):
+        for write in (generate_text, stream_text):
+            with pytest.raises(TypeError, match="num_samples"):
+                write(model, "the", top_k=5, num_samples=2)
+
+    def test_a_prompt_of_ten_thousand_words(self, model):
+        prompt = "a cat likes it , zebra " * 2000 + "the dog"
+        short = generate_text(model, "likes it, zebra the dog", 9, top_k=5, seed=0)  # one window full
+        assert generate_text(model, prompt, 9, top_k=5, seed=0) == prompt + short.removeprefix(
+            "likes it, zebra the dog"
+        )
+
+    def test_control_characters_belong_to_words(self, model):
+        prompt = "the\x00cat \x1b[31mdog\x07 cat\x85the the"
+        assert unknown_words(model.tokenizer, prompt) == ["the\x00cat", "\x1b", "[31mdog\x07", "cat\x85the"]
+        text = generate_text(model, prompt, 5, top_k=5, seed=0)
+        assert text.startswith(prompt) and not set("\x00\x1b\x07\x85") & set(text[len(prompt) :])
+
+    def test_little_is_in_memory_at_once(self, model, monkeypatch):
+        sizes = []
+        inner = text.stream_ids
+
+        def spy(network, prompts, *arguments):
+            sizes.append(len(prompts))
+            return inner(network, prompts, *arguments)
+
+        monkeypatch.setattr(text, "stream_ids", spy)
+        records = generate(model, ["the cat"] * (2 * BATCH_TEXTS + 3), 2, top_k=3)
+        assert sizes == [] and next(records).prompt == "the cat" and sizes == [BATCH_TEXTS]
+        assert len(list(records)) == 2 * BATCH_TEXTS + 2 and sizes == [BATCH_TEXTS, BATCH_TEXTS, 3]
+
+
+class TestGenerate:
+    CONTROLS = {"num_tokens": 12, "temperature": 2.0, "top_k": 6, "seed": 4}
+
+    def test_the_same_texts_with_all_that_is_known(self, model):
+        prompts = ["The cat ", "a zebra likes", "it"]
+        controls = self.CONTROLS | {"num_tokens": 40, "stop_words": [".", "dog"]}
+        texts = generate_texts(model, prompts, num_samples=2, **controls)
+        records = list(generate(model, prompts, num_samples=2, **controls))
+        assert [record.text for record in records] == sum(texts, [])
+        assert [(record.prompt, record.seed) for record in records] == [(p, s) for p in prompts for s in (4, 5)]
+        assert [record.unknown_words for record in records] == [[], [], ["zebra"], ["zebra"], [], []]
+        assert len({len(record.tokens) for record in records}) > 1
+        for record in records:
+            assert record.prompt.rstrip() + "".join(record.tokens) == record.text
+            counts = {len(values) for values in (record.probabilities, record.ranks, record.entropies)}
+            assert counts == {len(record.tokens)}
+            assert record.settings["temperature"] == 2.0 and record.settings["stop_words"] == [".", "dog"]
+            assert generate_text(model, record.prompt, seed=record.seed, **record.settings) == record.text
+
+    def test_probabilities_and_ranks(self, model):
+        record = next(generate(model, "the cat", **self.CONTROLS))
+        ids = model.tokenizer.encode(record.text).ids
+        for place, (probability, rank) in enumerate(zip(record.probabilities, record.ranks, strict=True), 2):
+            own = model.network(torch.tensor([ids[:place][-6:]]))[0][0, -1].detach().softmax(-1)
+            assert probability == pytest.approx(float(own[ids[place]]), rel=1e-4)
+            assert rank == 1 + int((own > own[ids[place]]).sum())
+
+    def test_without_probabilities(self, model):
+        bare, full = (next(generate(model, "the", **self.CONTROLS, with_probabilities=p)) for p in (False, True))
+        assert (bare.text, bare.tokens) == (full.text, full.tokens)
+        assert bare.probabilities == bare.ranks == bare.entropies == [] != full.ranks
+
+    def test_a_text_that_ends_at_once(self, model):
+        network = copy.deepcopy(model.network)
+        network.output.bias.data[END_ID] = 1000
+        record = next(generate(TextModel(network, model.tokenizer, END_ID), "the cat ", top_k=5))
+        assert record.text == "the cat" and record.tokens == record.probabilities == []
+
+    def test_errors_come_before_the_first(self, model):
+        with pytest.raises(InputError, match="top_k=99"):
+            generate(model, "the", top_k=99)
+        with pytest.raises(InputError, match="top_k=99"):
+            stream_text(model, "the", top_k=99)
+        with pytest.raises(InputError, match="prompt='': has no words"):
+            stream_text(model, "", top_k=5)
+
+    @pytest.mark.parametrize("changes", [{}, {"stop_words": ["."]}, {"temperature": 0}, {"forced_words": {0: "'s"}}])
+    def test_the_stream_is_the_text(self, model, changes):
+        controls = self.CONTROLS | changes
+        words = list(stream_text(model, "The cat ", **controls))
+        assert len(words) > 2 and "".join(["The cat", *words]) == generate_text(model, "The cat ", **controls)
+        assert all(word.strip() in WORDS and word == word.rstrip() for word in words)
+
+    def test_words_come_as_they_are_made(self, model, monkeypatch):
+        steps = []
+        draw = text.stream_ids
+        monkeypatch.setattr(
+            text, "stream_ids", lambda *arguments: (steps.append(step) or step for step in draw(*arguments))
+        )
+        stream = stream_text(model, "the", **self.CONTROLS)
+        assert next(stream) and len(steps) == 1 and next(stream) and len(steps) == 2

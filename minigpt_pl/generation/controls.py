@@ -26,7 +26,13 @@ class Controls:
         no_repeat_ngram_size: no row of this many tokens comes twice; 0: any may.
         banned_ids: never drawn.
         banned_sequences: token ids that never follow each other like this.
+        stop_sequences: token ids that end the text where they have come after each other, `min_tokens` reached. They
+            stay in the text, as with Hugging Face's `stop_strings`, and may begin in the prompt.
         forced_ids: place in the continuation (0 the first) -> the token that stands there, banned or not.
+        num_beams: texts that grow side by side in the search for the likeliest, 1 (greedy) to V / 2; above 1 only
+            with `temperature` 0. `beams` says how.
+        length_penalty: finished beams are compared by their log-probability over their length to this power; above 0
+            favours long texts.
 
     Raises:
         InputError: one line for each value that is out of range.
@@ -45,7 +51,10 @@ class Controls:
     no_repeat_ngram_size: int = 0
     banned_ids: Sequence[int] = ()
     banned_sequences: Sequence[Sequence[int]] = ()
+    stop_sequences: Sequence[Sequence[int]] = ()
     forced_ids: Mapping[int, int] = field(default_factory=dict)
+    num_beams: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self):
         size = self.vocab_size
@@ -77,16 +86,26 @@ class Controls:
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "must be at least 1, or 0 for no limit"),
             ("end_id", self.end_id is None or 0 <= self.end_id < size, f"must be 0 to {size - 1}, or null for no end"),
             ("banned_ids", all(0 <= id_ < size for id_ in self.banned_ids), f"must be 0 to {size - 1}"),
-            (
-                "banned_sequences",
-                all(len(ids) > 0 and all(0 <= id_ < size for id_ in ids) for ids in self.banned_sequences),
-                f"must be lists of at least one id, each 0 to {size - 1}",
+            *(
+                (
+                    name,
+                    all(len(ids) > 0 and all(0 <= id_ < size for id_ in ids) for ids in getattr(self, name)),
+                    f"must be lists of at least one id, each 0 to {size - 1}",
+                )
+                for name in ("banned_sequences", "stop_sequences")
             ),
             (
                 "forced_ids",
                 all(0 <= at < self.num_tokens and 0 <= id_ < size for at, id_ in self.forced_ids.items()),
                 f"places must be 0 to {self.num_tokens - 1} (num_tokens={self.num_tokens}), ids 0 to {size - 1}",
             ),
+            ("num_beams", 1 <= self.num_beams <= size // 2, f"must be 1 to {size // 2}, half the vocabulary's size"),
+            (
+                "num_beams",
+                self.num_beams <= 1 or self.temperature == 0,
+                "beams look for the likeliest text and draw nothing; give temperature=0, or num_beams=1",
+            ),
+            ("length_penalty", math.isfinite(self.length_penalty), "must be a finite number"),
         ]
         problems = [f"{name}={getattr(self, name)}: {remedy}" for name, holds, remedy in rules if not holds]
         if len(set(self.banned_ids) | ({self.end_id} if self.min_tokens else set()) - {None}) >= size:

@@ -1,13 +1,15 @@
 """Token ids in, token ids out. Knows nothing of text."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt_pl.errors import InputError
-from minigpt_pl.generation import decoders, filters
+from minigpt_pl.generation import beams, decoders, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.products import Product, has_bf16_units, with_products
@@ -18,10 +20,47 @@ from minigpt_pl.products import Product, has_bf16_units, with_products
 SPARE = 32
 
 
-@torch.inference_mode()
+class Step(NamedTuple):
+    """One more token for each text that goes on. The last three are empty unless asked for.
+
+    Attributes:
+        texts: which of the prompts, ascending.
+        ids: the new token of each; `end_id` where a text ended itself.
+        probabilities: what the network itself gave it: temperature 1, no controls, all logits in fp32.
+        ranks: 1 where it was the network's likeliest.
+        entropies: of the distribution that it was drawn from, the controls applied; bits, 0 or above.
+    """
+
+    texts: list[int]
+    ids: list[int]
+    probabilities: list[float] = []
+    ranks: list[int] = []
+    entropies: list[float] = []
+
+
 def generate_ids(
     model: MiniGPT, prompts: Sequence[Sequence[int]], controls: Controls, seeds: Sequence[int]
 ) -> list[list[int]]:
+    """The new ids of each prompt, without the end token: `num_tokens`, or fewer where a text ended itself.
+
+    Arguments and errors are those of `stream_ids`.
+    """
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    for step in stream_ids(model, prompts, controls, seeds):
+        for text, id_ in zip(step.texts, step.ids, strict=True):
+            if id_ != controls.end_id:
+                new_ids[text].append(id_)
+    return new_ids
+
+
+@torch.inference_mode()
+def stream_ids(
+    model: MiniGPT,
+    prompts: Sequence[Sequence[int]],
+    controls: Controls,
+    seeds: Sequence[int],
+    with_probabilities: bool = False,
+) -> Iterator[Step]:
     """Continue each prompt, one token at a time; the last `max_length` tokens are the context.
 
     A text depends on its own prompt and seed only: the same alone and in any batch, and with more `num_tokens` it
@@ -33,13 +72,24 @@ def generate_ids(
         prompts: token ids, at least one each, of any lengths.
         controls: the same for all.
         seeds: one a prompt.
+        with_probabilities: each token's probability and rank, and the entropy, too; changes no draw.
 
-    Returns:
-        The new ids of each, without the end token: `num_tokens`, or fewer where the text ended itself.
+    Yields:
+        The steps; with beams those of one text after the other's, each text once it is found.
 
     Raises:
         InputError: `no_repeat_ngram_size` or the bans leave nothing to draw.
     """
+    if controls.num_beams > 1:
+        for text, prompt in enumerate(prompts):
+            found = beams.search(with_products(model), prompt, controls)
+            # Written once more, each token forced: the steps, with what is asked for.
+            forced = {"num_beams": 1, "num_tokens": len(found), "min_tokens": 0, "stop_sequences": ()}
+            again = replace(controls, **forced, forced_ids=dict(enumerate(found)))
+            for step in stream_ids(model, [prompt], again, [0], with_probabilities):
+                yield step._replace(texts=[text])
+        return
+    model = with_products(model)
     device = model.output.weight.device
     longest, num_tokens = max(map(len, prompts)), controls.num_tokens
     texts = torch.tensor(  # (B, T), the prompts on the right
@@ -49,35 +99,38 @@ def generate_ids(
     # All of a text's chances are drawn ahead, from its own generator; on the CPU, so that they are the same anywhere.
     chances = torch.stack([torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     chances = chances.to(device)  # (B, num_tokens)
-    new_ids: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # whose text each row is
-    model = with_products(model)
     decoder, output = decoders.start(model, prompts), _Output(model, controls)
     for place in range(num_tokens):
         end = longest + place
-        logits, ids = output.candidates(decoder.hidden_states(), texts[:, :end], place)  # (B, C) twice
-        if not logits.amax(dim=-1).isfinite().all():
-            raise _nothing_to_draw(logits, place)
+        hidden = decoder.hidden_states()  # (B, D)
+        logits, ids = output.candidates(hidden, texts[:, :end], place)  # (B, C) twice
+        filters.require_a_choice(logits, place)
         if controls.temperature == 0:
             choice = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
         else:
-            choice = draw(filters.warp(logits, controls), chances[:, place])
+            logits = filters.warp(logits, controls)
+            choice = draw(logits, chances[:, place])
         drawn = ids.gather(-1, choice).squeeze(-1)  # (B,)
         texts[:, end] = drawn
-        if controls.end_id is not None and (ended := drawn == controls.end_id).any():
-            for row in ended.nonzero().flatten().tolist():
-                new_ids[running[row]] = texts[row, longest:end].tolist()
-            rest = (~ended).nonzero().flatten()
+        step = Step(running, drawn.tolist())
+        if with_probabilities:
+            entropies = [0.0] * len(drawn) if controls.temperature == 0 else _entropies(logits).tolist()
+            step = step._replace(entropies=entropies, **output.scores(hidden, drawn))
+        yield step
+        over = {row for row, id_ in enumerate(step.ids) if id_ == controls.end_id}
+        if place + 1 >= controls.min_tokens:
+            for sequence in controls.stop_sequences:
+                over |= set(filters.end_with(texts[:, : end + 1], sequence).nonzero().flatten().tolist())
+        if over:
+            rest = torch.tensor([row for row in range(len(running)) if row not in over], device=device)
             running = [running[row] for row in rest.tolist()]
             if not running:
-                return new_ids
+                return
             texts, chances, drawn = texts[rest], chances[rest], drawn[rest]
             decoder.keep(rest)
         if place + 1 < num_tokens:
             decoder.append(drawn)
-    for i, ids in zip(running, texts[:, longest:].tolist(), strict=True):
-        new_ids[i] = ids
-    return new_ids
 
 
 def draw(logits: Tensor, chances: Tensor) -> Tensor:
@@ -92,6 +145,12 @@ def draw(logits: Tensor, chances: Tensor) -> Tensor:
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, C); its end is 1 but for rounding
     return torch.searchsorted(cumulative, chances[:, None] * cumulative[:, -1:], right=True)
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """In bits: (B, C) -> (B,)."""
+    probabilities = logits.softmax(dim=-1)
+    return torch.special.entr(probabilities).sum(dim=-1) / math.log(2)
 
 
 class _Output:
@@ -130,6 +189,13 @@ class _Output:
         ids = _largest(logits, self.count)
         return logits.gather(-1, ids), ids
 
+    def scores(self, hidden: Tensor, drawn: Tensor) -> dict[str, list]:
+        """Probabilities and ranks of the drawn tokens, (B,), as `Step` has them; `hidden` (B, D)."""
+        logits = self.layer(hidden)  # (B, V)
+        own = logits.gather(1, drawn[:, None])  # (B, 1)
+        probabilities = (own - logits.logsumexp(dim=-1, keepdim=True)).exp().flatten()
+        return {"probabilities": probabilities.tolist(), "ranks": (1 + (logits > own).sum(dim=-1)).tolist()}
+
     def _screened(self, hidden: Tensor, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:
         # What is banned or forced does not depend on the text here: the bias can hold it.
         wanted = (self.controls.banned_at(place), self.controls.forced_ids.get(place))
@@ -153,12 +219,3 @@ def _largest(logits: Tensor, count: int) -> Tensor:
     members = columns.gather(2, best[:, None].expand(-1, 20, -1)).flatten(1)  # (B, 20 * count)
     at = members.topk(count, sorted=False).indices
     return (at // count * groups + best.gather(1, at % count)).sort().values
-
-
-def _nothing_to_draw(logits: Tensor, place: int) -> ValueError:
-    if logits.isnan().any():
-        return ValueError("the network's logits are not numbers (NaN); its training has diverged")
-    return InputError(
-        f"nothing is left to draw after {place} tokens: every token is banned, or would repeat an n-gram;"
-        " raise no_repeat_ngram_size, or ban less"
-    )

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
 
 INFINITY = float("inf")
@@ -111,10 +112,15 @@ def ban_sequences(logits: Tensor, sequences: Sequence[Sequence[int]], texts: Ten
     """
     logits = logits.clone()
     for *beginning, last in sequences:
-        if len(beginning) <= texts.shape[1]:
-            ending = texts[:, texts.shape[1] - len(beginning) :]  # (B, len(beginning))
-            logits[(ending == texts.new_tensor(beginning)).all(dim=-1), last] = -INFINITY
+        logits[end_with(texts, beginning), last] = -INFINITY
     return logits
+
+
+def end_with(texts: Tensor, ids: Sequence[int]) -> Tensor:
+    """Which of the texts end with these ids: (B, T), filled up with -1 on the left -> (B,), true or false."""
+    if len(ids) > texts.shape[1]:
+        return torch.zeros(len(texts), dtype=torch.bool, device=texts.device)
+    return (texts[:, texts.shape[1] - len(ids) :] == texts.new_tensor(ids)).all(dim=-1)
 
 
 def ban(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
@@ -181,6 +187,23 @@ def typical_p(logits: Tensor, p: float) -> Tensor:
     last = (mass < p).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
     out = distance > distance.gather(-1, last)
     return logits.masked_fill(out.scatter(-1, order, out), -INFINITY)
+
+
+def require_a_choice(logits: Tensor, place: int) -> None:
+    """Each row of (B, C) must have a token above -inf.
+
+    Raises:
+        InputError: the controls leave nothing, after `place` new tokens.
+        ValueError: the network has diverged.
+    """
+    if logits.amax(dim=-1).isfinite().all():
+        return
+    if logits.isnan().any():
+        raise ValueError("the network's logits are not numbers (NaN); its training has diverged")
+    raise InputError(
+        f"nothing is left to draw after {place} tokens: every token is banned, or would repeat an n-gram;"
+        " raise no_repeat_ngram_size, or ban less"
+    )
 
 
 def _mark(logits: Tensor, ids: Tensor) -> Tensor:

@@ -1,20 +1,27 @@
-"""Text in, text out: `load` a run, `generate_text` from it."""
+"""Text in, text out: `load` a run, `generate_text` from it; with `generate` and `stream_text` more than the string."""
 
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.engine import generate_ids
+from minigpt_pl.generation.engine import generate_ids, stream_ids
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.runs import find_checkpoint, load_network
 from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID, load_tokenizer
 
 BATCH_TEXTS = 256  # written at once; bounds the memory for a thousand prompts
+NOT_KNOWN = "not in the model's vocabulary; use words that it knows"
+# The controls that are the same for words and for ids.
+NUMBERS = (
+    "num_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "num_beams", "length_penalty",
+)  # fmt: skip
 
 
 @dataclass
@@ -30,6 +37,35 @@ class TextModel:
     tokenizer: Tokenizer
     end_id: int | None
     checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A text and all that is known of it.
+
+    Attributes:
+        prompt: as given.
+        text: the prompt, less white space at its end, and its continuation: `tokens`, joined.
+        tokens: the new words, each with the space before it, if it has one.
+        probabilities: what the network itself gave each token: temperature 1, no controls, over the whole vocabulary.
+        ranks: 1 where the token was the network's likeliest.
+        entropies: of the distribution that each was drawn from, after the controls; bits, 0 where nothing was drawn.
+        unknown_words: the prompt's words that are not in the vocabulary.
+        settings: every control.
+        seed: with which this text comes again.
+        checkpoint: what wrote it; None: a network that was not loaded.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[str]
+    probabilities: list[float]
+    ranks: list[int]
+    entropies: list[float]
+    unknown_words: list[str]
+    settings: dict[str, Any]
+    seed: int
+    checkpoint: str | None
 
 
 def load(path: str | Path) -> TextModel:
@@ -55,7 +91,7 @@ def load(path: str | Path) -> TextModel:
 def generate_text(
     model: TextModel,
     prompt: str,
-    num_tokens: int = 60,
+    num_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int | None = 20,
     seed: int | None = None,
@@ -66,14 +102,19 @@ def generate_text(
     Args:
         model: from `load`.
         prompt: any text; it is split into words as the training text was.
-        num_tokens: new tokens; fewer only where the model ends the text itself.
+        num_tokens: new tokens, 60 unless given; fewer only where the model ends the text itself. The seed's own code
+            calls it `max_tokens`, which is taken too.
         temperature: 0 (greedy) or above; under 1 is safer, over 1 is bolder.
         top_k: draw from this many likeliest words, 1 to the vocabulary's size; None: from all.
-        seed: the same seed gives the same text; None: a new one each time.
-        controls: others of `generate_texts`, as `top_p`, `repetition_penalty` or `banned_words`.
+        seed: 0 to 2**31 - 1; the same seed gives the same text; None: a new one each time.
+        controls: `banned_words`: never written; one of several tokens, as "it's", is never written as a whole
+            (`[UNK]` is always banned). `stop_words`: each ends the text once `min_tokens` stand, and is its last.
+            `forced_words`: place among the new tokens (0 the first) -> the word or words that begin there. And those
+            of `generation.controls.Controls`, which gives their ranges: `min_tokens`, `top_p`, `min_p`, `typical_p`,
+            `repetition_penalty`, `no_repeat_ngram_size`, `num_beams`, `length_penalty`.
 
     Returns:
-        The prompt as given, and its continuation.
+        The prompt as given, less white space at its end, and its continuation.
 
     Raises:
         InputError: a value out of range, or a prompt without a word that the model knows.
@@ -82,69 +123,95 @@ def generate_text(
         >>> model = minigpt_pl.load("outputs/quick-001")
         >>> generate_text(model, "this movie is", num_tokens=60, temperature=0.8, top_k=20)
     """
-    return generate_texts(model, [prompt], num_tokens, temperature, top_k, seed, **controls)[0][0]
+    return generate_texts(model, [prompt], num_tokens, temperature, top_k, seed, 1, **controls)[0][0]
 
 
 def generate_texts(
     model: TextModel,
     prompts: Sequence[str],
-    num_tokens: int = 60,
+    num_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int | None = 20,
     seed: int | None = None,
     num_samples: int = 1,
-    *,
-    min_tokens: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    typical_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-    banned_words: Sequence[str] = (),
-    forced_words: Mapping[int, str] | None = None,
+    **controls,
 ) -> list[list[str]]:
     """`generate_text` for many prompts at once: `num_samples` texts for each, in the prompts' order.
 
-    Sample i of any prompt is drawn with seed + i, so a text is the same alone and in company.
-
-    Args:
-        banned_words: never written; one of several tokens, as "it's", is never written as a whole. `[UNK]` is
-            always banned.
-        forced_words: place among the new tokens (0 the first) -> the word or words that begin there.
-
-    The other arguments are those of `generate_text` and of `Controls`, which gives their ranges; so are the errors.
+    Sample i of any prompt is drawn with seed + i, so a text is the same alone and in company. The other arguments are
+    those of `generate_text`, and so are the errors.
     """
-    forced_ids, problems = _forced_ids(model.tokenizer, forced_words or {}, num_tokens)
-    banned = [encoding.ids for encoding in model.tokenizer.encode_batch(list(banned_words))]
-    # A network that was trained without [END] knows nothing of it, and would write it at random.
-    never = (PADDING_ID, UNKNOWN_ID, *([model.tokenizer.token_to_id(END)] if model.end_id is None else []))
-    if num_samples < 1:
-        problems.append(f"num_samples={num_samples}: must be at least 1")
-    try:
-        controls = Controls(
-            vocab_size=model.network.vocab_size, num_tokens=num_tokens, min_tokens=min_tokens, end_id=model.end_id,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
-            repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
-            banned_ids=(*never, *(ids[0] for ids in banned if len(ids) == 1)),
-            banned_sequences=[ids for ids in banned if len(ids) > 1 and UNKNOWN_ID not in ids],
-            forced_ids=forced_ids,
-        )  # fmt: skip
-    except InputError as error:
-        problems += error.problems
-    if problems:
-        raise InputError(*problems)
-    prompt_ids = encode_prompts(model.tokenizer, prompts)
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    jobs = [(ids, seed + i) for ids in prompt_ids for i in range(num_samples)]
+    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+    on_ids, _, jobs = _prepare(model, prompts, seed, num_samples, **controls)
     new_ids: list[list[int]] = []
     for start in range(0, len(jobs), BATCH_TEXTS):
-        ids, seeds = zip(*jobs[start : start + BATCH_TEXTS], strict=True)
-        new_ids += generate_ids(model.network, ids, controls, seeds)
+        _, ids, seeds = zip(*jobs[start : start + BATCH_TEXTS], strict=True)
+        new_ids += generate_ids(model.network, ids, on_ids, seeds)
     texts = [
-        prompts[i // num_samples].rstrip() + _continuation(model.tokenizer, ids, new)
-        for i, ((ids, _), new) in enumerate(zip(jobs, new_ids, strict=True))
+        prompt.rstrip() + _written(model.tokenizer, new) for (prompt, _, _), new in zip(jobs, new_ids, strict=True)
     ]
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+
+
+def generate(
+    model: TextModel,
+    prompts: str | Sequence[str],
+    num_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = 20,
+    seed: int | None = None,
+    num_samples: int = 1,
+    with_probabilities: bool = True,
+    **controls,
+) -> Iterator[Record]:
+    """The texts of `generate_texts`, which has the same arguments, with all that is known of each.
+
+    Args:
+        prompts: one, or many.
+        with_probabilities: without, `probabilities`, `ranks` and `entropies` stay empty, and it takes less time.
+
+    Returns:
+        The records, prompt by prompt; `BATCH_TEXTS` at most are made at once. Errors come before the first.
+    """
+    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    on_ids, settings, jobs = _prepare(model, prompts, seed, num_samples, **controls)
+    batches = (jobs[start : start + BATCH_TEXTS] for start in range(0, len(jobs), BATCH_TEXTS))
+    return (record for batch in batches for record in _records(model, batch, on_ids, settings, with_probabilities))
+
+
+def stream_text(
+    model: TextModel,
+    prompt: str,
+    num_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = 20,
+    seed: int | None = None,
+    **controls,
+) -> Iterator[str]:
+    """The new words as they are made, each with the space before it, if it has one.
+
+    Arguments and errors are those of `generate_text`, whose text this is: `prompt.rstrip()` and the words, joined.
+
+    Example:
+        >>> for word in stream_text(model, "this movie is"):
+        ...     print(word, end="", flush=True)
+    """
+    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    return (word for word, _ in stream_words(model, prompt, **controls))
+
+
+def stream_words(
+    model: TextModel, prompt: str, seed: int | None = None, with_probabilities: bool = False, **controls
+) -> Iterator[tuple[str, float | None]]:
+    """`stream_text` with the probability of each word, as in `Record`; None unless asked for."""
+    on_ids, _, [(_, ids, seed)] = _prepare(model, [prompt], seed, 1, **controls)
+    steps = stream_ids(model.network, [ids], on_ids, [seed], with_probabilities)
+    return (
+        (_written(model.tokenizer, step.ids), step.probabilities[0] if with_probabilities else None)
+        for step in steps
+        if step.ids != [on_ids.end_id]
+    )
 
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
@@ -180,14 +247,21 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
     return all_ids
 
 
+def _word_ids(tokenizer: Tokenizer, word: str) -> list[int]:
+    try:
+        return tokenizer.encode(word).ids
+    except (UnicodeEncodeError, TypeError):  # half a surrogate pair: no text has it
+        return [UNKNOWN_ID]
+
+
 def _forced_ids(tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int) -> tuple[dict[int, int], list[str]]:
     """Place -> id, and a line for each that cannot be."""
     forced, problems = {}, []
     for place, text in words.items():
-        ids = tokenizer.encode(text).ids
+        ids = _word_ids(tokenizer, text)
         name = f"forced_words={{{place}: {text!r}}}"
         if not ids or UNKNOWN_ID in ids:
-            problems.append(f"{name}: not in the model's vocabulary; use words that it knows")
+            problems.append(f"{name}: {NOT_KNOWN}")
         elif taken := [at for at in range(place, place + len(ids)) if at in forced]:
             problems.append(f"{name}: place {taken[0]} is taken by another; leave room for {len(ids)} tokens")
         elif place < 0:
@@ -200,7 +274,102 @@ def _forced_ids(tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int)
     return forced, problems
 
 
-def _continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: list[int]) -> str:
-    # Each word brings its own space, so the text of a beginning is the beginning of the text.
-    known = [id_ for id_ in prompt_ids if id_ != UNKNOWN_ID][:1]
-    return tokenizer.decode([*known, *new_ids])[len(tokenizer.decode(known)) :]
+def _prepare(
+    model: TextModel,
+    prompts: Sequence[str],
+    seed: int | None,
+    num_samples: int,
+    *,
+    num_tokens: int | None = None,
+    max_tokens: int | None = None,
+    banned_words: Sequence[str] = (),
+    stop_words: Sequence[str] = (),
+    forced_words: Mapping[int, str] | None = None,
+    **numbers,
+) -> tuple[Controls, dict[str, Any], list[tuple[str, list[int], int]]]:
+    """The controls on ids, all of them as a person reads them, and the prompt, its ids and the seed of each text."""
+    tokenizer, network = model.tokenizer, model.network
+    problems = [
+        f"{name}={words!r}: must be a list of words, as ['good', 'bad']"
+        for name, words in (("banned_words", banned_words), ("stop_words", stop_words))
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words)
+    ]
+    if problems:
+        raise InputError(*problems)
+    if num_tokens is not None and max_tokens is not None:
+        problems.append(f"max_tokens={max_tokens}: is another name for num_tokens={num_tokens}; give one of them")
+    given = [count for count in (num_tokens, max_tokens) if count is not None]
+    num_tokens = given[0] if given else Controls.num_tokens
+    banned, stops = ([_word_ids(tokenizer, word) for word in words] for words in (banned_words, stop_words))
+    problems += [
+        f"stop_words={[word]}: {NOT_KNOWN}"
+        for word, ids in zip(stop_words, stops, strict=True)
+        if not ids or UNKNOWN_ID in ids
+    ]
+    forced_ids, impossible = _forced_ids(tokenizer, forced_words or {}, num_tokens)
+    problems += impossible
+    # A network that was trained without [END] knows nothing of it, and would write it at random.
+    never = (PADDING_ID, UNKNOWN_ID, *([tokenizer.token_to_id(END)] if model.end_id is None else []))
+    if num_samples < 1:
+        problems.append(f"num_samples={num_samples}: must be at least 1")
+    for name, value in (("temperature", 0), ("top_k", 1)):
+        if num_samples > 1 and numbers.get(name) == value:
+            problems.append(f"num_samples={num_samples}: with {name}={value} all would be the same text; give 1")
+    if seed is not None and not 0 <= seed < 2**31:
+        problems.append(f"seed={seed}: must be 0 to {2**31 - 1}")
+    try:
+        controls = Controls(
+            vocab_size=network.vocab_size,
+            num_tokens=num_tokens,
+            end_id=model.end_id,
+            banned_ids=(*never, *(ids[0] for ids in banned if len(ids) == 1)),
+            banned_sequences=[ids for ids in banned if len(ids) > 1 and UNKNOWN_ID not in ids],
+            stop_sequences=[ids for ids in stops if ids],
+            forced_ids=forced_ids,
+            **numbers,
+        )
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    jobs = [
+        (prompt, ids, seed + i)
+        for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True)
+        for i in range(num_samples)
+    ]
+    settings = {name: getattr(controls, name) for name in NUMBERS}
+    words = {"banned_words": [*banned_words], "stop_words": [*stop_words], "forced_words": dict(forced_words or {})}
+    return controls, settings | words, jobs
+
+
+def _records(
+    model: TextModel,
+    jobs: Sequence[tuple[str, list[int], int]],
+    controls: Controls,
+    settings: dict[str, Any],
+    with_probabilities: bool,
+) -> Iterator[Record]:
+    prompts, ids, seeds = zip(*jobs, strict=True)
+    checkpoint = None if model.checkpoint is None else str(model.checkpoint)
+    records = [
+        Record(prompt, "", [], [], [], [], unknown_words(model.tokenizer, prompt), settings, seed, checkpoint)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    for step in stream_ids(model.network, ids, controls, seeds, with_probabilities):
+        for row, (text, id_) in enumerate(zip(step.texts, step.ids, strict=True)):
+            if id_ != controls.end_id:
+                record = records[text]
+                record.tokens.append(_written(model.tokenizer, [id_]))
+                if with_probabilities:
+                    record.probabilities.append(step.probabilities[row])
+                    record.ranks.append(step.ranks[row])
+                    record.entropies.append(step.entropies[row])
+    for record in records:
+        yield replace(record, text=record.prompt.rstrip() + "".join(record.tokens))
+
+
+def _written(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The words as they stand after others."""
+    # Each word brings its own space; only at the beginning of a text it is left out.
+    return tokenizer.decode([*ids[:1], *ids])[len(tokenizer.decode(ids[:1])) :]

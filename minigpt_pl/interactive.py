@@ -1,0 +1,121 @@
+"""The session of `sample interactive=true`: prompts are continued, lines that begin with / change the settings."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from minigpt_pl import command_line
+from minigpt_pl.config import CONTROLS, SampleConfig
+from minigpt_pl.errors import InputError
+from minigpt_pl.generation import show
+from minigpt_pl.generation.text import TextModel, encode_prompts, generate, unknown_words
+from minigpt_pl.tokenizer import list_vocabulary
+
+HELP = """\
+A line is the beginning of a text. Ctrl-C stops a text, Ctrl-D or /quit ends. Tab completes commands and known words.
+/settings   what is set
+/NAME       sets it back to what it was at the start
+/NAME VALUE sets it: a number, null, or words with spaces between; /forced_words 0 good 5 bad. NAME is one of"""
+
+
+class Session:
+    """Reads lines from standard input until /quit or its end; bad ones cost one line on standard error.
+
+    Args:
+        config: the settings to begin with.
+    """
+
+    def __init__(self, model: TextModel, config: SampleConfig):
+        self.model, self.config, self.first = model, config, config
+        self.settings = {
+            field.name: field for field in fields(config) if field.name in (*CONTROLS, "num_samples", "seed", "show")
+        }
+
+    def run(self) -> None:
+        if sys.stdin is None:
+            raise InputError("interactive=true: standard input is closed; give prompt= or prompts_file=")
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused below, and the session goes on
+        self._check(self.config)
+        in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        if in_terminal:
+            self._edit_lines()
+            print("/help lists the commands", file=sys.stderr)
+        while True:
+            try:
+                line = input("> " if in_terminal else "").strip()
+                if line == "/quit":
+                    return
+                if line.startswith("/"):
+                    self._command(*line[1:].split())
+                elif line:
+                    self._write(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+            except InputError as error:
+                for problem in error.problems:
+                    print(f"error: {problem}", file=sys.stderr)
+
+    def _command(self, name: str = "", *words: str) -> None:
+        if name == "help":
+            print(HELP)
+            for setting in self.settings.values():
+                print(f"  {setting.name}: {setting.metadata['doc']}")
+        elif name == "settings":
+            for setting in self.settings:
+                print(f"  {setting}={getattr(self.config, setting)}")
+        elif name not in self.settings:
+            raise InputError(f"/{name}: no such command; /help lists them")
+        else:
+            changed = command_line.change(self.config, **{name: self._value(name, words)})
+            self._check(changed)
+            self.config = changed
+
+    def _value(self, name: str, words: Sequence[str]) -> object:
+        if not words:
+            return getattr(self.first, name)
+        if name == "forced_words":
+            places = (int(word) if word.isdecimal() else word for word in words[::2])
+            return dict(zip(places, [*words[1::2], ""], strict=False))
+        if isinstance(getattr(self.first, name), list):
+            return list(words)
+        return None if words == ("null",) else " ".join(words)
+
+    def _check(self, config: SampleConfig) -> None:
+        """What only the model can tell, as whether words are known."""
+        generate(self.model, [], num_samples=config.num_samples, seed=config.seed, **_controls(config))
+
+    def _write(self, prompt: str) -> None:
+        encode_prompts(self.model.tokenizer, [prompt])
+        if unknown := unknown_words(self.model.tokenizer, prompt):
+            print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
+        config, shown = self.config, self.config.show is not None
+        options = {"seed": config.seed} | _controls(config)
+        if config.num_samples == 1:
+            show.print_words(self.model, prompt, shown, **options)
+            return
+        records = generate(self.model, prompt, num_samples=config.num_samples, with_probabilities=shown, **options)
+        print("\n\n".join(show.as_text(record, shown) for record in records))
+
+    def _edit_lines(self) -> None:
+        """History, and completion with Tab, where Python has readline."""
+        try:
+            import readline
+        except ImportError:  # Windows
+            return
+        commands = [f"/{name}" for name in ("help", "settings", "quit", *self.settings)]
+        words = list_vocabulary(self.model.tokenizer)
+
+        def complete(beginning: str, number: int) -> str | None:
+            choices = commands if readline.get_begidx() == 0 and beginning.startswith("/") else words
+            return ([choice for choice in choices if beginning and choice.startswith(beginning)] + [None])[number]
+
+        readline.set_completer(complete)
+        readline.set_completer_delims(" ")
+        libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+
+def _controls(config: SampleConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in CONTROLS}
