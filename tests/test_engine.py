@@ -207,6 +207,10 @@ class TestEngine:
         assert logits.shape == (500, 10 + engine.SPARE)
         assert torch.equal(ids.gather(1, logits.topk(10).indices), exact.topk(10).indices)
 
+    def test_a_large_top_k_is_not_looked_for_in_bf16(self):
+        controls = Controls(vocab_size=SIZE, top_k=SIZE // 2)
+        assert not engine._Output(with_products(network()), controls).screens
+
     def test_nothing_left_to_draw(self):
         controls = Controls(vocab_size=15, num_tokens=20, top_k=3, no_repeat_ngram_size=1)
         with pytest.raises(InputError, match="nothing is left to draw after 14 tokens.*no_repeat_ngram_size"):
