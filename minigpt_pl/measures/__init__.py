@@ -1,0 +1,1 @@
+"""Measures of a network and of text. Knows nothing of training."""
