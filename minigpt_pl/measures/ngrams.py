@@ -2,7 +2,7 @@
 
 Interpolated modified Kneser-Ney (S. F. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language
 Modeling", TR-10-98, Harvard 1998, section 3.3), with the mark for a text's beginning as in KenLM (K. Heafield et al.,
-ACL 2013). With a as count, D as discount and h' as h without its first word:
+ACL 2013), to which it is equal. With a as count, D as discount and h' as h without its first word:
 
     p(w | h) = (a(hw) - D(a(hw))) / a(h.) + p(w | h') * sum over w of D(a(hw)) / a(h.)
 
