@@ -114,7 +114,7 @@ def _read_texts(config: EvaluateConfig, model: Any) -> tuple[str, list[str], Any
     if trained_on and any(trained_on.get(name) != found[name] for name in found.keys() - {"source", "fingerprint"}):
         raise InputError(
             f"run={folder.name}: learned from {trained_on['source']}, {trained_on['train_tokens']:,} tokens; its"
-            f" settings now lead to {found['source']}, {found['train_tokens']:,} tokens; give source=, where its text is"
+            f" settings now lead to {found['source']}, {found['train_tokens']:,} tokens; give its place as source="
         )
     if config.text is not None:
         return f"text={config.text}", texts, corpus.train
@@ -174,19 +174,20 @@ def _draw(result: dict[str, Any]) -> Any:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     ladder, by_position, by_frequency = figure.subplots(1, 3)
     models = [*LADDER, NETWORK]
-    bars = ladder.bar(models, [result["whole"][name]["word_perplexity"] for name in models], color=["C0"] * 3 + ["C1"])
+    colours = [f"C{i}" for i in range(len(models))]
+    bars = ladder.bar(models, [result["whole"][name]["word_perplexity"] for name in models], color=colours)
     ladder.bar_label(bars, fmt="{:,.1f}")
-    ladder.set(ylabel="word perplexity", title="all tokens", yscale="log")
-    for axes, part, label in (
-        (by_position, "by_position", "tokens before it in the document"),
-        (by_frequency, "by_frequency", "rank of the word's frequency"),
+    ladder.set(ylabel="word perplexity", title="all tokens")
+    for axes, part, title in (
+        (by_position, "by_position", "by the tokens before it in its document"),
+        (by_frequency, "by_frequency", "by the rank of the word's frequency"),
     ):
         for name in models:
             axes.plot([row["band"] for row in result[part]], [row[name] for row in result[part]], "o-", label=name)
-        axes.set(xlabel=label, ylabel="loss (nats a token)")
+        axes.set(title=title, ylabel="loss (nats a token)")
         axes.tick_params(axis="x", rotation=45)
         axes.grid(alpha=0.3)
-    by_position.legend()
+    by_frequency.legend()
     figure.suptitle(f"{result['checkpoint']}: {result['text']}", fontsize="medium", wrap=True)
     return figure
 

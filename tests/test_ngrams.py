@@ -150,6 +150,12 @@ def test_equals_kenlm():
         np.testing.assert_allclose(ours, log10_probabilities, rtol=1e-6)
 
 
+def test_documents_shorter_than_the_order():
+    short, fitting = fit([[0, 1], [2], []], vocab_size=3, order=5), fit([[0, 1], [2], []], vocab_size=3, order=3)
+    document = np.array([0, 1, 0, 1, 2, 2, 1])
+    np.testing.assert_array_equal(short.log_probabilities(document), fitting.log_probabilities(document))
+
+
 def test_ids_outside_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match="0 to 3"):
         fit([[0, 4]], vocab_size=4, order=2)

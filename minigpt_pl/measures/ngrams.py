@@ -96,8 +96,8 @@ class NGramModel:
             places = np.flatnonzero(before >= 0)
             wanted = before[places] * (self.vocab_size + 1) + words[places]
             numbers = np.searchsorted(order.keys, wanted)
-            numbers[numbers == len(order.keys)] = 0
-            seen = order.keys[numbers] == wanted
+            seen = numbers < len(order.keys)
+            seen[seen] = order.keys[numbers[seen]] == wanted[seen]
             probabilities[places] *= order.left_over[before[places]]
             probabilities[places[seen]] += order.shares[numbers[seen]]
             ends_here = np.full(len(words), -1)
