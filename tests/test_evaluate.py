@@ -74,7 +74,7 @@ class TestLosses:
 
 def test_summary_worked_by_hand():
     # One token is [UNK] (1), two are [END] (9); L = 2.
-    documents = [np.array([4, 2, 1, 12, 9]), np.array([3, 9])]
+    documents = [np.array([4, 11, 1, 12, 9]), np.array([3, 9])]
     losses = {"a": np.array([1.0, 2.0, 3.0, 4.0, 6.0], np.float32)}
     summary = summarise(losses, documents, max_length=2, end_id=9)
     assert summary["whole"]["tokens"] == 5 and summary["whole"]["words"] == 2
@@ -130,7 +130,7 @@ def test_ladder_counts_end_tokens_only_where_the_model_has_them():
 @pytest.mark.parametrize("own_file", [False, True])
 def test_held_out_texts_are_the_validation_split(story, tmp_path, own_file):
     other = tmp_path / "other.txt"
-    other.write_text("The cat sees it.\n \nA dog, too!\n")
+    other.write_text("The cat sees it.\n \n<br />\nA dog, too!\n")
     changes = {"validation_path": str(other)} if own_file else {"validation_share": 0.2}
     config = text_config(story, cache_dir=str(tmp_path / "cache"), **changes)
     corpus = open_corpus(config, 200)
@@ -172,7 +172,7 @@ class TestRun:
     def test_own_text_beside_the_held_out(self, a_run):
         before = evaluated(a_run)
         text = a_run / "my text.txt"
-        text.write_text("The cat sees the dog.\nAnd it's a zebra, \N{SNOWMAN}.\n\nThe king\n", encoding="utf-8")
+        text.write_text("The cat sees the dog.\nAnd it's a zebra, \N{SNOWMAN}.\n<br />\n\nThe king\n", encoding="utf-8")
         evaluated(a_run, text=str(text))
         assert evaluated(a_run, num_documents=1)["documents"] == 1
         folder = a_run / "outputs" / "tiny"
@@ -184,7 +184,12 @@ class TestRun:
             minigpt_pl.tokenizer.list_vocabulary(minigpt_pl.load(folder).tokenizer)[2:-1],
         )
         assert result["spelling_bits_per_byte"] == pytest.approx(spelled / math.log(2) / result["bytes"])
+        network = result["whole"]["network"]
+        bits = network["loss"] * result["whole"]["tokens"] / math.log(2) / result["bytes"]
+        assert network["bits_per_byte"] > bits + result["spelling_bits_per_byte"]
         assert before["documents"] > 1
+        evaluated(a_run, text=str(text), num_documents=2)
+        assert json.loads((folder / "evaluation-my text.json").read_text())["documents"] == 2
         for document, count in (("paragraph", 2), ("file", 1)):
             evaluated(a_run, text=str(text), document=document)
             assert json.loads((folder / "evaluation-my text.json").read_text())["documents"] == count
