@@ -15,16 +15,19 @@ from minigpt_pl.generation.text import (
     load,
     stream_text,
 )
+from minigpt_pl.measures.likelihood import ScoredWord, score
 from minigpt_pl.model import MiniGPT
 
 __all__ = [
     "InputError",
     "MiniGPT",
     "Record",
+    "ScoredWord",
     "TextModel",
     "generate",
     "generate_text",
     "generate_texts",
     "load",
+    "score",
     "stream_text",
 ]

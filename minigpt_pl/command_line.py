@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt_pl.config import ConvertConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
+from minigpt_pl.config import ConvertConfig, EvaluateConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
 from minigpt_pl.errors import InputError
 
 _PACKAGE = Path(__file__).parent
@@ -36,6 +36,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="convert_schema", node=ConvertConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(group="data", name="imdb_schema", node=ImdbConfig)
     store.store(group="data", name="text_schema", node=TextConfig)
 

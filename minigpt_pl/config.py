@@ -234,6 +234,20 @@ class SampleConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Settings of `python -m minigpt_pl.evaluate`."""
+
+    output_dir: str = setting("folder of the run folders")
+    run: str | None = setting("a run folder, its name, or a checkpoint; null: the newest finished run")
+    text: str | None = setting("evaluate on this: a file or folder as data.path; null: what the run held out")
+    document: str = setting("what a document is in a .txt given as text", choices=("line", "paragraph", "file"))
+    num_documents: int | None = setting("evaluate on this many documents, the first; null: all", minimum=1)
+    source: str | None = setting(
+        "where the run's text lies now, if not where it was: instead of its data.source or data.path"
+    )
+
+
+@dataclass
 class ConvertConfig:
     """Settings of `python -m minigpt_pl.convert`."""
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,19 @@ def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
     )
 
 
+def held_out_texts(config: DataConfig) -> Iterator[str]:
+    """The documents that `open_corpus` holds out, in its order, as they were written.
+
+    Where a share of the text is held out this reads all of it.
+    """
+    source = open_source(config)
+    if source.validation is not None:
+        texts = source.validation()
+    else:
+        texts = (text for text in source.train() if _falls_to_validation(_content_hash(text), config.validation_share))
+    return (text for text in texts if split_words(text))
+
+
 def _open_ids(folder: Path, split: str) -> Ids:
     # "c": as "r", but PyTorch warns of arrays that cannot be written.
     return Ids(*(np.load(folder / f"{split}.{name}.npy", mmap_mode="c") for name in ("tokens", "offsets")))
@@ -125,8 +138,8 @@ def _encode_into(
         content = _content_hash(text)
         if content in held_out_hashes:
             left_out += 1  # an exact duplicate of a validation text
-        elif source.validation is None and content / 2**64 < validation_share:
-            splits["validation"].add(text, first_ids)  # by content, so that duplicates never straddle
+        elif source.validation is None and _falls_to_validation(content, validation_share):
+            splits["validation"].add(text, first_ids)
         else:
             splits["train"].add(text, first_ids)
     if not splits["train"].tokens:
@@ -201,6 +214,11 @@ class _Encoded:
 
 def _content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _falls_to_validation(content: int, share: float) -> bool:
+    """By content, so that duplicates never straddle."""
+    return content / 2**64 < share
 
 
 def _with_progress(documents: Iterable[str]) -> Iterable[str]:
