@@ -322,7 +322,7 @@ class TestText:
             return inner(network, prompts, *arguments)
 
         monkeypatch.setattr(text, "stream_ids", spy)
-        records = generate(model, ["the cat"] * (2 * BATCH_TEXTS + 3), 2, top_k=3)
+        records = text.stream_records(model, ["the cat"] * (2 * BATCH_TEXTS + 3), num_tokens=2, top_k=3)
         assert sizes == [] and next(records).prompt == "the cat" and sizes == [BATCH_TEXTS]
         assert len(list(records)) == 2 * BATCH_TEXTS + 2 and sizes == [BATCH_TEXTS, BATCH_TEXTS, 3]
 
@@ -334,7 +334,7 @@ class TestGenerate:
         prompts = ["The cat ", "a zebra likes", "it"]
         controls = self.CONTROLS | {"num_tokens": 40, "stop_words": [".", "dog"]}
         texts = generate_texts(model, prompts, num_samples=2, **controls)
-        records = list(generate(model, prompts, num_samples=2, **controls))
+        records = generate(model, prompts, num_samples=2, **controls)
         assert [record.text for record in records] == sum(texts, [])
         assert [(record.prompt, record.seed) for record in records] == [(p, s) for p in prompts for s in (4, 5)]
         assert [record.unknown_words for record in records] == [[], [], ["zebra"], ["zebra"], [], []]
@@ -347,7 +347,7 @@ class TestGenerate:
             assert generate_text(model, record.prompt, seed=record.seed, **record.settings) == record.text
 
     def test_probabilities_and_ranks(self, model):
-        record = next(generate(model, "the cat", **self.CONTROLS))
+        record = generate(model, "the cat", **self.CONTROLS)[0]
         ids = model.tokenizer.encode(record.text).ids
         for place, (probability, rank) in enumerate(zip(record.probabilities, record.ranks, strict=True), 2):
             own = model.network(torch.tensor([ids[:place][-6:]]))[0][0, -1].detach().softmax(-1)
@@ -355,19 +355,20 @@ class TestGenerate:
             assert rank == 1 + int((own > own[ids[place]]).sum())
 
     def test_without_probabilities(self, model):
-        bare, full = (next(generate(model, "the", **self.CONTROLS, with_probabilities=p)) for p in (False, True))
+        full = generate(model, "the", **self.CONTROLS)[0]
+        bare = next(text.stream_records(model, ["the"], with_probabilities=False, **self.CONTROLS))
         assert (bare.text, bare.tokens) == (full.text, full.tokens)
         assert bare.probabilities == bare.ranks == bare.entropies == [] != full.ranks
 
     def test_a_text_that_ends_at_once(self, model):
         network = copy.deepcopy(model.network)
         network.output.bias.data[END_ID] = 1000
-        record = next(generate(TextModel(network, model.tokenizer, END_ID), "the cat ", top_k=5))
+        record = generate(TextModel(network, model.tokenizer, END_ID), "the cat ", top_k=5)[0]
         assert record.text == "the cat" and record.tokens == record.probabilities == []
 
     def test_errors_come_before_the_first(self, model):
         with pytest.raises(InputError, match="top_k=99"):
-            generate(model, "the", top_k=99)
+            text.stream_records(model, ["the"], top_k=99)
         with pytest.raises(InputError, match="top_k=99"):
             stream_text(model, "the", top_k=99)
         with pytest.raises(InputError, match="prompt='': has no words"):

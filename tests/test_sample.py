@@ -71,6 +71,14 @@ class TestOneText:
         assert several.split("\n\n")[0] + "\n" == alone
 
 
+class TestManyTexts:
+    def test_how_far_it_is(self, sample, monkeypatch):
+        monkeypatch.setattr(entry_point, "PROGRESS_SECONDS", 0)
+        lines = sample("prompt=[the cat, the dog]", "num_samples=2", "num_tokens=3").err.splitlines()[1:]
+        assert [line.split(",")[0] for line in lines] == [f"{done} of 4 texts" for done in (1, 2, 3, 4)]
+        assert lines[-1] == "4 of 4 texts, 0 s left"
+
+
 class TestFormats:
     def test_jsonl(self, sample, model):
         lines = sample("prompt=[the cat, zebra the]", "num_samples=2", "seed=3", "format=jsonl", "stop_words=[a]").out
@@ -94,7 +102,7 @@ class TestFormats:
     @pytest.mark.parametrize("samples", [1, 2])
     def test_probabilities_without_colours(self, sample, model, samples):
         text = sample("prompt=the cat", "seed=3", "show=probabilities", "num_tokens=6", f"num_samples={samples}").out
-        record = next(minigpt_pl.generate(model, "the cat", 6, 0.8, 5, 3))
+        record = minigpt_pl.generate(model, "the cat", 6, 0.8, 5, 3)[0]
         words = [f"{word}({p:.2g})" for word, p in zip(record.tokens, record.probabilities, strict=True)]
         assert text.split("\n")[0] == "the cat" + "".join(words)
 
@@ -207,7 +215,7 @@ class TestInteractive:
         out, errors = sample("interactive=true", "seed=3", typed=typed)
         words = {"banned_words": ["the", "a"], "stop_words": ["dog", "king"]}
         words["forced_words"] = {0: "ship", 2: "well-known"}
-        records = list(minigpt_pl.generate(model, "the cat", 9, 0.8, None, 3, 2, **words))
+        records = minigpt_pl.generate(model, "the cat", 9, 0.8, None, 3, 2, **words)
         expected = [
             minigpt_pl.generate_text(model, "the cat", 60, 0.8, 5, 3),
             minigpt_pl.generate_text(model, "the cat", 9, 3.0, None, 3),

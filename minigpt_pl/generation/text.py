@@ -161,23 +161,19 @@ def generate(
     top_k: int | None = 20,
     seed: int | None = None,
     num_samples: int = 1,
-    with_probabilities: bool = True,
     **controls,
-) -> Iterator[Record]:
-    """The texts of `generate_texts`, which has the same arguments, with all that is known of each.
+) -> list[Record]:
+    """The texts of `generate_texts`, which has the same arguments and errors, with all that is known of each.
 
     Args:
         prompts: one, or many.
-        with_probabilities: without, `probabilities`, `ranks` and `entropies` stay empty, and it takes less time.
 
     Returns:
-        The records, prompt by prompt; `BATCH_TEXTS` at most are made at once. Errors come before the first.
+        The records, prompt by prompt.
     """
-    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    on_ids, settings, jobs = _prepare(model, prompts, seed, num_samples, **controls)
-    batches = (jobs[start : start + BATCH_TEXTS] for start in range(0, len(jobs), BATCH_TEXTS))
-    return (record for batch in batches for record in _records(model, batch, on_ids, settings, with_probabilities))
+    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+    return list(stream_records(model, prompts, seed, num_samples, **controls))
 
 
 def stream_text(
@@ -212,6 +208,23 @@ def stream_words(
         for step in steps
         if step.ids != [on_ids.end_id]
     )
+
+
+def stream_records(
+    model: TextModel,
+    prompts: Sequence[str],
+    seed: int | None = None,
+    num_samples: int = 1,
+    with_probabilities: bool = True,
+    **controls,
+) -> Iterator[Record]:
+    """`generate` for texts too many to wait for: `BATCH_TEXTS` are made at once. Errors come before the first.
+
+    Without `with_probabilities` their `probabilities`, `ranks` and `entropies` stay empty, and they take less time.
+    """
+    on_ids, settings, jobs = _prepare(model, prompts, seed, num_samples, **controls)
+    batches = (jobs[start : start + BATCH_TEXTS] for start in range(0, len(jobs), BATCH_TEXTS))
+    return (record for batch in batches for record in _records(model, batch, on_ids, settings, with_probabilities))
 
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
