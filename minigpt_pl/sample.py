@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from minigpt_pl.generation.text import TextModel
 
 
-PROGRESS_SECONDS = 10  # between lines that tell how far it is, where the texts do not
-
-
 def main() -> None:
     sys.argv[1:] = [_take_prompt_literally(argument) for argument in sys.argv[1:]]
     command_line.run("sample", SampleConfig, sample)
@@ -54,7 +51,7 @@ def sample(config: SampleConfig) -> None:
 def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, variants: list[dict[str, Any]]) -> None:
     """Every text under every variant of the settings; where settings are compared, the table of their measures."""
     from minigpt_pl.generation import show
-    from minigpt_pl.generation.text import stream_records
+    from minigpt_pl.generation.text import BATCH_TEXTS, stream_records
 
     seed = secrets.randbelow(2**31) if config.seed is None else config.seed
     controls = {name: getattr(config, name) for name in CONTROLS}
@@ -68,16 +65,14 @@ def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, var
     ]  # fmt: skip
     total = len(variants) * len(prompts) * config.num_samples
     rows, between, done, started = [], "", 0, time.monotonic()
-    told = started
     for variant, records in zip(variants, texts, strict=True):
         rows.append((variant, []))
         for record in records:
             measures = show.measure(record) if variant else {}
             rows[-1][1].append(measures)
-            done, now = done + 1, time.monotonic()
-            if not sys.stdout.isatty() and now - told >= PROGRESS_SECONDS:
-                told = now
-                left = (now - started) * (total - done) / done
+            done += 1
+            if done % BATCH_TEXTS == 0:
+                left = (time.monotonic() - started) * (total - done) / done
                 print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
             if config.format == "jsonl":
                 print(show.as_json(record, measures))
