@@ -60,6 +60,21 @@ class TestOneText:
         rest, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and rest.endswith(b"\n") and b"Traceback" not in errors
 
+    def test_no_word_waits_for_the_next(self, model, monkeypatch):
+        raw, arrived = io.BytesIO(), []
+        words = show.stream_words
+
+        def look(*arguments, **controls):
+            for word in words(*arguments, **controls):
+                arrived.append(raw.getvalue().decode())
+                yield word
+
+        monkeypatch.setattr(show, "stream_words", look)
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
+        show.print_words(model, "the cat", False, num_tokens=5, min_tokens=5, top_k=5, seed=3)
+        new = minigpt_pl.generate(model, "the cat", 5, top_k=5, seed=3, min_tokens=5)[0].tokens
+        assert arrived == ["the cat" + "".join(new[:count]) for count in range(5)]
+
     def test_a_reader_that_leaves(self, trained):
         command = " ".join([*COMMAND, "'prompt=the cat'", *ENDLESS, "| head -c 30"])
         done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
