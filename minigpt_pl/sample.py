@@ -53,7 +53,7 @@ def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, var
     from minigpt_pl.generation import show
     from minigpt_pl.generation.text import BATCH_TEXTS, stream_records
 
-    seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+    seed = secrets.randbelow(2**31 - config.num_samples) if config.seed is None else config.seed
     controls = {name: getattr(config, name) for name in CONTROLS}
     with_probabilities = config.show is not None or config.format == "jsonl" or config.compare is not None
     texts = [  # nothing is written before all of the settings are seen to be good

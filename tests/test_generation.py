@@ -294,6 +294,8 @@ class TestText:
     def test_seeds_out_of_range(self, model, seed):
         with pytest.raises(InputError, match=f"seed={seed}: must be 0 to 2147483647"):
             generate_text(model, "the", top_k=5, seed=seed)
+        with pytest.raises(InputError, match="seed=2147483647: must be 0 to 2147483646"):
+            generate(model, "the", top_k=5, seed=2**31 - 1, num_samples=2)
 
     def test_one_text_is_not_several(self, model):
         for write in (generate_text, stream_text):

@@ -328,8 +328,9 @@ def _prepare(
     for name, value in (("temperature", 0), ("top_k", 1)):
         if num_samples > 1 and numbers.get(name) == value:
             problems.append(f"num_samples={num_samples}: with {name}={value} all would be the same text; give 1")
-    if seed is not None and not 0 <= seed < 2**31:
-        problems.append(f"seed={seed}: must be 0 to {2**31 - 1}")
+    largest_seed = 2**31 - max(num_samples, 1)  # so that each sample's own can be given again
+    if seed is not None and not 0 <= seed <= largest_seed:
+        problems.append(f"seed={seed}: must be 0 to {largest_seed}")
     try:
         controls = Controls(
             vocab_size=network.vocab_size,
@@ -345,7 +346,7 @@ def _prepare(
         problems += error.problems
     if problems:
         raise InputError(*problems)
-    seed = secrets.randbelow(2**31) if seed is None else seed
+    seed = secrets.randbelow(largest_seed + 1) if seed is None else seed
     jobs = [
         (prompt, ids, seed + i)
         for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True)
