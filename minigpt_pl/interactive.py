@@ -8,7 +8,7 @@ from minigpt_pl import command_line
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import show
-from minigpt_pl.generation.text import TextModel, encode_prompts, generate, unknown_words
+from minigpt_pl.generation.text import TextModel, encode_prompts, stream_records, unknown_words
 from minigpt_pl.tokenizer import list_vocabulary
 
 HELP = """\
@@ -84,7 +84,7 @@ class Session:
 
     def _check(self, config: SampleConfig) -> None:
         """What only the model can tell, as whether words are known."""
-        generate(self.model, [], num_samples=config.num_samples, seed=config.seed, **_controls(config))
+        stream_records(self.model, [], num_samples=config.num_samples, seed=config.seed, **_controls(config))
 
     def _write(self, prompt: str) -> None:
         encode_prompts(self.model.tokenizer, [prompt])
@@ -95,7 +95,9 @@ class Session:
         if config.num_samples == 1:
             show.print_words(self.model, prompt, shown, **options)
             return
-        records = generate(self.model, prompt, num_samples=config.num_samples, with_probabilities=shown, **options)
+        records = stream_records(
+            self.model, [prompt], num_samples=config.num_samples, with_probabilities=shown, **options
+        )
         print("\n\n".join(show.as_text(record, shown) for record in records))
 
     def _edit_lines(self) -> None:

@@ -4,6 +4,7 @@ import itertools
 import re
 import secrets
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,24 +51,29 @@ def sample(config: SampleConfig) -> None:
 def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, variants: list[dict[str, Any]]) -> None:
     """Every text under every variant of the settings; where settings are compared, the table of their measures."""
     from minigpt_pl.generation import show
-    from minigpt_pl.generation.text import generate
+    from minigpt_pl.generation.text import BATCH_TEXTS, stream_records
 
-    seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+    seed = secrets.randbelow(2**31 - config.num_samples) if config.seed is None else config.seed
     controls = {name: getattr(config, name) for name in CONTROLS}
     with_probabilities = config.show is not None or config.format == "jsonl" or config.compare is not None
     texts = [  # nothing is written before all of the settings are seen to be good
-        generate(
+        stream_records(
             model, prompts, seed=seed, num_samples=config.num_samples, with_probabilities=with_probabilities,
             **(controls | variant),
         )
         for variant in variants
     ]  # fmt: skip
-    rows, between = [], ""
+    total = len(variants) * len(prompts) * config.num_samples
+    rows, between, done, started = [], "", 0, time.monotonic()
     for variant, records in zip(variants, texts, strict=True):
         rows.append((variant, []))
         for record in records:
             measures = show.measure(record) if variant else {}
             rows[-1][1].append(measures)
+            done += 1
+            if done % BATCH_TEXTS == 0:
+                left = (time.monotonic() - started) * (total - done) / done
+                print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
             if config.format == "jsonl":
                 print(show.as_json(record, measures))
                 continue

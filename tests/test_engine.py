@@ -96,7 +96,7 @@ class TestEngine:
             {"banned_ids": range(500), "banned_sequences": [[600], [601, 602]]},
             {"forced_ids": {0: 5, 7: 6, 19: 7}, "banned_ids": [5]},
             {"forced_ids": {2: 5, 3: 6, 9: 7}, "stop_sequences": [[6, 5], [5, 6]]},
-            {"forced_ids": {2: 5, 3: 6, 9: 7}, "stop_sequences": [[6, 5], [7]], "min_tokens": 5},
+            {"forced_ids": {2: 5, 3: 6, 4: 7, 9: 7}, "stop_sequences": [[5, 6], [7]], "min_tokens": 5},
         ],
         ids=str,
     )
@@ -274,7 +274,7 @@ class TestBeams:
     )
     def test_equal_hugging_faces(self, model, hugging_face, ours, theirs):
         lengths, beyond_greedy = set(), 0
-        for num_beams, end in ((2, 0.0), (3, 2.0), (5, 4.0)):
+        for num_beams, end in ((2, 1.0), (5, 0.0), (3, 2.0), (5, 4.0)):
             with torch.no_grad():
                 model.output.bias[self.END] += end
             for prompt in random_prompts(1, 4, WINDOW + 3, size=self.SIZE):
@@ -290,11 +290,13 @@ class TestBeams:
                 model.output.bias[self.END] -= end
         assert beyond_greedy and (settings["end_id"] is None or len(lengths) > 1)
 
-    def test_stop_words_end_a_beam(self, model):
+    @pytest.mark.parametrize(("min_tokens", "length"), [(0, 2), (2, 2), (3, 4), (4, 4), (5, 9)])
+    def test_stop_words_end_a_beam(self, model, min_tokens, length):
         controls = Controls(
-            vocab_size=self.SIZE, num_tokens=9, temperature=0, num_beams=4, stop_sequences=[[8]], forced_ids={3: 8}
-        )
-        assert [ids.index(8) for ids in generate_ids(model, [[5], [6, 7]], controls, [0, 0])] == [3, 3]
+            vocab_size=self.SIZE, num_tokens=9, temperature=0, num_beams=4, stop_sequences=[[8]], min_tokens=min_tokens,
+            forced_ids={1: 8, 3: 8}, banned_ids=[8],
+        )  # fmt: skip
+        assert [len(ids) for ids in generate_ids(model, [[5], [6, 7]], controls, [0, 0])] == [length] * 2
 
     def test_nothing_left(self, model):
         controls = Controls(

@@ -294,6 +294,8 @@ class TestText:
     def test_seeds_out_of_range(self, model, seed):
         with pytest.raises(InputError, match=f"seed={seed}: must be 0 to 2147483647"):
             generate_text(model, "the", top_k=5, seed=seed)
+        with pytest.raises(InputError, match="seed=2147483647: must be 0 to 2147483646"):
+            generate(model, "the", top_k=5, seed=2**31 - 1, num_samples=2)
 
     def test_one_text_is_not_several(self, model):
         for write in (generate_text, stream_text):
@@ -322,7 +324,7 @@ class TestText:
             return inner(network, prompts, *arguments)
 
         monkeypatch.setattr(text, "stream_ids", spy)
-        records = generate(model, ["the cat"] * (2 * BATCH_TEXTS + 3), 2, top_k=3)
+        records = text.stream_records(model, ["the cat"] * (2 * BATCH_TEXTS + 3), num_tokens=2, top_k=3)
         assert sizes == [] and next(records).prompt == "the cat" and sizes == [BATCH_TEXTS]
         assert len(list(records)) == 2 * BATCH_TEXTS + 2 and sizes == [BATCH_TEXTS, BATCH_TEXTS, 3]
 
@@ -334,7 +336,7 @@ class TestGenerate:
         prompts = ["The cat ", "a zebra likes", "it"]
         controls = self.CONTROLS | {"num_tokens": 40, "stop_words": [".", "dog"]}
         texts = generate_texts(model, prompts, num_samples=2, **controls)
-        records = list(generate(model, prompts, num_samples=2, **controls))
+        records = generate(model, prompts, num_samples=2, **controls)
         assert [record.text for record in records] == sum(texts, [])
         assert [(record.prompt, record.seed) for record in records] == [(p, s) for p in prompts for s in (4, 5)]
         assert [record.unknown_words for record in records] == [[], [], ["zebra"], ["zebra"], [], []]
@@ -347,7 +349,7 @@ class TestGenerate:
             assert generate_text(model, record.prompt, seed=record.seed, **record.settings) == record.text
 
     def test_probabilities_and_ranks(self, model):
-        record = next(generate(model, "the cat", **self.CONTROLS))
+        record = generate(model, "the cat", **self.CONTROLS)[0]
         ids = model.tokenizer.encode(record.text).ids
         for place, (probability, rank) in enumerate(zip(record.probabilities, record.ranks, strict=True), 2):
             own = model.network(torch.tensor([ids[:place][-6:]]))[0][0, -1].detach().softmax(-1)
@@ -355,19 +357,20 @@ class TestGenerate:
             assert rank == 1 + int((own > own[ids[place]]).sum())
 
     def test_without_probabilities(self, model):
-        bare, full = (next(generate(model, "the", **self.CONTROLS, with_probabilities=p)) for p in (False, True))
+        full = generate(model, "the", **self.CONTROLS)[0]
+        bare = next(text.stream_records(model, ["the"], with_probabilities=False, **self.CONTROLS))
         assert (bare.text, bare.tokens) == (full.text, full.tokens)
         assert bare.probabilities == bare.ranks == bare.entropies == [] != full.ranks
 
     def test_a_text_that_ends_at_once(self, model):
         network = copy.deepcopy(model.network)
         network.output.bias.data[END_ID] = 1000
-        record = next(generate(TextModel(network, model.tokenizer, END_ID), "the cat ", top_k=5))
+        record = generate(TextModel(network, model.tokenizer, END_ID), "the cat ", top_k=5)[0]
         assert record.text == "the cat" and record.tokens == record.probabilities == []
 
     def test_errors_come_before_the_first(self, model):
         with pytest.raises(InputError, match="top_k=99"):
-            generate(model, "the", top_k=99)
+            text.stream_records(model, ["the"], top_k=99)
         with pytest.raises(InputError, match="top_k=99"):
             stream_text(model, "the", top_k=99)
         with pytest.raises(InputError, match="prompt='': has no words"):
@@ -375,10 +378,14 @@ class TestGenerate:
 
     @pytest.mark.parametrize("changes", [{}, {"stop_words": ["."]}, {"temperature": 0}, {"forced_words": {0: "'s"}}])
     def test_the_stream_is_the_text(self, model, changes):
-        controls = self.CONTROLS | changes
-        words = list(stream_text(model, "The cat ", **controls))
-        assert len(words) > 2 and "".join(["The cat", *words]) == generate_text(model, "The cat ", **controls)
-        assert all(word.strip() in WORDS and word == word.rstrip() for word in words)
+        lengths = set()
+        for seed in range(5):
+            controls = self.CONTROLS | {"num_tokens": 30, "seed": seed} | changes
+            words = list(stream_text(model, "The cat ", **controls))
+            assert "".join(["The cat", *words]) == generate_text(model, "The cat ", **controls)
+            assert all(word.strip() in WORDS and word == word.rstrip() for word in words)
+            lengths.add(len(words))
+        assert len(lengths) > 1 or changes == {"temperature": 0}, "some end by themselves"
 
     def test_words_come_as_they_are_made(self, model, monkeypatch):
         steps = []

@@ -60,6 +60,21 @@ class TestOneText:
         rest, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and rest.endswith(b"\n") and b"Traceback" not in errors
 
+    def test_no_word_waits_for_the_next(self, model, monkeypatch):
+        raw, arrived = io.BytesIO(), []
+        words = show.stream_words
+
+        def look(*arguments, **controls):
+            for word in words(*arguments, **controls):
+                arrived.append(raw.getvalue().decode())
+                yield word
+
+        monkeypatch.setattr(show, "stream_words", look)
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
+        show.print_words(model, "the cat", False, num_tokens=5, min_tokens=5, top_k=5, seed=3)
+        new = minigpt_pl.generate(model, "the cat", 5, top_k=5, seed=3, min_tokens=5)[0].tokens
+        assert arrived == ["the cat" + "".join(new[:count]) for count in range(5)]
+
     def test_a_reader_that_leaves(self, trained):
         command = " ".join([*COMMAND, "'prompt=the cat'", *ENDLESS, "| head -c 30"])
         done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
@@ -69,6 +84,12 @@ class TestOneText:
         alone = sample("prompt=the cat", "seed=3").out
         several = sample("prompt=[the cat, the dog]", "seed=3").out
         assert several.split("\n\n")[0] + "\n" == alone
+
+
+def test_how_far_many_texts_are(sample):
+    errors = sample("prompt=[the cat, the dog]", "num_samples=300", "num_tokens=1").err
+    told = [line.split(",")[0] for line in errors.splitlines() if "left" in line]
+    assert told == ["256 of 600 texts", "512 of 600 texts"]
 
 
 class TestFormats:
@@ -94,7 +115,7 @@ class TestFormats:
     @pytest.mark.parametrize("samples", [1, 2])
     def test_probabilities_without_colours(self, sample, model, samples):
         text = sample("prompt=the cat", "seed=3", "show=probabilities", "num_tokens=6", f"num_samples={samples}").out
-        record = next(minigpt_pl.generate(model, "the cat", 6, 0.8, 5, 3))
+        record = minigpt_pl.generate(model, "the cat", 6, 0.8, 5, 3)[0]
         words = [f"{word}({p:.2g})" for word, p in zip(record.tokens, record.probabilities, strict=True)]
         assert text.split("\n")[0] == "the cat" + "".join(words)
 
@@ -207,7 +228,7 @@ class TestInteractive:
         out, errors = sample("interactive=true", "seed=3", typed=typed)
         words = {"banned_words": ["the", "a"], "stop_words": ["dog", "king"]}
         words["forced_words"] = {0: "ship", 2: "well-known"}
-        records = list(minigpt_pl.generate(model, "the cat", 9, 0.8, None, 3, 2, **words))
+        records = minigpt_pl.generate(model, "the cat", 9, 0.8, None, 3, 2, **words)
         expected = [
             minigpt_pl.generate_text(model, "the cat", 60, 0.8, 5, 3),
             minigpt_pl.generate_text(model, "the cat", 9, 3.0, None, 3),

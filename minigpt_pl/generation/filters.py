@@ -16,6 +16,9 @@
 
 `process` applies the first six, `warp` the others; greedy decoding has no use for those. The same logits give the
 same distribution as there, which is tested.
+
+No filters, and so elsewhere: `stop_sequences` (the engine; `StoppingCriteria` there, whose stop strings heed no minimum
+of tokens), `num_beams` and `length_penalty` (`beams`).
 """
 
 from collections.abc import Sequence

@@ -60,7 +60,7 @@ def as_markdown(record: Record) -> str:
     if record.unknown_words:
         lines += [f"Not in the vocabulary: {_escape(' '.join(record.unknown_words))}", ""]
     settings = " ".join(f"{name}={value}" for name, value in (record.settings | {"seed": record.seed}).items())
-    return "\n".join([*lines, f"`` {settings} ``", "", f"`` {record.checkpoint} ``", ""])
+    return "\n".join([*lines, f"`` {settings} ``", "", f"`` {record.checkpoint} ``"])
 
 
 def measure(record: Record) -> dict[str, float]:

@@ -161,23 +161,19 @@ def generate(
     top_k: int | None = 20,
     seed: int | None = None,
     num_samples: int = 1,
-    with_probabilities: bool = True,
     **controls,
-) -> Iterator[Record]:
-    """The texts of `generate_texts`, which has the same arguments, with all that is known of each.
+) -> list[Record]:
+    """The texts of `generate_texts`, which has the same arguments and errors, with all that is known of each.
 
     Args:
         prompts: one, or many.
-        with_probabilities: without, `probabilities`, `ranks` and `entropies` stay empty, and it takes less time.
 
     Returns:
-        The records, prompt by prompt; `BATCH_TEXTS` at most are made at once. Errors come before the first.
+        The records, prompt by prompt.
     """
-    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    on_ids, settings, jobs = _prepare(model, prompts, seed, num_samples, **controls)
-    batches = (jobs[start : start + BATCH_TEXTS] for start in range(0, len(jobs), BATCH_TEXTS))
-    return (record for batch in batches for record in _records(model, batch, on_ids, settings, with_probabilities))
+    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+    return list(stream_records(model, prompts, seed, num_samples, **controls))
 
 
 def stream_text(
@@ -212,6 +208,23 @@ def stream_words(
         for step in steps
         if step.ids != [on_ids.end_id]
     )
+
+
+def stream_records(
+    model: TextModel,
+    prompts: Sequence[str],
+    seed: int | None = None,
+    num_samples: int = 1,
+    with_probabilities: bool = True,
+    **controls,
+) -> Iterator[Record]:
+    """`generate` for texts too many to wait for: `BATCH_TEXTS` are made at once. Errors come before the first.
+
+    Without `with_probabilities` their `probabilities`, `ranks` and `entropies` stay empty, and they take less time.
+    """
+    on_ids, settings, jobs = _prepare(model, prompts, seed, num_samples, **controls)
+    batches = (jobs[start : start + BATCH_TEXTS] for start in range(0, len(jobs), BATCH_TEXTS))
+    return (record for batch in batches for record in _records(model, batch, on_ids, settings, with_probabilities))
 
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
@@ -315,8 +328,9 @@ def _prepare(
     for name, value in (("temperature", 0), ("top_k", 1)):
         if num_samples > 1 and numbers.get(name) == value:
             problems.append(f"num_samples={num_samples}: with {name}={value} all would be the same text; give 1")
-    if seed is not None and not 0 <= seed < 2**31:
-        problems.append(f"seed={seed}: must be 0 to {2**31 - 1}")
+    largest_seed = 2**31 - max(num_samples, 1)  # so that each sample's own can be given again
+    if seed is not None and not 0 <= seed <= largest_seed:
+        problems.append(f"seed={seed}: must be 0 to {largest_seed}")
     try:
         controls = Controls(
             vocab_size=network.vocab_size,
@@ -332,7 +346,7 @@ def _prepare(
         problems += error.problems
     if problems:
         raise InputError(*problems)
-    seed = secrets.randbelow(2**31) if seed is None else seed
+    seed = secrets.randbelow(largest_seed + 1) if seed is None else seed
     jobs = [
         (prompt, ids, seed + i)
         for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True)
