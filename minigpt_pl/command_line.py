@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -68,39 +68,43 @@ def run(
     @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=config_name)
     def start(composed: DictConfig) -> None:
         os.environ[_FULL_ERROR] = before or "0"
-        try:
+        with _tidy_end(raises=before == "1"):
             task(to_settings(composed))
-            sys.stdout.flush()
-        except InputError as error:
-            if before == "1":
-                raise
-            _exit_for(error.problems)
-        except BrokenPipeError:  # the reader of our output has gone, as `head` does; Python would complain at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _exit_for([f"{error.filename or 'output'}: no space is left to write; what was written before stands"])
 
     os.environ[_FULL_ERROR] = "1"  # so that Hydra raises what is wrong with the settings, and the words below are ours
     try:
-        if "--help" in sys.argv:
-            _print_help(config_name, schema)
-        else:
+        with _tidy_end(raises=before == "1"):
+            if "--help" in sys.argv:
+                _print_help(config_name, schema)
+                return
             sys.argv[1:] = prepare(sys.argv[1:])
-            start()
-    except InputError as error:
-        if before == "1":
-            raise
-        _exit_for(error.problems)
+        start()
     except (HydraException, OmegaConfBaseException) as error:
         if before == "1":
             raise
         _exit_for(_composition_problems(config_name, error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def _tidy_end(raises: bool) -> Iterator[None]:
+    """Bad input, a reader that has gone and a full disk end the process without a traceback."""
+    try:
+        yield
+        sys.stdout.flush()
+    except InputError as error:
+        if raises:
+            raise
+        _exit_for(error.problems)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit_for([f"{error.filename or 'output'}: no space is left to write; what was written before stands"])
 
 
 def _exit_for(problems: Sequence[str]) -> None:

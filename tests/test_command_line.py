@@ -291,10 +291,14 @@ def test_a_full_disk(trained):
     assert_refused(done, "output: no space is left to write")
 
 
-def test_a_reader_that_leaves(trained):
-    command = f"{sys.executable} -m minigpt_pl.sample 'prompt=the cat' num_samples=2000 num_tokens=20 | head -1"
+@pytest.mark.parametrize(
+    ("command", "beginning"),
+    [("'prompt=the cat' num_samples=2000 num_tokens=20 | head -1", "the cat"), ("--help | true", "")],
+)
+def test_a_reader_that_leaves(trained, command, beginning):
+    command = f"{sys.executable} -m minigpt_pl.sample {command}"
     done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
-    assert done.stdout.startswith("the cat") and "Error" not in done.stderr and "Exception" not in done.stderr
+    assert done.stdout.startswith(beginning) and "Error" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_closed_standard_input(trained):
