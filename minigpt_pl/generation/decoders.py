@@ -61,12 +61,16 @@ class LookupDecoder:
         for window, prompt in zip(self.window, prompts, strict=True):
             window[size - len(prompt) :] = F.embedding(self.slots.new_tensor(prompt), self.tokens)
         self.empty = self.slots.new_tensor([size - len(prompt) for prompt in prompts])  # (B,): slots not filled yet
+        self.most_empty = size - min(map(len, prompts))  # at most; 0: all windows are full, which takes fewer steps
+        # Row `newest`: the place of each slot in a text that fills the window.
+        self.full_places = (self.slots - self.slots[:, None] - 1) % size  # (W, W)
 
     def append(self, ids: Tensor) -> None:
         """One more token for each text: ids (B,)."""
         self.newest = (self.newest + 1) % len(self.slots)
         self.window[:, self.newest] = F.embedding(ids, self.tokens)
-        self.empty = (self.empty - 1).clamp_(min=0)
+        if self.most_empty:
+            self.empty, self.most_empty = (self.empty - 1).clamp_(min=0), self.most_empty - 1
 
     def keep(self, texts: Tensor) -> None:
         """Go on with these texts only: indices among the present ones."""
@@ -75,13 +79,19 @@ class LookupDecoder:
     def hidden_states(self) -> Tensor:
         """The last block's output for the newest tokens: (B, D), as `MiniGPT.hidden_states(...)[:, -1]`."""
         size, width = self.positions.shape
-        x = self.window[:, self.newest] + F.embedding(size - 1 - self.empty, self.positions)  # (B, D)
+        places = self.full_places[self.newest]  # (W,)
+        if self.most_empty:
+            places = places - self.empty[:, None]  # (B, W); below 0: the text is not that long
+            last = F.embedding(size - 1 - self.empty, self.positions)  # (B, D)
+        else:
+            last = self.positions[-1]
+        x = self.window[:, self.newest] + last  # (B, D)
         query = self.query(x).unflatten(1, (self.num_heads, width))  # (B, H, D)
-        # The place of each slot in its text; below 0: the text is not that long.
-        places = (self.slots - self.newest - 1) % size - self.empty[:, None]  # (B, W)
-        at = places.clamp(min=0)[:, None].expand(-1, self.num_heads, -1)  # (B, H, W)
+        at = places.clamp(min=0).view(-1, 1, size).expand(len(x), self.num_heads, -1)  # (B, H, W)
         scores = query @ self.window.mT + self.score_positions(query).gather(2, at)  # (B, H, W)
-        weights = scores.masked_fill_((places < 0)[:, None], -math.inf).softmax(dim=-1)
+        if self.most_empty:
+            scores.masked_fill_((places < 0)[:, None], -math.inf)
+        weights = scores.softmax(dim=-1)
         by_position = torch.zeros_like(weights).scatter_add_(2, at, weights)  # (B, H, W)
         mixed = weights @ self.window + self.mix_positions(by_position)  # (B, H, D)
         return self.block.after_attention(x, self.value(mixed.flatten(1)))
