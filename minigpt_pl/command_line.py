@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt_pl.config import ConvertConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
+from minigpt_pl.config import ConvertConfig, ExploreConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
 from minigpt_pl.errors import InputError
 
 _PACKAGE = Path(__file__).parent
@@ -35,6 +35,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="convert_schema", node=ConvertConfig)
+    store.store(name="explore_schema", node=ExploreConfig)
     store.store(group="data", name="imdb_schema", node=ImdbConfig)
     store.store(group="data", name="text_schema", node=TextConfig)
 
