@@ -65,17 +65,19 @@ def trade_off(summary: Summary, grid: Sequence[Setting], real: dict[str, Estimat
     nowhere = Estimate(*[float("nan")] * 3)
     points = [(estimates.get("ngram_loss", nowhere).mean, estimates.get(diversity, nowhere).mean)
               for estimates in summary]  # fmt: skip
-    varied = varied_controls(grid)
+    varied, edge = varied_controls(grid), frontier(points)
     for i, (x, y) in enumerate(points):
         if np.isnan([x, y]).any():
             continue
         spread = [[[v - e.low], [e.high - v]] for v, e in ((x, summary[i]["ngram_loss"]), (y, summary[i][diversity]))]
         colour = "#1b7837" if i in best else "#4575b4"
         axis.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", color=colour, markersize=4, linewidth=0.5)
-        name = label(grid[i], varied).replace("temperature=", "T").replace("top_k=", "k")
-        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5, color="#555")
-    edge = frontier(points)
-    axis.plot(*zip(*(points[i] for i in edge), strict=True), color="#999", linewidth=1, label="no setting is better in both")
+        if i in edge or i in best[:1]:  # all names would cover each other
+            name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
+            axis.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555")
+    axis.plot(
+        *zip(*(points[i] for i in edge), strict=True), color="#999", linewidth=1, label="no setting is better in both"
+    )
     axis.axvline(real["ngram_loss"].mean, **PEOPLE, label="real text")
     axis.plot([], [], "o", color="#1b7837", label="picked by the rule")
     axis.set(xlabel="n-gram loss, nats (lower: more usual)", ylabel=title)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from minigpt_pl.files import write_aside
 from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures import texts as measures
 from minigpt_pl.measures.copying import longest_copies
-from minigpt_pl.measures.failures import SKELETON, Detectors, Topics, skeleton
+from minigpt_pl.measures.failures import KINDS, PHRASE, SKELETON, Detectors, Topics, skeleton
 from minigpt_pl.measures.network import score_texts
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 WORDS_ORDER, SKELETON_ORDER = 4, 5  # of the n-grams
 CONTEXT = 5  # words of a real text that stand for its prompt
 CALIBRATING, JUDGED = 500, 2_000  # real texts: to set the thresholds, and to be measured like the samples
+PLANTED = 200  # real texts into which each failure is put
 
 Text = tuple[Sequence[int], Sequence[int]]  # context ids, ids
 
@@ -86,6 +87,39 @@ class Judge:
         records = [{"document": i} | record for i, record in zip(self.real, judged, strict=True)]
         write_aside(path, "".join(json.dumps(record).replace("NaN", "null") + "\n" for record in records))
         return records
+
+    def planted(self) -> dict[str, dict[str, float]]:
+        """What the detectors find when it is there: real texts into which a failure was put, at most `PLANTED` each.
+
+        Returns:
+            What was planted -> kind of failure -> share of texts with it. "nothing" is the real texts as they are.
+        """
+        rng = np.random.default_rng(0)
+        texts = [text for text in self.real.values() if len(text[1]) >= 4 * PHRASE][:PLANTED]
+        others = [texts[i][1] for i in rng.permutation(len(texts))]
+
+        def change(plant: Callable[[list[int], list[int]], list[int]]) -> list[Text]:
+            return [(text[0], plant(list(text[1]), list(other))) for text, other in zip(texts, others, strict=True)]
+
+        middle, pool = slice(2 * PHRASE, 4 * PHRASE), [id_ for _, ids in texts for id_ in ids]
+        plants = {
+            "nothing": change(lambda ids, other: ids),
+            f"{PHRASE} words said three times": change(lambda ids, other: [*ids[:PHRASE], *ids[:PHRASE] * 2, *ids]),
+            f"{2 * PHRASE} words in another order": change(
+                lambda ids, other: [*ids[: middle.start], *rng.permutation(ids[middle]).tolist(), *ids[middle.stop :]]
+            ),
+            f"{2 * PHRASE} words drawn at random from other texts": change(
+                lambda ids, other: [*ids[: middle.start], *rng.choice(pool, 2 * PHRASE).tolist(), *ids[middle.stop :]]
+            ),
+            "the second half of another text": change(
+                lambda ids, other: [*ids[: len(ids) // 2], *other[len(other) // 2 :]]
+            ),
+        }  # fmt: skip
+        shares = {}
+        for name, changed in plants.items():
+            found = [{span.kind for span in self.detectors.find(*text)[0]} for text in changed]
+            shares[name] = {kind: float(np.mean([kind in kinds for kinds in found])) for kind in KINDS} if found else {}
+        return shares
 
     def _judge(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
         copies = longest_copies([ids for _, ids in texts], self.train.tokens, self.train.offsets, [UNKNOWN_ID])

@@ -26,15 +26,15 @@ def study(judge: Judge, corpus: Corpus, prompts: Sequence[str], num_tokens: int,
     Returns:
         `context`: words of context -> estimate of the loss; `further`: words -> what the ones beyond them help;
         `copying`: test -> loss; `attention`: (blocks, H, distance) mean weights; `cut`: words of context at generation
-        -> measure -> estimate; `windows`, `copied_texts`: how many held-out texts these were. Estimates are
-        [mean, low, high].
+        -> measure -> estimate; `planted`: what `Judge.planted` gives; `windows`, `copied_texts`: how many held-out
+        texts these were; `thresholds`: of the detectors. Estimates are [mean, low, high].
     """
     network, length = judge.model.network, judge.model.network.max_length
     tokens, offsets = np.asarray(corpus.validation.tokens), np.asarray(corpus.validation.offsets)
     windows = measures.windows_of(tokens, offsets, length + 1, WINDOWS)
     losses = measures.loss_by_context(network, windows) if len(windows) else {}
     longest = max(losses, default=0)
-    halves = windows[:COPIED, : length // 2]
+    halves, cuts = windows[:COPIED, : length // 2], [*(c for c in measures.CONTEXTS if c < length), length]
     result = {
         "windows": len(next(iter(losses.values()), [])),
         "context": {c: bootstrap(values[:, None]) for c, values in losses.items()},
@@ -45,7 +45,9 @@ def study(judge: Judge, corpus: Corpus, prompts: Sequence[str], num_tokens: int,
         } if len(halves) else {},
         "attention": measures.attention_by_distance(network, windows[:COPIED, :length]).round(4).tolist()
         if len(windows) else [],
-        "cut": {c: _cut(judge, prompts, num_tokens, c) for c in (*(c for c in measures.CONTEXTS if c < length), length)},
+        "cut": {c: _cut(judge, prompts, num_tokens, c) for c in cuts},
+        "planted": judge.planted(),
+        "thresholds": judge.detectors.thresholds,
     }  # fmt: skip
     write_aside(path, json.dumps(result, indent=1).replace("NaN", "null") + "\n")
     return result

@@ -32,6 +32,7 @@ from minigpt_pl.measures.failures import KINDS
 from minigpt_pl.measures.network import attention_maps
 
 WORST = 3  # examples of each failure
+COPIES = 10  # of the longest copied runs
 MAP_WORDS = 40  # of a sample in an attention map
 SHOWN = ("ngram_loss", "loss", "seen_4grams", "entropy", "repeated_4grams", "loop", "distinct_2", "self_bleu",
          "unknown", "tokens", "copied", "drift", "sentiment")  # fmt: skip
@@ -186,10 +187,14 @@ def _blocks(
         " 6 words whose order, or whose company, n-grams of the training text find stranger than the worst of 19 in 20"
         " real texts; drift, sentiment: 20 words further from the words before, in topic or in praise and blame, than"
         f" in 19 of 20 real texts. The limits come from {judge.calibrating} other held-out texts, so real text shows the"
-        " rate of false alarms. Not every drift is seen: of real texts that go on with another review's words the"
-        " detector marks about one in seven."
+        " rate of false alarms."
     )
     yield chart("failures", "Texts with a failure, by setting", charts.failures(summary, grid, people))
+    yield Words("Do the detectors find what is there? The share of real texts marked when this was put into them:")
+    yield Table(
+        ["put into real text", *KINDS],
+        [[name, *(f"{shares[kind]:.0%}" for kind in KINDS)] for name, shares in study["planted"].items() if shares],
+    )
     order = sorted((i for i in range(len(grid)) if summary[i]), key=lambda i: -summary[i]["failure: any"].mean)
     columns = [name.removeprefix("failure: ") for name in FAILURES]
     yield Table(
@@ -244,16 +249,14 @@ def _blocks(
         f" are by chance: {_estimate(people['copied'])} words on average, {max(r['metrics']['copied'] for r in real)} at"
         f" most; here {max(s['metrics']['copied'] for s in samples)} at most."
     )
-    copied = sorted(samples, key=lambda sample: -sample["copied"]["length"])
-    rows, seen = [], set()
-    for sample in copied:
+    rows: dict[str, list[str]] = {}
+    for sample in samples:
         start, length = sample["copied"]["start"], sample["copied"]["length"]
-        run_of_words = " ".join(sample["words"][start : start + length])
-        if run_of_words not in seen and len(seen) < 10:
-            seen.add(run_of_words)
-            rows.append([str(length), run_of_words, str(sample["copied"]["document"]),
-                         label(sample["settings"], varied)])  # fmt: skip
-    yield Table(["words", "the run", "training document", "setting"], rows)
+        words = sample["words"][start : start + length]
+        rows.setdefault(" ".join(words), [str(len(set(words))), str(length), " ".join(words),
+                                          str(sample["copied"]["document"]), label(sample["settings"], varied)])  # fmt: skip
+    longest = sorted(rows.values(), key=lambda row: (-int(row[0]), -int(row[1])))[:COPIES]
+    yield Table(["different words", "words", "the run", "training document", "setting"], longest)
 
     yield Heading("## Model size and data (Q4 C)")
     yield Words(

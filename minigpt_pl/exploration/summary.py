@@ -35,8 +35,7 @@ MEASURES = {
 }
 RULE = (
     "Best are the settings whose share of texts with a failure (any kind) is as low as the lowest: their 95 % intervals"
-    " reach down to its mean. Of these the one whose texts for one prompt differ most (lowest self-BLEU; where there is"
-    " one seed only, most distinct pairs) is first."
+    " reach down to its mean. Of these the most coherent (lowest n-gram loss) is first."
 )
 
 
@@ -147,10 +146,7 @@ def best_settings(summary: Sequence[dict[str, Estimate]]) -> list[int]:
     there = [i for i, estimates in enumerate(summary) if estimates]
     lowest = min(summary[i]["failure: any"].mean for i in there)
     as_low = [i for i in there if summary[i]["failure: any"].low <= lowest]
-    alone = all(np.isnan(summary[i]["self_bleu"].mean) for i in as_low)
-    if alone:
-        return sorted(as_low, key=lambda i: -summary[i]["distinct_2"].mean)
-    return sorted(as_low, key=lambda i: (np.isnan(summary[i]["self_bleu"].mean), summary[i]["self_bleu"].mean))
+    return sorted(as_low, key=lambda i: summary[i]["ngram_loss"].mean)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

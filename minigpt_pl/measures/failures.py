@@ -52,15 +52,15 @@ class LanguageModel(Protocol):
 def loops(words: Sequence[str]) -> list[Span]:
     """Phrases of p words that come `TURNS` times in a row or more, and `PHRASE` words or more that come a second time.
 
-    The marked words begin at the onset, the first word that is said again. A row of dots is no loop, nor one of
-    `[UNK]`, which stands for many words.
+    The marked words begin at the onset, the first word that is said again. A row of fewer than `PHRASE` dots or other
+    marks is no loop, nor one of `[UNK]`, which stands for many words.
     """
     spans = []
     for period in range(1, len(words)):
         for start, length in equal_at(words, period):
-            if not any(word != UNKNOWN and any(map(str.isalnum, word)) for word in words[start : start + period]):
+            turn, onset = set(words[start : start + period]), start + period
+            if turn == {UNKNOWN} or (length < PHRASE and not any(map(str.isalnum, "".join(turn - {UNKNOWN})))):
                 continue
-            onset = start + period
             if length >= (TURNS - 1) * period:
                 note = f"{(length + period) / period:.3g} turns of {period} {'word' if period == 1 else 'words'}"
                 spans.append(Span("loop", onset, onset + length, note))
@@ -84,7 +84,7 @@ def brackets(words: Sequence[str]) -> list[Span]:
             continue
         if matching:
             opened.remove(matching[-1])
-        elif mark and mark in "([{\"":
+        elif mark and mark in '([{"':
             opened.append((mark, i))
         elif mark in pairs and not (unknown and unknown[0] < i):
             spans.append(Span("bracket", i, i + 1, "closed, never opened"))
@@ -121,7 +121,7 @@ class Topics:
         weighted = tfidf.fit_transform(counts)
         svd = TruncatedSVD(min(TOPICS, len(documents) - 1, vocab_size - 1), random_state=0).fit(weighted)
         places = svd.components_.T * tfidf.idf_[:, None]
-        places[:UNKNOWN_ID + 1] = 0
+        places[: UNKNOWN_ID + 1] = 0
         return cls(places.astype(np.float32))
 
     def similarity(self, first: Sequence[int], second: Sequence[int]) -> float:

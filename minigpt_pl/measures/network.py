@@ -148,7 +148,7 @@ def _losses_of_second(network: MiniGPT, first: Tensor, second: Tensor) -> np.nda
 
 @torch.inference_mode()
 def attention_maps(network: MiniGPT, ids: Sequence[int]) -> Tensor:
-    """Where each head of each block looks: (blocks, H, L, L), row i over the places j <= i, for L up to `max_length`."""
+    """Where each head of each block looks, for up to `max_length` ids: (blocks, H, L, L), row i over places j <= i."""
     x, maps = network.embed(torch.tensor([list(ids)], device=network.output.weight.device)), []
     for block in network.blocks:
         maps.append(block.attention.attention_weights(x)[0])
