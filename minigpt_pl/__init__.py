@@ -7,6 +7,7 @@ minigpt_pl.generate_text(model, "this movie is", num_tokens=60, temperature=0.8,
 
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.text import TextModel, generate_text, generate_texts, load
+from minigpt_pl.measures.likelihood import ScoredWord, score
 from minigpt_pl.model import MiniGPT
 
-__all__ = ["InputError", "MiniGPT", "TextModel", "generate_text", "generate_texts", "load"]
+__all__ = ["InputError", "MiniGPT", "ScoredWord", "TextModel", "generate_text", "generate_texts", "load", "score"]

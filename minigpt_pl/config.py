@@ -221,7 +221,9 @@ class ExploreConfig:
     output_dir: str = setting("folder of the run folders")
     run: str | None = setting("a run folder, its name, or a checkpoint; null: the newest finished run")
     folder: str | None = setting("where the samples and the report go; null: explore/ in the run folder")
-    text: str | None = setting("where the run's text lies now, as data.source or data.path; null: where it lay")
+    source: str | None = setting(
+        "where the run's text lies now, if not where it was: instead of its data.source or data.path"
+    )
     prompts: str | None = setting("a YAML file, kind: [prompts]; null: the 14 of conf/prompts.yaml")
     num_tokens: int = setting("new tokens of a text", minimum=1)
     num_seeds: int = setting("texts for each prompt and setting", minimum=1)
@@ -236,6 +238,20 @@ class ExploreConfig:
     min_tokens: list[int] = setting("no text ends itself before this many new tokens", minimum=0)
     banned_words: list[str] = setting("words that are never written; [UNK] never is")
     confirm: bool = setting("make more than 10,000 texts")
+
+
+@dataclass
+class EvaluateConfig:
+    """Settings of `python -m minigpt_pl.evaluate`."""
+
+    output_dir: str = setting("folder of the run folders")
+    run: str | None = setting("a run folder, its name, or a checkpoint; null: the newest finished run")
+    text: str | None = setting("evaluate on this: a file or folder as data.path; null: what the run held out")
+    document: str = setting("what a document is in a .txt given as text", choices=("line", "paragraph", "file"))
+    num_documents: int | None = setting("evaluate on this many documents, the first; null: all", minimum=1)
+    source: str | None = setting(
+        "where the run's text lies now, if not where it was: instead of its data.source or data.path"
+    )
 
 
 @dataclass

@@ -29,6 +29,7 @@ def explore(config: ExploreConfig) -> Path:
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise InputError(f"explore: {', '.join(missing)} is not installed; pip install 'minigpt_pl[explore]'")
+    from minigpt_pl.data.corpus import open_run_corpus
     from minigpt_pl.exploration import judging, network_study, report, samples
     from minigpt_pl.files import make_folder
     from minigpt_pl.generation.text import load
@@ -38,7 +39,9 @@ def explore(config: ExploreConfig) -> Path:
     run = checkpoint.parent.parent
     model = load(checkpoint)
     grid = samples.check_grid(config, model, prompts)
-    corpus = _open_text(run, model, config.text)
+    _, corpus = open_run_corpus(run, model.tokenizer, config.source)
+    if corpus.validation is None:
+        raise InputError(f"run={run.name}: held no text out to compare with; train with data.validation_share above 0")
     folder = run / "explore" if config.folder is None else Path(config.folder)
     make_folder(folder, "folder")
     log.info("Exploring %s: %d prompts, %d settings", checkpoint, len(prompts), len(grid))
@@ -67,33 +70,6 @@ def _as_lists(arguments: list[str]) -> list[str]:
         re.sub(r"=(?!\[)(.*)", r"=[\1]", argument, flags=re.DOTALL) if argument.split("=")[0] in CONTROLS else argument
         for argument in arguments
     ]
-
-
-def _open_text(run: Path, model, text: str | None):
-    """The encoded text that a run was trained on, with the run's words.
-
-    Raises:
-        InputError: it is not there, or nothing of it was held out.
-    """
-    from minigpt_pl.data.corpus import open_corpus
-    from minigpt_pl.tokenizer import list_vocabulary
-
-    record = runs.read_record(run)
-    settings = command_line.to_settings(command_line.compose("train", record.get("overrides", [])))
-    if text is not None:
-        setattr(settings.data, "path" if hasattr(settings.data, "path") else "source", text)
-    vocabulary = list_vocabulary(model.tokenizer)
-    corpus = open_corpus(settings.data, settings.model.vocab_size)
-    if list_vocabulary(corpus.tokenizer) != vocabulary:
-        corpus = open_corpus(settings.data, settings.model.vocab_size, model.tokenizer)
-    if (trained_on := record.get("text", {}).get("fingerprint")) not in (None, corpus.record["fingerprint"]):
-        log.warning("Text: not the one that %s was trained on (%s).", run.name, trained_on)
-    if corpus.validation is None:
-        raise InputError(
-            f"run={run.name}: nothing of its text is held out to compare with; give text=, or train with"
-            " data.validation_share above 0"
-        )
-    return corpus
 
 
 if __name__ == "__main__":

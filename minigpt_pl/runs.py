@@ -6,6 +6,7 @@ outputs/<run name>/
     tokenizer.json   the words
     checkpoints/     best.ckpt, last.ckpt
     metrics.csv  samples.jsonl  loss.png
+    evaluation.json  evaluation.png
 """
 
 import json
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder, write_aside
 from minigpt_pl.model import MiniGPT
@@ -66,6 +69,23 @@ def read_record(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore it or remove the run") from error
+
+
+def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
+    """Of a run's config.yaml the settings of its text, and of its vocabulary's size: what `open_corpus` takes.
+
+    Raises:
+        InputError: there is none, or it is not one of ours.
+    """
+    path = folder / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = TextConfig if "path" in settings["data"] else ImdbConfig
+        return kind(**settings["data"]), settings["model"]["vocab_size"]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); a run folder keeps its settings there") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not the settings of a run; restore it, or train again") from error
 
 
 def update_record(folder: Path, **values: Any) -> None:

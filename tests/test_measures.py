@@ -107,7 +107,8 @@ class TestMarks:
             ("a good film . a good film . a good film . yes", ["a good film . a good film ."]),
             ("wait . . . what", []),
             ("wait . . . . . . . . . . what", [". . . . . . . . ."]),
-            ("i did not like it at all but i know that i did not like it at all", ["i did not like it at all"]),
+            ("so i did not like it at all but why i did not like it at all", []),
+            ("and i did not like it at all but why and i did not like it at all", ["and i did not like it at all"]),
             ("[UNK] [UNK] [UNK] [UNK] [UNK] met", []),
         ],
     )
@@ -122,7 +123,7 @@ class TestMarks:
         ("text", "places"),
         [
             ("a film (and a good one) it is", []),
-            ("a film, and a good one) it is", [6]),
+            ("a film, and a good one) it is", [7]),
             ("see it :) and 1) laugh 2) cry", []),
             ("he [the king] sees {the ship}", []),
             ('he said "no" and left', []),
@@ -219,13 +220,14 @@ class TestDetectors:
         assert spans == [] and all(map(math.isnan, worst.values()))
 
 
-class TestNetwork:
-    @pytest.fixture(scope="class", params=[1, 2])
-    def model(self, request) -> MiniGPT:
-        torch.manual_seed(0)
-        return MiniGPT(30, max_length=12, embed_dim=8, num_heads=2, head_dim=4, feed_forward_dim=8,
-                       num_blocks=request.param).eval()  # fmt: skip
+@pytest.fixture(scope="module", params=[1, 2])
+def model(request) -> MiniGPT:
+    torch.manual_seed(0)
+    return MiniGPT(30, max_length=12, embed_dim=8, num_heads=2, head_dim=4, feed_forward_dim=8,
+                   num_blocks=request.param).eval()  # fmt: skip
 
+
+class TestNetwork:
     def test_scores_equal_the_plain_forward_on_the_last_words(self, model):
         ids = torch.randint(2, 30, (20,)).tolist()  # longer than the model's 12
         score, empty = network.score_texts(model, [(ids[:3], ids[3:]), (ids[:2], [])])

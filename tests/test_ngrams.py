@@ -135,6 +135,27 @@ def test_equals_a_plain_implementation(order):
         np.testing.assert_allclose(model.log_probabilities(np.array(document, dtype=np.uint16)), expected, rtol=1e-5)
 
 
+def test_equals_kenlm():
+    # What KenLM 0.3.0 gives: lmplz -o 3 --discount_fallback on documents of words 0 to 13, then query -v word on these
+    # three. It closes a document with </s>, here 14, and takes an unknown word for <unk>, here 15.
+    documents = [[i * (i + j) * j % (7 + i % 9) for j in range(1, i % 11 + 2)] + [14] for i in range(1, 120)]
+    expected = {
+        (0, 2, 6, 9, 14): [-0.6454116, -1.4290395, -0.9090352, -1.7519338, -0.86088276],
+        (5, 15, 15, 3, 0, 14): [-1.9461273, -2.8025448, -2.0419433, -1.0967724, -1.1589463, -0.2853018],
+        (1, 14): [-1.9461273, -1.3548913],
+    }
+    model = fit(documents, vocab_size=16, order=3)
+    for document, log10_probabilities in expected.items():
+        ours = model.log_probabilities(np.array(document)) / math.log(10)
+        np.testing.assert_allclose(ours, log10_probabilities, rtol=1e-6)
+
+
+def test_documents_shorter_than_the_order():
+    short, fitting = fit([[0, 1], [2], []], vocab_size=3, order=5), fit([[0, 1], [2], []], vocab_size=3, order=3)
+    document = np.array([0, 1, 0, 1, 2, 2, 1])
+    np.testing.assert_array_equal(short.log_probabilities(document), fitting.log_probabilities(document))
+
+
 def test_ids_outside_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match="0 to 3"):
         fit([[0, 4]], vocab_size=4, order=2)

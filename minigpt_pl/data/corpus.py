@@ -1,5 +1,6 @@
 """Documents to ids, once: the encoded text is kept in a cache and memory-mapped from then on."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 import shutil
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from minigpt_pl.config import DataConfig
+from minigpt_pl import runs
+from minigpt_pl.config import DataConfig, TextConfig
 from minigpt_pl.data.sources import Source, open_source
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder
@@ -103,6 +105,45 @@ def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
     )
 
 
+def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> tuple[DataConfig, Corpus]:
+    """The text that a run learned from, and the settings that lead to it.
+
+    Args:
+        folder: the run's.
+        tokenizer: the run's words.
+        source: where the text lies now, in place of `data.source` or `data.path`; None: where it was.
+
+    Raises:
+        InputError: it is not there, or another text is.
+    """
+    data, vocab_size = runs.read_data_settings(folder)
+    if source is not None:
+        data = dataclasses.replace(data, **{"path" if isinstance(data, TextConfig) else "source": source})
+    record = runs.read_record(folder)
+    corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
+    trained_on, found = record.get("text"), corpus.record
+    # Not by the fingerprint: it may be made in another way by then.
+    if trained_on and any(trained_on.get(name) != found[name] for name in found.keys() - {"source", "fingerprint"}):
+        raise InputError(
+            f"run={folder.name}: learned from {trained_on['source']}, {trained_on['train_tokens']:,} tokens; its"
+            f" settings now lead to {found['source']}, {found['train_tokens']:,} tokens; give its place as source="
+        )
+    return data, corpus
+
+
+def held_out_texts(config: DataConfig) -> Iterator[str]:
+    """The documents that `open_corpus` holds out, in its order, as they were written.
+
+    Where a share of the text is held out this reads all of it.
+    """
+    source = open_source(config)
+    if source.validation is not None:
+        texts = source.validation()
+    else:
+        texts = (text for text in source.train() if _falls_to_validation(_content_hash(text), config.validation_share))
+    return (text for text in texts if split_words(text))
+
+
 def _open_ids(folder: Path, split: str) -> Ids:
     return Ids(
         np.load(folder / f"{split}.tokens.npy", mmap_mode="r"),
@@ -127,8 +168,8 @@ def _encode_into(
         content = _content_hash(text)
         if content in held_out_hashes:
             left_out += 1  # an exact duplicate of a validation text
-        elif source.validation is None and content / 2**64 < validation_share:
-            splits["validation"].add(text, first_ids)  # by content, so that duplicates never straddle
+        elif source.validation is None and _falls_to_validation(content, validation_share):
+            splits["validation"].add(text, first_ids)
         else:
             splits["train"].add(text, first_ids)
     if not splits["train"].tokens:
@@ -203,6 +244,11 @@ class _Encoded:
 
 def _content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _falls_to_validation(content: int, share: float) -> bool:
+    """By content, so that duplicates never straddle."""
+    return content / 2**64 < share
 
 
 def _with_progress(documents: Iterable[str]) -> Iterable[str]:

@@ -167,10 +167,12 @@ def _packaged_csv() -> Traversable:
 
 
 def _open_text(config: TextConfig) -> Source:
-    train, identity = _text_documents("data.path", config.path, config)
+    train, identity = text_documents("data.path", config.path, config.text_column, config.document)
     if config.validation_path is None:
         return Source(config.path, {"train": identity}, train, None)
-    validation, validation_identity = _text_documents("data.validation_path", config.validation_path, config)
+    validation, validation_identity = text_documents(
+        "data.validation_path", config.validation_path, config.text_column, config.document
+    )
     if validation_identity == identity:
         raise InputError(
             f"data.validation_path={config.validation_path}: is the text of data.path; give another, or null to hold"
@@ -179,10 +181,20 @@ def _open_text(config: TextConfig) -> Source:
     return Source(config.path, {"train": identity, "validation": validation_identity}, train, validation)
 
 
-def _text_documents(setting: str, given: str, config: TextConfig) -> tuple[Documents, dict]:
+def text_documents(setting: str, given: str, text_column: str, document: str) -> tuple[Documents, dict]:
+    """The documents of a person's text, and what changes when they do.
+
+    Args:
+        setting: named in the errors.
+        given: a file, a folder or a hub id.
+        text_column, document: as in `TextConfig`.
+
+    Raises:
+        InputError: it cannot be found or is of no known kind.
+    """
     path = Path(given)
     if path.exists():
-        return _file_documents(setting, path, config)
+        return _file_documents(setting, path, text_column, document)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) or path.suffix in _READERS:
         raise InputError(f"{setting}={given}: no such file or folder; give a path, or a hub id such as owner/name")
     try:
@@ -192,14 +204,14 @@ def _text_documents(setting: str, given: str, config: TextConfig) -> tuple[Docum
             f"{setting}={given}: no such file here, and the hub cannot be asked for it ({error});"
             " give a file or a folder"
         ) from error
-    return lambda: _read(given, config.text_column, setting, split="train", revision=revision), {
+    return lambda: _read(given, text_column, setting, split="train", revision=revision), {
         "hub": given,
         "revision": revision,
-        "column": config.text_column,
+        "column": text_column,
     }
 
 
-def _file_documents(setting: str, path: Path, config: TextConfig) -> tuple[Documents, dict]:
+def _file_documents(setting: str, path: Path, text_column: str, document: str) -> tuple[Documents, dict]:
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READERS) if path.is_dir() else [path]
     suffixes = {file.suffix.lower() for file in files}
     if not files:
@@ -215,12 +227,12 @@ def _file_documents(setting: str, path: Path, config: TextConfig) -> tuple[Docum
     if suffix in (".txt", ".csv"):
         options["encoding"] = "utf-8-sig"  # with or without a byte-order mark
     if suffix == ".txt":
-        options["sample_by"] = {"line": "line", "paragraph": "paragraph", "file": "document"}[config.document]
-    column = "text" if suffix == ".txt" else config.text_column
+        options["sample_by"] = {"line": "line", "paragraph": "paragraph", "file": "document"}[document]
+    column = "text" if suffix == ".txt" else text_column
     identity = {
         "files": [_file_identity(file) for file in files],
         "column": column,
-        "document": config.document,
+        "document": document,
     }
     return lambda: _read_files(_READERS[suffix], column, setting, files, **options), identity
 

@@ -135,10 +135,10 @@ def _blocks(
     yield Words(
         f"{parameters:,} parameters, {len(network.blocks)} block(s), {network.vocab_size:,} words, a context of"
         f" {network.max_length}. Trained on {text}. {len(samples):,} texts of up to {samples[0]['num_tokens']} words:"
-        f" {len(prompts)} prompts, {len(grid)} settings (what is greedy, by temperature 0 or top_k 1, is one setting and"
-        f" is written once a prompt). Beside them {len(real):,} real held-out texts: the words after the first {CONTEXT}"
-        " of each, cut to the same length. Square brackets hold 95 % bootstrap intervals over prompts and seeds. Every"
-        " figure comes from samples.jsonl, held_out.jsonl or network.json in this folder."
+        f" {len(prompts)} prompts, {len(grid)} settings (what is greedy, by temperature 0 or top_k 1, is one setting"
+        f" and is written once a prompt). Beside them {len(real):,} real held-out texts: the words after the"
+        f" first {CONTEXT} of each, cut to the same length. Square brackets hold 95 % bootstrap intervals over prompts"
+        " and seeds. Every figure comes from samples.jsonl, held_out.jsonl or network.json in this folder."
     )
     for line in broken:
         yield Words(f"Left out: {line}")
@@ -186,8 +186,8 @@ def _blocks(
         "loop: words said again, from the onset; bracket: one closed and not opened, or not closed; grammar, nonsense:"
         " 6 words whose order, or whose company, n-grams of the training text find stranger than the worst of 19 in 20"
         " real texts; drift, sentiment: 20 words further from the words before, in topic or in praise and blame, than"
-        f" in 19 of 20 real texts. The limits come from {judge.calibrating} other held-out texts, so real text shows the"
-        " rate of false alarms."
+        f" in 19 of 20 real texts. The limits come from {judge.calibrating} other held-out texts, so real text shows"
+        " the rate of false alarms."
     )
     yield chart("failures", "Texts with a failure, by setting", charts.failures(summary, grid, people))
     yield Words("Do the detectors find what is there? The share of real texts marked when this was put into them:")
@@ -244,17 +244,23 @@ def _blocks(
     yield from map(Blank, QUESTIONS["B"])
 
     yield Heading("## Copying")
+    most, most_real = (max(record["metrics"]["copied"] for record in records) for records in (samples, real))
     yield Words(
-        "The longest run of words of each text that stands in the training text. Real held-out text shows how long runs"
-        f" are by chance: {_estimate(people['copied'])} words on average, {max(r['metrics']['copied'] for r in real)} at"
-        f" most; here {max(s['metrics']['copied'] for s in samples)} at most."
+        "The longest run of words of each text that stands in the training text. Real held-out text shows how long"
+        f" runs are by chance: {_estimate(people['copied'])} words on average, {most_real} at most; here {most}."
     )
     rows: dict[str, list[str]] = {}
     for sample in samples:
         start, length = sample["copied"]["start"], sample["copied"]["length"]
         words = sample["words"][start : start + length]
-        rows.setdefault(" ".join(words), [str(len(set(words))), str(length), " ".join(words),
-                                          str(sample["copied"]["document"]), label(sample["settings"], varied)])  # fmt: skip
+        row = (
+            len(set(words)),
+            length,
+            " ".join(words),
+            sample["copied"]["document"],
+            label(sample["settings"], varied),
+        )
+        rows.setdefault(" ".join(words), [str(cell) for cell in row])
     longest = sorted(rows.values(), key=lambda row: (-int(row[0]), -int(row[1])))[:COPIES]
     yield Table(["different words", "words", "the run", "training document", "setting"], longest)
 
@@ -352,7 +358,8 @@ def _html(block: Block) -> str:
             )  # fmt: skip
             return f'<p class="sample"><b>{html.escape(title)}</b> <i>{html.escape(sample["prompt"])}</i> {text}</p>'
         case Blank(question):
-            return f'<div class="blank"><b>Your own reasoning.</b> {html.escape(question)}<div contenteditable></div></div>'
+            question = html.escape(question)
+            return f'<div class="blank"><b>Your own reasoning.</b> {question}<div contenteditable></div></div>'
 
 
 def _cell(text: str) -> str:

@@ -2,7 +2,7 @@
 
 Interpolated modified Kneser-Ney (S. F. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language
 Modeling", TR-10-98, Harvard 1998, section 3.3), with the mark for a text's beginning as in KenLM (K. Heafield et al.,
-ACL 2013). With a as count, D as discount and h' as h without its first word:
+ACL 2013), to which it is equal. With a as count, D as discount and h' as h without its first word:
 
     p(w | h) = (a(hw) - D(a(hw))) / a(h.) + p(w | h') * sum over w of D(a(hw)) / a(h.)
 
@@ -96,8 +96,8 @@ class NGramModel:
             places = np.flatnonzero(before >= 0)
             wanted = before[places] * (self.vocab_size + 1) + words[places]
             numbers = np.searchsorted(order.keys, wanted)
-            numbers[numbers == len(order.keys)] = 0
-            seen = order.keys[numbers] == wanted
+            seen = numbers < len(order.keys)
+            seen[seen] = order.keys[numbers[seen]] == wanted[seen]
             probabilities[places] *= order.left_over[before[places]]
             probabilities[places[seen]] += order.shares[numbers[seen]]
             ends_here = np.full(len(words), -1)

@@ -1,0 +1,218 @@
+"""How likely a network finds a text: a loss for each token, its means, the probability of each word.
+
+Each token after a document's first is predicted from those before it in its document. A network sees at most L =
+max_length of them, so a document is cut into windows of L inputs. The first window predicts tokens 1 to L, all of them
+from the document's very beginning: what the network was trained on with cut=truncate. Each further window lies L // 2
+tokens on and predicts only its last L // 2 tokens: a token beyond the first L has between L - L // 2 + 1 and L tokens
+before it. No window crosses into another document.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt_pl.generation.text import TextModel, encode_prompts
+from minigpt_pl.loss import token_losses
+from minigpt_pl.measures.ngrams import NGramModel
+from minigpt_pl.model import MiniGPT
+from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
+
+BATCH_TOKENS = 8192
+RANKS = 10, 100, 1_000, 10_000  # ends of the bands of word frequency
+SPELLING_ORDER = 5
+
+
+def document_losses(network: MiniGPT, documents: Sequence[Sequence[int]], show_progress: bool = False) -> np.ndarray:
+    """The loss of each token but the documents' first.
+
+    Args:
+        network: in eval mode.
+        documents: each one's ids.
+
+    Returns:
+        (T,) fp32 losses in nats, document after document.
+    """
+    output = network.output
+    losses = [
+        token_losses(hidden, output.weight, output.bias, targets).numpy(force=True)
+        for hidden, targets in _predictions(network, documents, show_progress)
+    ]
+    return np.concatenate(losses) if losses else np.zeros(0, np.float32)
+
+
+def _windows(length: int, max_length: int) -> Iterator[tuple[int, int, int]]:
+    """Of a document of `length` tokens: start, first target, end. The inputs are start to end - 2."""
+    stride = max(max_length // 2, 1)
+    first = 1
+    while first < length:
+        start = 0 if first == 1 else first + stride - max_length - 1
+        end = min(start + max_length + 1, length)
+        yield start, first, end
+        first = end
+
+
+@torch.no_grad()
+def _predictions(
+    network: MiniGPT, documents: Sequence[Sequence[int]], show_progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch the hidden states (N, D) that predict, and the ids (N,) that they should."""
+    from tqdm import tqdm  # comes with lightning
+
+    windows = [(document, window) for document in documents for window in _windows(len(document), network.max_length)]
+    rows = max(BATCH_TOKENS // network.max_length, 1)
+    device = network.output.weight.device
+    with tqdm(
+        total=len(windows), desc="Network", unit=" windows", leave=False, disable=None if show_progress else True
+    ) as progress:
+        for batch in (windows[i : i + rows] for i in range(0, len(windows), rows)):
+            width = max(end - start for _, (start, _, end) in batch)
+            ids = torch.full((len(batch), width), PADDING_ID)  # (B, L + 1); what comes later changes nothing
+            predicted = torch.zeros(len(batch), width - 1, dtype=torch.bool)
+            for row, (document, (start, first, end)) in enumerate(batch):
+                ids[row, : end - start] = torch.as_tensor(document[start:end])
+                predicted[row, first - start - 1 : end - start - 1] = True
+            ids, predicted = ids.to(device), predicted.to(device)
+            hidden = network.hidden_states(ids[:, :-1])  # (B, L, D)
+            yield hidden[predicted], ids[:, 1:][predicted]
+            progress.update(len(batch))
+
+
+@dataclass(frozen=True)
+class ScoredWord:
+    """A word of a text, and what the model thought of it.
+
+    Attributes:
+        text: with the space before it, if it takes one; `[UNK]` for an unknown word. Joined, the words are
+            `tokenizer.decode(tokenizer.encode(text).ids)`.
+        probability: given the words before it, in [0, 1]. None for the first: the network has learned to go on with a
+            text, not to begin one.
+        rank: among all words of the vocabulary, 1 for the likeliest; None for the first.
+        known: whether it is in the vocabulary. The probability of an unknown word is that of any unknown word.
+    """
+
+    text: str
+    probability: float | None
+    rank: int | None
+    known: bool
+
+
+@torch.no_grad()
+def score(model: TextModel, text: str) -> list[ScoredWord]:
+    """How likely a model finds each word of a text.
+
+    Args:
+        model: from `load`.
+        text: any text, long ones too; a word is predicted from as many words before it as this module's docstring says.
+
+    Raises:
+        InputError: the text has no words, or none that the model knows.
+
+    Example:
+        >>> for word in score(model, "this movie is great"):
+        ...     print(word.text, word.probability, word.rank)
+    """
+    ids = encode_prompts(model.tokenizer, [text], "text")[0]
+    probabilities: list[float | None] = [None]
+    ranks: list[int | None] = [None]
+    for hidden, targets in _predictions(model.network, [ids], show_progress=False):
+        for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
+            logits = model.network.output(rows)  # (N, V)
+            own = logits.gather(1, wanted[:, None])  # (N, 1)
+            probabilities += (own - logits.logsumexp(dim=1, keepdim=True)).exp()[:, 0].tolist()
+            ranks += ((logits > own).sum(dim=1) + 1).tolist()
+    # Whether a word takes a space depends on itself alone, but a text's first never has one.
+    begin = model.tokenizer.decode(ids[:1])
+    later = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
+    texts = [begin, *(both[len(begin) :] for both in later)]
+    known = [id_ != UNKNOWN_ID for id_ in ids]
+    return [ScoredWord(*word) for word in zip(texts, probabilities, ranks, known, strict=True)]
+
+
+def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
+    """Nats to spell out words that are not in a vocabulary.
+
+    Byte by byte, its end included, under a Kneser-Ney model of the vocabulary's own words: with the loss of `[UNK]`,
+    a code that another vocabulary's losses can be compared with.
+
+    Args:
+        unknown: how often each occurs.
+        vocabulary: known words, each counted once.
+    """
+    end, spelled = 256, [word.encode() for word in vocabulary]
+    letters = np.array([byte for word in spelled for byte in (*word, end)])
+    offsets = np.cumsum([0, *(len(word) + 1 for word in spelled)])
+    model = NGramModel.fit(letters, offsets, vocab_size=257, order=SPELLING_ORDER)
+    return -sum(
+        count * float(model.log_probabilities(np.array([*word.encode(), end])).sum()) for word, count in unknown.items()
+    )
+
+
+def summarise(
+    losses: Mapping[str, np.ndarray], documents: Sequence[np.ndarray], max_length: int, end_id: int | None
+) -> dict[str, Any]:
+    """Means of several models' losses over the same tokens.
+
+    Args:
+        losses: model -> (T,) nats, in the order of `document_losses`.
+        documents: each one's ids.
+        max_length: L of the network.
+        end_id: the end token, which is no word; None where documents have none.
+
+    Returns:
+        Plain values, ready for JSON. All losses are in nats a token, perplexities are exp(loss).
+
+        - beginning, whole: tokens 1 to L of the documents, and all of them: for each model loss, perplexity,
+          word_loss and word_perplexity (words only: no [UNK] and no [END], as val/word_perplexity in training).
+        - by_position: the loss by the number of tokens before it in the document. Beyond L a network sees no more.
+        - by_frequency: the loss by the rank of the word's frequency in the training text, and of [UNK] and [END].
+    """
+    targets = np.concatenate([document[1:] for document in documents])
+    positions = np.concatenate([np.arange(1, len(document)) for document in documents])  # tokens before it
+    word = (targets != UNKNOWN_ID) & (targets != (-1 if end_id is None else end_id))
+
+    def means(part: np.ndarray) -> dict[str, Any]:
+        result: dict[str, Any] = {"tokens": int(part.sum()), "words": int((part & word).sum())}
+        for name, values in losses.items():
+            loss, word_loss = float(values[part].mean()), float(values[part & word].mean())
+            result[name] = {
+                "loss": loss,
+                "perplexity": math.exp(loss),
+                "word_loss": word_loss,
+                "word_perplexity": math.exp(word_loss),
+            }
+        return result
+
+    def bands(parts: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+        return [
+            {"band": band, "tokens": int(part.sum())}
+            | {name: float(values[part].mean()) for name, values in losses.items()}
+            for band, part in parts.items()
+            if part.any()
+        ]
+
+    ranks = targets.astype(np.int64) - UNKNOWN_ID  # the vocabulary lists words by frequency
+    doubling = [2**power for power in range(max_length.bit_length()) if 2**power < max_length]
+    frequency = _bands(np.where(word, ranks, 0), RANKS) | {"[UNK]": targets == UNKNOWN_ID}
+    if end_id is not None:
+        frequency["[END]"] = targets == end_id
+    return {
+        "beginning": means(positions <= max_length),
+        "whole": means(np.ones(len(targets), bool)),
+        "by_position": bands(_bands(positions, [*doubling, max_length])),
+        "by_frequency": bands(frequency),
+    }
+
+
+def _bands(values: np.ndarray, ends: Sequence[int]) -> dict[str, np.ndarray]:
+    """Name -> where the values, from 1 on, lie in that band; 0 is in none."""
+    parts = {}
+    for before, end in zip([0, *ends[:-1]], ends, strict=True):
+        name = f"{before + 1:,}-{end:,}" if end > before + 1 else f"{end:,}"
+        parts[name] = (before < values) & (values <= end)
+    return parts | {f"over {ends[-1]:,}": values > ends[-1]}

@@ -1,0 +1,295 @@
+import csv
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import run_module, text_config
+
+import minigpt_pl
+from minigpt_pl import InputError, MiniGPT
+from minigpt_pl.config import EvaluateConfig
+from minigpt_pl.data.corpus import held_out_texts, open_corpus
+from minigpt_pl.evaluate import _ladder, evaluate
+from minigpt_pl.measures import likelihood
+from minigpt_pl.measures.likelihood import document_losses, score, spelling_nats, summarise
+from minigpt_pl.measures.ngrams import NGramModel
+from minigpt_pl.tokenizer import END, UNKNOWN_ID
+
+DEFAULTS = {
+    "output_dir": "outputs", "run": "tiny", "text": None, "document": "line", "num_documents": None, "source": None,
+}  # fmt: skip
+
+
+def evaluated(folder, **settings) -> dict:
+    evaluate(EvaluateConfig(**(DEFAULTS | settings)))
+    return json.loads((folder / "outputs" / "tiny" / "evaluation.json").read_text())
+
+
+@pytest.fixture
+def a_run(trained, tmp_path, monkeypatch):
+    """A copy of the small run to work in."""
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return MiniGPT(vocab_size=12, max_length=6, embed_dim=8, num_heads=2, feed_forward_dim=8, num_blocks=2).eval()
+
+
+def some_documents():
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 12, length) for length in (0, 1, 2, 6, 7, 8, 9, 10, 11, 25)]
+
+
+class TestLosses:
+    def test_each_token_sees_the_context_that_is_stated(self, network, monkeypatch):
+        monkeypatch.setattr(likelihood, "BATCH_TOKENS", 20)  # so that windows of one document fall into two batches
+        expected = []
+        for document in some_documents():
+            for place in range(1, len(document)):
+                # Windows end at 6, 9, 12 ...; the first of the three new tokens has 4 before it, the last 6.
+                context = place if place <= 6 else 4 + (place - 7) % 3
+                ids = torch.from_numpy(document[place - context : place])[None]
+                logits = network(ids)[0][0, -1]
+                expected.append(-logits.log_softmax(dim=0)[document[place]].item())
+        np.testing.assert_allclose(document_losses(network, some_documents()), expected, rtol=1e-4, atol=1e-6)
+
+    def test_no_token_has_one_before_it(self, network):
+        assert len(document_losses(network, [np.array([3]), np.array([], int)])) == 0
+
+    def test_a_context_of_one(self):
+        network = MiniGPT(vocab_size=12, max_length=1, embed_dim=8, num_heads=1, feed_forward_dim=8).eval()
+        assert len(document_losses(network, [np.array([3, 4, 5, 6])])) == 3
+
+
+def test_summary_worked_by_hand():
+    # One token is [UNK] (1), two are [END] (9); L = 2.
+    documents = [np.array([4, 2, 1, 12, 9]), np.array([3, 9])]
+    losses = {"a": np.array([1.0, 2.0, 3.0, 4.0, 6.0], np.float32)}
+    summary = summarise(losses, documents, max_length=2, end_id=9)
+    assert summary["whole"]["tokens"] == 5 and summary["whole"]["words"] == 2
+    assert summary["whole"]["a"] == {
+        "loss": pytest.approx(3.2),
+        "perplexity": pytest.approx(math.exp(3.2)),
+        "word_loss": pytest.approx(2),
+        "word_perplexity": pytest.approx(math.exp(2)),
+    }
+    assert summary["beginning"]["tokens"] == 3 and summary["beginning"]["words"] == 1
+    assert summary["beginning"]["a"]["loss"] == pytest.approx(3)
+    assert summary["beginning"]["a"]["word_perplexity"] == pytest.approx(math.e)
+    assert summary["by_position"] == [
+        {"band": "1", "tokens": 2, "a": 3.5},
+        {"band": "2", "tokens": 1, "a": 2.0},
+        {"band": "over 2", "tokens": 2, "a": 3.5},
+    ]
+    assert summary["by_frequency"] == [
+        {"band": "1-10", "tokens": 1, "a": 1.0},
+        {"band": "11-100", "tokens": 1, "a": 3.0},
+        {"band": "[UNK]", "tokens": 1, "a": 2.0},
+        {"band": "[END]", "tokens": 2, "a": 5.0},
+    ]
+    without_end = summarise(losses, documents, max_length=2, end_id=None)
+    assert without_end["whole"]["words"] == 4, "id 9 is a word of a vocabulary without an end"
+
+
+def test_spelling_worked_by_hand():
+    # The vocabulary is "a" alone: after the mark an a, then its end. All counts are 1, all discounts 0.5.
+    unigram = 0.5 / 2 + 0.5 / 257
+    first, then_end = 0.5 + 0.5 * unigram, 0.5 + 0.5 * (0.5 + 0.5 * unigram)
+    expected = -math.log(first * then_end)
+    assert spelling_nats(Counter({"a": 1}), ["a"]) == pytest.approx(expected)
+    assert spelling_nats(Counter({"a": 3}), ["a"]) == pytest.approx(3 * expected)
+    # A letter that the vocabulary lacks has its share of 257 at the word's beginning.
+    other = -math.log(0.5 * 0.5 / 257) - math.log(0.5 / 2 + 0.5 / 257)
+    assert spelling_nats(Counter({"z": 1}), ["a"]) == pytest.approx(other)
+    assert spelling_nats(Counter(), ["a"]) == 0
+
+
+def test_ladder_counts_end_tokens_only_where_the_model_has_them():
+    train = SimpleNamespace(tokens=np.array([2, 3, 9, 2, 9, 4, 2, 3, 9], np.uint16), offsets=np.array([0, 3, 5, 9]))
+    documents = [np.array([2, 3]), np.array([4, 2])]
+    losses, first = _ladder(documents, train, vocab_size=10, end_id=None)
+    without = NGramModel.fit(np.array([2, 3, 2, 4, 2, 3]), np.array([0, 2, 3, 6]), 10, 2)
+    np.testing.assert_allclose(losses["bigram"], [-without.log_probabilities(ids)[1] for ids in documents])
+    unigram = NGramModel.fit(np.array([2, 3, 2, 4, 2, 3]), np.array([0, 2, 3, 6]), 10, 1)
+    assert first == pytest.approx(-sum(unigram.log_probabilities(ids)[0] for ids in documents))
+    with_end, _ = _ladder(documents, train, vocab_size=10, end_id=9)
+    assert (with_end["bigram"] > losses["bigram"]).any()
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_held_out_texts_are_the_validation_split(story, tmp_path, own_file):
+    other = tmp_path / "other.txt"
+    other.write_text("The cat sees it.\n \nA dog, too!\n")
+    changes = {"validation_path": str(other)} if own_file else {"validation_share": 0.2}
+    config = text_config(story, cache_dir=str(tmp_path / "cache"), **changes)
+    corpus = open_corpus(config, 200)
+    texts = list(held_out_texts(config))
+    ids = [[*corpus.tokenizer.encode(text).ids, corpus.tokenizer.token_to_id(END)] for text in texts]
+    assert len(ids) > 1
+    np.testing.assert_array_equal(np.concatenate(ids), corpus.validation.tokens)
+
+
+class TestRun:
+    def test_equals_the_measures_of_training(self, a_run):
+        with (a_run / "outputs" / "tiny" / "metrics.csv").open(newline="") as file:
+            best = min((row for row in csv.DictReader(file) if row["val/loss"]), key=lambda row: float(row["val/loss"]))
+        means = evaluated(a_run)["beginning"]["network"]
+        assert means["loss"] == pytest.approx(float(best["val/loss"]), rel=1e-5)
+        assert means["word_perplexity"] == pytest.approx(float(best["val/word_perplexity"]), rel=1e-5)
+
+    def test_ladder_and_bits_from_their_definitions(self, a_run):
+        result = evaluated(a_run)
+        model = minigpt_pl.load("outputs/tiny")
+        settings = yaml.safe_load((a_run / "outputs" / "tiny" / "config.yaml").read_text())["data"]
+        config = text_config(settings["path"], cache_dir=settings["cache_dir"])
+        corpus, texts = open_corpus(config, 200), list(held_out_texts(config))
+        documents = [np.array([*model.tokenizer.encode(text).ids, model.end_id]) for text in texts]
+        assert result["documents"] == len(texts)
+        ngrams = {
+            order: NGramModel.fit(corpus.train.tokens, corpus.train.offsets, model.network.vocab_size, order)
+            for order in (1, 5)
+        }
+        nats = np.concatenate([-ngrams[5].log_probabilities(document)[1:] for document in documents])
+        assert result["whole"]["5-gram"]["loss"] == pytest.approx(nats.mean(), rel=1e-5)
+        first = -sum(ngrams[1].log_probabilities(document)[0] for document in documents)
+        num_bytes = sum(len(text.encode()) for text in texts)
+        assert result["bytes"] == num_bytes
+        losses = document_losses(model.network, documents)
+        bits = (losses.sum() + first) / math.log(2) / num_bytes + result["spelling_bits_per_byte"]
+        assert result["whole"]["network"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+    def test_own_text_beside_the_held_out(self, a_run):
+        before = evaluated(a_run)
+        text = a_run / "my text.txt"
+        text.write_text("The cat sees the dog.\nAnd it's a zebra, \N{SNOWMAN}.\n\nThe king\n", encoding="utf-8")
+        evaluated(a_run, text=str(text))
+        assert evaluated(a_run, num_documents=1)["documents"] == 1
+        folder = a_run / "outputs" / "tiny"
+        assert (folder / "evaluation-my text.png").read_bytes()[:4] == b"\x89PNG"
+        result = json.loads((folder / "evaluation-my text.json").read_text())
+        assert result["documents"] == 3 and result["unknown_words"] == 2
+        spelled = spelling_nats(
+            Counter(["zebra", "\N{SNOWMAN}"]),
+            minigpt_pl.tokenizer.list_vocabulary(minigpt_pl.load(folder).tokenizer)[2:-1],
+        )
+        assert result["spelling_bits_per_byte"] == pytest.approx(spelled / math.log(2) / result["bytes"])
+        assert before["documents"] > 1
+        for document, count in (("paragraph", 2), ("file", 1)):
+            evaluated(a_run, text=str(text), document=document)
+            assert json.loads((folder / "evaluation-my text.json").read_text())["documents"] == count
+
+    def test_text_that_lies_elsewhere_by_now(self, a_run, story):
+        settings = a_run / "outputs" / "tiny" / "config.yaml"
+        contents = yaml.safe_load(settings.read_text())
+        contents["data"]["path"] = "gone.txt"
+        settings.write_text(yaml.safe_dump(contents))
+        with pytest.raises(InputError, match="data.path=gone.txt"):
+            evaluated(a_run)
+        assert evaluated(a_run, source=str(story))["documents"] > 1
+
+    def test_command_line(self, a_run):
+        done = run_module("evaluate", cwd=a_run, env={"COLUMNS": "20"})
+        assert done.returncode == 0, done.stderr
+        result = json.loads((a_run / "outputs" / "tiny" / "evaluation.json").read_text())
+        lines = done.stdout.splitlines()
+        assert "checkpoint: outputs/tiny/checkpoints/best.ckpt" in lines[0]
+        (row,) = [line for line in lines if line.startswith("network") and line.count(".") == 4]
+        whole = result["whole"]["network"]
+        assert row.split()[1:] == [
+            f"{whole['loss']:.4f}", f"{whole['perplexity']:,.2f}", f"{whole['word_perplexity']:,.2f}",
+            f"{whole['bits_per_byte']:.4f}",
+        ]  # fmt: skip
+        assert max(len(line) for line in lines if re.match(r" |[\w\[\]-]+ +[\d.]", line)) <= 60, "a table's row"
+        assert {path.name for path in (a_run / "outputs" / "tiny").glob("*evaluation*")} == {
+            "evaluation.json", "evaluation.png",
+        }  # fmt: skip
+        refused = run_module("evaluate", "num_documents=0", "document=page", cwd=a_run)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert refused.stderr.count("error: ") == 2
+
+    @pytest.mark.parametrize(
+        "contents, message",
+        [
+            (None, "text=my.txt: no such file"),
+            (b"", "text=my.txt: the file is empty"),
+            (b"  \n\n \n", "text=my.txt: holds no words"),
+            (b"\xff\xfe\x00", "text=my.txt: cannot be read"),
+            (b"zebra xylophone\n", "text=my.txt: no document has a second word"),
+        ],
+    )
+    def test_texts_that_cannot_be_evaluated_on(self, a_run, contents, message):
+        if contents is not None:
+            (a_run / "my.txt").write_bytes(contents)
+        with pytest.raises(InputError, match=message) as raised:
+            evaluated(a_run, text="my.txt")
+        assert len(raised.value.problems) == 1 and "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize(
+        "break_it, message",
+        [
+            (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+            (lambda run: (run / "config.yaml").unlink(), "config.yaml: cannot be read"),
+            (lambda run: (run / "config.yaml").write_text("data: [1"), "config.yaml: not the settings of a run"),
+            (lambda run: (run / "config.yaml").write_text("data: {path: x}"), "config.yaml: not the settings of a run"),
+        ],
+    )
+    def test_broken_runs(self, a_run, break_it, message):
+        break_it(a_run / "outputs" / "tiny")
+        with pytest.raises(InputError, match=message):
+            evaluated(a_run)
+
+    def test_another_text_than_the_run_learned_from(self, a_run):
+        other = a_run / "other.txt"
+        other.write_text("The cat sees the dog.\n" * 30 + "\n".join(f"The dog sees {i} cats." for i in range(200)))
+        with pytest.raises(InputError, match="run=tiny: learned from .*give its place as source="):
+            evaluated(a_run, source=str(other))
+
+    def test_nothing_held_out(self, a_run):
+        folder = a_run / "outputs" / "tiny"
+        contents = yaml.safe_load((folder / "config.yaml").read_text())
+        contents["data"]["validation_share"] = 0
+        (folder / "config.yaml").write_text(yaml.safe_dump(contents))
+        (folder / "run.json").write_text("{}")
+        with pytest.raises(InputError, match="run=tiny: held no text out; give text=FILE"):
+            evaluated(a_run)
+
+
+class TestScore:
+    def test_words_with_probability_and_rank(self, trained):
+        model = minigpt_pl.load(trained / "outputs" / "tiny")
+        text = "The cat likes the zebra, and it's a well-known king. " * 3
+        words = score(model, text)
+        ids = model.tokenizer.encode(text).ids
+        assert len(ids) > 2 * model.network.max_length
+        assert "".join(word.text for word in words) == model.tokenizer.decode(ids)
+        assert words[0].text == "the" and (words[0].probability, words[0].rank) == (None, None)
+        assert [word.text for word in words if not word.known] == [" [UNK]"] * 3
+        assert ids.count(UNKNOWN_ID) == 3
+        losses = document_losses(model.network, [ids])
+        np.testing.assert_allclose([word.probability for word in words[1:]], np.exp(-losses), rtol=1e-4)
+        logits = model.network(torch.tensor([ids[:16]]))[0][0]
+        order = logits.argsort(dim=1, descending=True).tolist()
+        assert [word.rank for word in words[1:17]] == [
+            order[place].index(id_) + 1 for place, id_ in enumerate(ids[1:17])
+        ]
+        assert len({word.rank for word in words[1:17]}) > 3
+
+    def test_a_single_word(self, trained):
+        (word,) = score(minigpt_pl.load(trained / "outputs" / "tiny"), "Cat")
+        assert word == minigpt_pl.ScoredWord("cat", None, None, True)
+
+    @pytest.mark.parametrize("text, message", [("", "text='': has no words"), ("zebra", "none of its words")])
+    def test_bad_texts(self, trained, text, message):
+        with pytest.raises(InputError, match=message):
+            score(minigpt_pl.load(trained / "outputs" / "tiny"), text)
