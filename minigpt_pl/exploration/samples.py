@@ -148,7 +148,7 @@ def make_samples(
             try:
                 samples = list(_write(config, model, missing, setting, seeds)) if missing else []
             except InputError as error:
-                broken.append(f"{label(setting, CONTROLS)}: {error}")
+                broken.append(f"{label(setting, varied_controls(grid))}: {error}")
                 samples = []
             for sample in samples:
                 made[_key(sample)] = sample
