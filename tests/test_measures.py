@@ -77,7 +77,9 @@ class TestCopying:
         assert self.copies([1, 1, 1, 1], never=[1])[0].length == 0
         assert self.copies([3, 4, 5, 6, 1, 7, 8], never=[1])[0].length == 4
 
-    def test_equals_the_plain_search_on_random_texts(self):
+    @pytest.mark.parametrize("filter_bits", [1, copying.FILTER_BITS])  # with 1 it lets nearly everything through
+    def test_equals_the_plain_search_on_random_texts(self, filter_bits, monkeypatch):
+        monkeypatch.setattr(copying, "FILTER_BITS", filter_bits)
         rng = np.random.default_rng(0)
         tokens = np.append(rng.integers(2, 6, 400), 7).astype(np.uint16)
         text = "".join(map(str, tokens))

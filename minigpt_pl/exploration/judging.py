@@ -24,7 +24,7 @@ from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
 log = logging.getLogger(__name__)
 
-WORDS_ORDER, SKELETON_ORDER = 4, 5  # of the n-grams
+WORDS_ORDER, SKELETON_ORDER = 4, 4  # of the n-grams
 CONTEXT = 5  # words of a real text that stand for its prompt
 CALIBRATING, JUDGED = 500, 2_000  # real texts: to set the thresholds, and to be measured like the samples
 PLANTED = 200  # real texts into which each failure is put

@@ -16,7 +16,8 @@ from minigpt_pl.measures import network as measures
 from minigpt_pl.measures import texts
 
 WINDOWS = 2_000  # held-out words that are predicted with shorter and shorter context
-COPIED = 200  # texts of the copying tests
+COPIED = 100  # texts of the copying tests
+CUT_SEEDS = 2  # texts a prompt written with each context
 CUT = {"temperature": 0.8, "top_k": 20}  # the homework's own settings
 
 
@@ -57,7 +58,7 @@ def _cut(judge: Judge, prompts: Sequence[str], num_tokens: int, context: int) ->
     """Measures of texts written while only the last words can be seen; judged by the whole network."""
     model = judge.model
     shorter = TextModel(measures.with_context(model.network, context), model.tokenizer, model.end_id)
-    written = generate_texts(shorter, prompts, num_tokens, seed=0, num_samples=4, **CUT)
+    written = generate_texts(shorter, prompts, num_tokens, seed=0, num_samples=CUT_SEEDS, **CUT)
     asked = [model.tokenizer.encode(prompt).ids for prompt in prompts]
     new = [[model.tokenizer.encode(text).ids[len(ids) :] for text in group]
            for ids, group in zip(asked, written, strict=True)]  # fmt: skip
