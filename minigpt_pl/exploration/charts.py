@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, varied_controls
+from minigpt_pl.exploration.samples import Setting, is_greedy, label, varied_controls
 from minigpt_pl.exploration.summary import FAILURES, Estimate, frontier
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9, "axes.grid": True,
@@ -130,7 +130,7 @@ def context(study: dict[str, Any]) -> Figure:
     return figure
 
 
-def attention(sample: Sample, maps: np.ndarray, words: Sequence[str]) -> Figure:
+def attention(maps: np.ndarray, words: Sequence[str]) -> Figure:
     """Where each head looks in one text: (blocks, H, L, L) and the L words."""
     blocks, heads, size, _ = maps.shape
     figure = Figure(figsize=(5 * heads, 5.2 * blocks), layout="constrained")

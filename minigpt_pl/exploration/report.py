@@ -5,6 +5,7 @@ It states measurements. What they mean is for the reader to say; the places for 
 
 import html
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +241,7 @@ def _blocks(
         with torch.inference_mode():
             maps = attention_maps(network, ids).numpy()
         yield chart(name, f"Attention in {title}: each row is where that word looks (darker: more)",
-                    charts.attention(sample, maps, words))  # fmt: skip
+                    charts.attention(maps, words))  # fmt: skip
     yield from map(Blank, QUESTIONS["B"])
 
     yield Heading("## Copying")
@@ -363,14 +364,12 @@ def _html(block: Block) -> str:
 
 
 def _cell(text: str) -> str:
-    """With the number to sort by, where the cell begins with one."""
-    number = text.split(" ")[0].rstrip("%").replace(",", "")
-    try:
-        float(number)
-    except ValueError:
+    """With the number to sort by, where the cell is one: alone, or with an interval after it."""
+    number = re.fullmatch(r"([-+]?[\d.]+)(%?)( \[.*\])?", text)
+    if number is None:
         return f"<td>{html.escape(text)}</td>"
-    mean, _, interval = text.partition(" ")
-    return f'<td data-number="{number}">{mean} <small>{html.escape(interval)}</small></td>'
+    value, percent, interval = number.groups(default="")
+    return f'<td data-number="{value}">{value}{percent} <small>{interval}</small></td>'
 
 
 def _stretches(sample: Sample, only: str | None) -> Iterator[tuple[list[str], list[str]]]:

@@ -75,8 +75,3 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> list[float]:
         for i, text in enumerate(joined)
         for others in [joined[:i] + joined[i + 1 :]]
     ]
-
-
-def share_of(ids: Sequence[int], id_: int) -> float:
-    """The share of tokens that are this one, as `[UNK]`: in [0, 1]; nan for an empty text."""
-    return float(np.mean(np.asarray(ids) == id_)) if len(ids) else float("nan")
