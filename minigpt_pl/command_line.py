@@ -21,7 +21,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt_pl.config import ConvertConfig, EvaluateConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
+from minigpt_pl.config import (
+    ConvertConfig,
+    EvaluateConfig,
+    ExploreConfig,
+    ImdbConfig,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+    check,
+)
 from minigpt_pl.errors import InputError
 
 _PACKAGE = Path(__file__).parent
@@ -36,6 +45,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
     store.store(name="convert_schema", node=ConvertConfig)
+    store.store(name="explore_schema", node=ExploreConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(group="data", name="imdb_schema", node=ImdbConfig)
     store.store(group="data", name="text_schema", node=TextConfig)

@@ -233,6 +233,37 @@ class SampleConfig:
     interactive: bool = setting("ask for prompts, and for settings, until /quit")
 
 
+GRID = (  # explore tries several values of each
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_tokens",
+)  # fmt: skip
+
+
+@dataclass
+class ExploreConfig:
+    """Settings of `python -m minigpt_pl.explore`. All values of the controls are tried with each other."""
+
+    output_dir: str = setting("folder of the run folders")
+    run: str | None = setting("a run folder, its name, or a checkpoint; null: the newest finished run")
+    folder: str | None = setting("where the samples and the report go; null: explore/ in the run folder")
+    source: str | None = setting(
+        "where the run's text lies now, if not where it was: instead of its data.source or data.path"
+    )
+    prompts: str | None = setting("a YAML file, kind: [prompts]; null: the 14 of conf/prompts.yaml")
+    num_tokens: int = setting("new tokens of a text", minimum=1)
+    num_seeds: int = setting("texts for each prompt and setting", minimum=1)
+    seed: int = setting("of the first of them; the next has one more", minimum=0, maximum=2**31 - 1)
+    temperature: list[float] = setting("randomness; 0: the likeliest token each time", minimum=0)
+    top_k: list[int | None] = setting("draw from this many likeliest tokens; null: from all", minimum=1)
+    top_p: list[float] = setting("draw from the fewest likeliest with this probability together", above=0, maximum=1)
+    min_p: list[float] = setting("draw from tokens with this share of the likeliest's", minimum=0, maximum=1)
+    typical_p: list[float] = setting("draw from the tokens of most usual surprise; 1: from all", above=0, maximum=1)
+    repetition_penalty: list[float] = setting("over 1: what stands there already is less likely", above=0)
+    no_repeat_ngram_size: list[int] = setting("no row of this many tokens comes twice; 0: any may", minimum=0)
+    min_tokens: list[int] = setting("no text ends itself before this many new tokens", minimum=0)
+    banned_words: list[str] = setting("words that are never written; [UNK] never is")
+    confirm: bool = setting("make more than 10,000 texts")
+
+
 @dataclass
 class EvaluateConfig:
     """Settings of `python -m minigpt_pl.evaluate`."""
@@ -306,15 +337,17 @@ def _field_problems(name: str, value: Any, field_: Any) -> Iterator[str]:
         return
     if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
         yield f"{name}={value}: must be one of {', '.join(choices)}"
-    if isinstance(value, float) and not math.isfinite(value):
+    values = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+    if any(isinstance(item, float) and not math.isfinite(item) for item in values):
         yield f"{name}={value}: must be a finite number"
     elif any(
         not {
-            "at least": value >= limit,
-            "above": value > limit,
-            "at most": value <= limit,
-            "below": value < limit,
+            "at least": item >= limit,
+            "above": item > limit,
+            "at most": item <= limit,
+            "below": item < limit,
         }[words]
+        for item in values
         for words, limit in limits.items()
     ):
         wanted = " and ".join(f"{words} {limit}" for words, limit in limits.items())

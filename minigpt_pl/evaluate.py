@@ -1,6 +1,5 @@
 """python -m minigpt_pl.evaluate: how likely a model finds held-out text, beside n-gram models of its training text."""
 
-import dataclasses
 import json
 import logging
 import math
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minigpt_pl import command_line, runs
-from minigpt_pl.config import EvaluateConfig, TextConfig
+from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside
 
@@ -92,7 +91,7 @@ def _measure(config: EvaluateConfig, model: Any) -> dict[str, Any]:
 
 def _read_texts(config: EvaluateConfig, model: Any) -> tuple[str, list[str], Any]:
     """What to evaluate on, its name and its documents; and the ids of the run's training split."""
-    from minigpt_pl.data.corpus import held_out_texts, open_corpus
+    from minigpt_pl.data.corpus import held_out_texts, open_run_corpus
     from minigpt_pl.data.sources import text_documents
     from minigpt_pl.tokenizer import split_words
 
@@ -104,23 +103,13 @@ def _read_texts(config: EvaluateConfig, model: Any) -> tuple[str, list[str], Any
             raise InputError(f"text={config.text}: holds no words; give a file with text")
 
     folder = model.checkpoint.parent.parent
-    data, vocab_size = runs.read_data_settings(folder)
-    if config.source is not None:
-        data = dataclasses.replace(data, **{"path" if isinstance(data, TextConfig) else "source": config.source})
-    record = runs.read_record(folder)
-    corpus = open_corpus(data, vocab_size, model.tokenizer if runs.IMPORTED_FROM in record else None)
-    trained_on, found = record.get("text"), corpus.record
-    # Not by the fingerprint: it may be made in another way by then.
-    if trained_on and any(trained_on.get(name) != found[name] for name in found.keys() - {"source", "fingerprint"}):
-        raise InputError(
-            f"run={folder.name}: learned from {trained_on['source']}, {trained_on['train_tokens']:,} tokens; its"
-            f" settings now lead to {found['source']}, {found['train_tokens']:,} tokens; give its place as source="
-        )
+    data, corpus = open_run_corpus(folder, model.tokenizer, config.source)
     if config.text is not None:
         return f"text={config.text}", texts, corpus.train
     if corpus.validation is None:
         raise InputError(f"run={folder.name}: held no text out; give text=FILE with text that it has not seen")
-    return f"held-out text of {found['source']}", list(islice(held_out_texts(data), config.num_documents)), corpus.train
+    documents = list(islice(held_out_texts(data), config.num_documents))
+    return f"held-out text of {corpus.record['source']}", documents, corpus.train
 
 
 def _ladder(

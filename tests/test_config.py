@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from minigpt_pl import command_line
-from minigpt_pl.config import ConvertConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig
+from minigpt_pl.config import ConvertConfig, ExploreConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig
 from minigpt_pl.errors import InputError
 
 CONF = Path(command_line.CONFIG_DIR)
@@ -28,7 +28,7 @@ def test_every_file_of_conf_composes_to_valid_settings(choice):
     assert isinstance(settings(choice, *extra), TrainConfig)
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, ConvertConfig, ImdbConfig, TextConfig])
+@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, ExploreConfig, ConvertConfig, ImdbConfig, TextConfig])
 def test_every_setting_is_documented(schema):
     for field in fields(schema):
         if is_dataclass(field.type):

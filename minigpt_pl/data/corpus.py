@@ -1,5 +1,6 @@
 """Documents to ids, once: the encoded text is kept in a cache and memory-mapped from then on."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from minigpt_pl.config import DataConfig
+from minigpt_pl import runs
+from minigpt_pl.config import DataConfig, TextConfig
 from minigpt_pl.data.sources import Source, open_source
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder
@@ -101,6 +103,32 @@ def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
         _open_ids(folder, "validation") if counts["validation_documents"] else None,
         {"source": source.description, "fingerprint": fingerprint, **counts},
     )
+
+
+def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> tuple[DataConfig, Corpus]:
+    """The text that a run learned from, and the settings that lead to it.
+
+    Args:
+        folder: the run's.
+        tokenizer: the run's words.
+        source: where the text lies now, in place of `data.source` or `data.path`; None: where it was.
+
+    Raises:
+        InputError: it is not there, or another text is.
+    """
+    data, vocab_size = runs.read_data_settings(folder)
+    if source is not None:
+        data = dataclasses.replace(data, **{"path" if isinstance(data, TextConfig) else "source": source})
+    record = runs.read_record(folder)
+    corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
+    trained_on, found = record.get("text"), corpus.record
+    # Not by the fingerprint: it may be made in another way by then.
+    if trained_on and any(trained_on.get(name) != found[name] for name in found.keys() - {"source", "fingerprint"}):
+        raise InputError(
+            f"run={folder.name}: learned from {trained_on['source']}, {trained_on['train_tokens']:,} tokens; its"
+            f" settings now lead to {found['source']}, {found['train_tokens']:,} tokens; give its place as source="
+        )
+    return data, corpus
 
 
 def held_out_texts(config: DataConfig) -> Iterator[str]:

@@ -1,6 +1,23 @@
 """What can be measured on a text alone: plain functions on its token ids, or its words."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Loop(NamedTuple):
+    """A stretch of a text that goes round in circles.
+
+    Attributes:
+        onset: place of its first token.
+        period: tokens in one turn.
+        length: tokens from the onset to the end of the last turn, which may be cut short.
+    """
+
+    onset: int
+    period: int
+    length: int
 
 
 def distinct(ids: Sequence[int], n: int) -> float:
@@ -20,3 +37,41 @@ def repeated(ids: Sequence[int], n: int = 4) -> float:
     Source: Welleck et al., arXiv 1908.04319, equation 9.
     """
     return 1 - distinct(ids, n)
+
+
+def longest_loop(ids: Sequence[int]) -> Loop:
+    """The longest stretch that repeats itself with one period for at least two whole turns.
+
+    `ids[i] == ids[i + period]` throughout. Its length is 0 where there is none; shorter is less repetitive. Of equal
+    ones the shortest period counts, then the earliest. Such stretches are the "runs" of Main, Discrete Applied
+    Mathematics 25 (1989).
+    """
+    best = Loop(0, 0, 0)
+    for period in range(1, len(ids) // 2 + 1):
+        for start, length in equal_at(ids, period):
+            if length >= period and length + period > best.length:
+                best = Loop(start, period, length + period)
+    return best
+
+
+def equal_at(ids: Sequence[int], distance: int) -> list[tuple[int, int]]:
+    """(start, length) of the stretches that come again this many tokens later."""
+    same = np.asarray(ids[distance:]) == np.asarray(ids[: len(ids) - distance])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]])))
+    return [(int(start), int(end - start)) for start, end in edges.reshape(-1, 2)]
+
+
+def self_bleu(texts: Sequence[Sequence[str]]) -> list[float]:
+    """Self-BLEU: each text's BLEU-4 (sacrebleu's, exponential smoothing) with the others as its references.
+
+    Range [0, 100]; 100: the others say the same. Lower is more diverse. nan for a text that is alone.
+    Source: Zhu et al. (Texygen), arXiv 1802.01886.
+    """
+    import sacrebleu
+
+    joined = [" ".join(words) for words in texts]
+    return [
+        sacrebleu.sentence_bleu(text, others, tokenize="none").score if others else float("nan")
+        for i, text in enumerate(joined)
+        for others in [joined[:i] + joined[i + 1 :]]
+    ]

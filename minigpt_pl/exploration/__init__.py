@@ -1,0 +1,1 @@
+"""What `explore` does: samples over a grid of settings, their measures, a summary, charts, a report."""

@@ -1,0 +1,344 @@
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import run_module
+from scipy import stats
+
+from minigpt_pl import InputError, command_line, load
+from minigpt_pl.exploration import samples as samples_
+from minigpt_pl.exploration import summary
+from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
+from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, frontier, summarize
+
+HOSTILE = "the </script><img src=none.png> cat"
+PROMPTS = f"short: [the cat, a dog]\nincomplete:\n  - the king sees\nout_of_domain:\n  - '{HOSTILE}'\n"
+SMALL = [
+    "num_tokens=12",
+    "num_seeds=2",
+    "temperature=[0.5,1.5]",
+    "top_k=[1,5,null]",
+    "run=tiny",
+    "prompts=prompts.yaml",
+]
+
+
+def settings(*overrides: str):
+    return command_line.to_settings(command_line.compose("explore", overrides))
+
+
+@pytest.fixture(scope="module")
+def explored(trained, tmp_path_factory):
+    """A folder with a small run and its exploration, made by the command line."""
+    cwd = tmp_path_factory.mktemp("explored")
+    shutil.copytree(trained, cwd, dirs_exist_ok=True)
+    (cwd / "prompts.yaml").write_text(PROMPTS)
+    done = run_module("explore", *SMALL, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd
+
+
+def records(cwd, name="samples.jsonl", folder="outputs/tiny/explore"):
+    return [json.loads(line) for line in (cwd / folder / name).read_text().split("\n")[:-1]]
+
+
+class TestGrid:
+    def test_the_default_is_the_homeworks_grid(self):
+        grid = settings_grid(settings())
+        assert len(grid) == 26  # 5 x 6, of which 5 are greedy and the same
+        assert varied_controls(grid) == ["temperature", "top_k"]
+        assert [label(s, ["temperature", "top_k"]) for s in grid[:3]] == [
+            "greedy", "temperature=0.2 top_k=2", "temperature=0.2 top_k=10"
+        ]  # fmt: skip
+
+    def test_any_control_can_vary(self):
+        grid = settings_grid(settings("temperature=[0,0.7]", "top_k=[null]", "repetition_penalty=[1.0,1.3]"))
+        assert [label(setting, varied_controls(grid)) for setting in grid] == [
+            "greedy repetition_penalty=1", "greedy repetition_penalty=1.3", "repetition_penalty=1",
+            "repetition_penalty=1.3",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["temperature=[0.5,-1]"], "temperature=[0.5, -1.0]: must be at least 0"),
+            (["top_k=[0]"], "top_k=[0]: must be at least 1"),
+            (["top_p=[0.5,1.5]"], "top_p=[0.5, 1.5]: must be above 0 and at most 1"),
+            (["temperature=[nan]"], "temperature=[nan]: must be a finite number"),
+            (["num_seeds=0"], "num_seeds=0: must be at least 1"),
+        ],
+    )
+    def test_values_out_of_range(self, overrides, message):
+        with pytest.raises(InputError) as error:
+            settings(*overrides)
+        assert str(error.value).startswith(message)
+
+    def test_what_the_model_cannot_do(self, trained):
+        model, prompts = load(trained / "outputs/tiny"), [("short", "the cat")]
+        with pytest.raises(InputError) as error:
+            check_grid(settings("top_k=[5,999]", "min_tokens=[0,99]"), model, prompts)
+        assert [line[:12] for line in error.value.problems] == ["top_k=999: t", "min_tokens=9"]
+        with pytest.raises(InputError, match=r"temperature=\[\]: must hold a value"):
+            check_grid(settings("temperature=[]"), model, prompts)
+        with pytest.raises(InputError, match=r"xyzzy.*"):
+            check_grid(settings("top_k=[5]"), model, [("short", "xyzzy qwert")])
+
+    def test_many_texts_ask_to_be_confirmed(self, trained):
+        model, prompts = load(trained / "outputs/tiny"), [("short", "the cat")] * 12
+        wanted = ["num_seeds=300", "top_k=[5]", "num_tokens=3"]
+        with pytest.raises(InputError, match=r"confirm=false: 18,000 texts .* minutes .* add confirm=true"):
+            check_grid(settings(*wanted), model, prompts)
+        assert len(check_grid(settings(*wanted, "confirm=true"), model, prompts)) == 5
+
+
+class TestPrompts:
+    def test_the_default_set(self):
+        prompts = read_prompts(samples_.Path(command_line.CONFIG_DIR) / "prompts.yaml")
+        assert len(prompts) >= 12
+        lengths = {kind: [len(p.split()) for k, p in prompts if k == kind] for kind, _ in prompts}
+        assert {"short", "medium", "long", "ambiguous", "incomplete", "out_of_domain"} <= set(lengths)
+        assert all(2 <= n <= 4 for n in lengths["short"]) and all(5 <= n <= 8 for n in lengths["medium"])
+        assert min(lengths["long"]) > 8
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "must map each kind"),
+            ("short: []", "holds no prompt"),
+            ("short: a cat", "must map each kind"),
+            ("short: [10]", "10 is no text; write it in quotes"),
+            ("short: [a cat]\nlong: [a cat]", "'a cat' stands there twice"),
+            ("short: [a", "cannot be read"),
+        ],
+    )
+    def test_what_is_no_prompt_set(self, tmp_path, text, message):
+        (tmp_path / "p.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_prompts(tmp_path / "p.yaml")
+
+
+class TestCommand:
+    def test_the_folder(self, explored):
+        folder = explored / "outputs/tiny/explore"
+        assert {path.name for path in folder.iterdir()} == {
+            "samples.jsonl", "held_out.jsonl", "network.json", "plan.json", "report.md", "report.html",
+            *(f"{name}.png" for name in ("behaviour", "trade_off", "failures", "context", "attention_best",
+                                         "attention_loop")),
+        }  # fmt: skip
+        made = records(explored)
+        # 4 prompts: greedy once, 4 settings with 2 seeds.
+        assert len(made) == 4 * (1 + 4 * 2)
+        assert {sample["kind"] for sample in made} == {"short", "incomplete", "out_of_domain"}
+        assert all(len(sample["words"]) <= 12 and sample["text"].startswith(sample["prompt"]) for sample in made)
+
+    def test_a_sample_is_what_generate_text_gives(self, explored):
+        from minigpt_pl import generate_text
+
+        model = load(explored / "outputs/tiny")
+        for sample in records(explored)[::5]:
+            again = generate_text(model, sample["prompt"], 12, seed=sample["seed"], **sample["settings"])
+            assert again == sample["text"]
+
+    def test_figures_of_the_report_come_from_the_samples(self, explored):
+        made = records(explored)
+        chosen = [s for s in made if s["settings"]["temperature"] == 1.5 and s["settings"]["top_k"] == 5]
+        by = {
+            prompt: [s for s in chosen if s["prompt"] == prompt]
+            for prompt in ("the cat", "a dog", "the king sees", HOSTILE)
+        }
+        report = (explored / "outputs/tiny/explore/report.md").read_text()
+        behaviour, failures = (
+            next(line for line in part.splitlines() if line.startswith("| temperature=1.5 top_k=5 |"))
+            for part in (report[report.index("| setting | ngram_loss") :], report[report.index("| setting, worst") :])
+        )
+        loss = np.mean([np.mean([s["metrics"]["ngram_loss"] for s in group]) for group in by.values()])
+        assert f"| {loss:.2f} [" in behaviour
+        any_failure = np.mean([np.mean([bool(s["failures"]) for s in group]) for group in by.values()])
+        assert f"| {any_failure:.1%} [" in failures.split(" | ")[-1].join(["| ", ""])
+        real = np.mean([r["metrics"]["loss"] for r in records(explored, "held_out.jsonl")])
+        assert "| real text | " in report and f" {real:.2f} [" in report[report.index("| real text |") :][:80]
+
+    def test_measures_of_a_sample_are_those_of_its_words(self, explored):
+        from minigpt_pl.measures import texts
+
+        for sample in records(explored):
+            assert sample["metrics"]["distinct_2"] == pytest.approx(texts.distinct(sample["ids"], 2))
+            assert sample["metrics"]["tokens"] == len(sample["words"])
+
+    def test_the_same_command_goes_on_where_it_was_ended(self, explored, tmp_path):
+        shutil.copytree(explored, tmp_path, dirs_exist_ok=True)
+        folder = tmp_path / "outputs/tiny/explore"
+        lines = (folder / "samples.jsonl").read_text().split("\n")
+        marked = json.loads(lines[0]) | {"kept": True}
+        half = [json.dumps(marked), *lines[1:9]]
+        (folder / "samples.jsonl").write_text("\n".join(half) + "\n" + lines[9][:40])  # cut short in a line
+        (folder / "report.md").unlink()
+        done = run_module("explore", *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        again = records(tmp_path)
+        assert again[0].pop("kept") and again == records(explored)
+        assert (folder / "report.md").read_text() == (explored / "outputs/tiny/explore/report.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["num_seeds=3"], "holds an exploration with other num_seeds; give folder=ANOTHER, or remove it"),
+            (["run=none"], "run=none: no such run folder or checkpoint"),
+            (["prompts=none.yaml"], "prompts=none.yaml: cannot be read"),
+            (["prompts=empty.yaml"], "prompts=empty.yaml: holds no prompt"),
+            (["top_k=[5,9999]", "folder=new"], "top_k=9999: the model knows"),
+            (["banned_words=[the]", "num_tokens=0"], "num_tokens=0: must be at least 1"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_nothing_is_lost(self, explored, overrides, message):
+        (explored / "empty.yaml").write_text("short: []\n")
+        before = {path: path.stat().st_mtime_ns for path in explored.rglob("*") if path.is_file()}
+        done = run_module("explore", *SMALL, *overrides, cwd=explored)
+        assert done.returncode == 2
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0], done.stderr
+        assert "Traceback" not in done.stderr
+        after = {path: path.stat().st_mtime_ns for path in explored.rglob("*") if path.is_file()}
+        assert before.items() <= {path: after.get(path) for path in before}.items()
+
+    def test_a_run_without_its_words(self, explored, tmp_path):
+        shutil.copytree(explored, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "outputs/tiny/tokenizer.json").unlink()
+        done = run_module("explore", *SMALL, cwd=tmp_path)
+        assert done.returncode == 2 and "tokenizer.json: no such file" in done.stderr.splitlines()[-1]
+        assert records(tmp_path) == records(explored)
+
+    def test_a_setting_that_cannot_be_written_with_is_left_out(self, explored):
+        # Every pair of so few words is used up, so no_repeat_ngram_size=1 leaves nothing after some 200 words.
+        done = run_module(
+            "explore", "run=tiny", "prompts=prompts.yaml", "num_tokens=300", "num_seeds=1", "temperature=1.0",
+            "min_tokens=300", "top_k=[null]", "no_repeat_ngram_size=[0,1]", "folder=broken", cwd=explored,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Left out: " in done.stderr and "no_repeat_ngram_size=1: nothing is left to draw" in done.stderr
+        assert {s["settings"]["no_repeat_ngram_size"] for s in records(explored, folder="broken")} == {0}
+        assert "Left out: " in (explored / "broken/report.md").read_text()
+
+    def test_a_missing_package_names_the_extra(self, explored, tmp_path):
+        (tmp_path / "sitecustomize.py").write_text(
+            "import importlib.util as u\nfind = u.find_spec\n"
+            "u.find_spec = lambda name, *a: None if name == 'sacrebleu' else find(name, *a)\n"
+        )
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        done = run_module("explore", *SMALL, cwd=explored, env={"PYTHONPATH": path})
+        assert done.returncode == 2
+        assert "sacrebleu is not installed; pip install 'minigpt_pl[explore]'" in done.stderr
+
+
+class TestSummary:
+    def test_bootstrap_against_scipys(self):
+        values = np.random.default_rng(1).gamma(2.0, size=(40, 1))
+        mean, low, high = bootstrap(values)
+        theirs = stats.bootstrap((values[:, 0],), np.mean, method="percentile", rng=0).confidence_interval
+        assert mean == pytest.approx(values.mean())
+        assert (low, high) == pytest.approx(tuple(theirs), rel=0.03)
+
+    def test_texts_of_one_prompt_are_no_independent_evidence(self):
+        prompts = np.random.default_rng(1).normal(size=(6, 1))
+        alone, copies = bootstrap(prompts), bootstrap(np.repeat(prompts, 50, axis=1))
+        assert copies.high - copies.low == pytest.approx(alone.high - alone.low, rel=0.1)
+
+    def test_what_is_missing_is_left_out(self):
+        values = np.array([[1.0, np.nan], [3.0, 5.0], [np.nan, np.nan]])
+        assert bootstrap(values).mean == pytest.approx((1 + 4) / 2)
+        assert math.isnan(bootstrap(np.full((2, 2), np.nan)).mean)
+
+    @staticmethod
+    def sample(prompt, seed, temperature, loss, kinds=(), top_k=5):
+        chosen = {"temperature": temperature, "top_k": top_k}
+        marks = [{"kind": kind, "start": 0, "end": 1, "note": ""} for kind in kinds]
+        names = {**dict.fromkeys(summary.MEASURES, 0.0), "ngram_loss": loss}
+        return {"prompt": prompt, "seed": seed, "settings": chosen, "metrics": names, "failures": marks}
+
+    def test_by_prompt(self):
+        some = [self.sample("a", 0, 1, 1.0), self.sample("b", 0, 1, 3.0, ["loop"]), self.sample("a", 1, 1, 2.0)]
+        assert by_prompt(some, "ngram_loss")[0].tolist() == [1.0, 2.0]
+        assert by_prompt(some, "failure: loop")[1, 0] == 1 and by_prompt(some, "failure: drift")[1, 0] == 0
+
+    def test_effect_is_the_difference_prompt_by_prompt(self):
+        rng = np.random.default_rng(0)
+        some = [
+            self.sample(prompt, seed, t, 10 * place + t + 0.01 * rng.normal())
+            for place, prompt in enumerate("abcd") for seed in range(3) for t in (0.5, 1.0, 2.0)
+        ]  # fmt: skip
+        some += [self.sample(prompt, 0, 0.0, 99.0, top_k=1) for prompt in "abcd"]  # greedy: belongs to none
+        low, high, difference = effect(some, "temperature", "ngram_loss")
+        assert (low, high) == (0.5, 2.0) and difference.mean == pytest.approx(1.5, abs=0.02)
+        assert difference.high - difference.low < 0.1  # the prompts' own differences of 10 do not count
+
+    def test_the_rule(self):
+        losses, failing = {0.5: 2.0, 1.0: 3.0, 1.5: 2.5}, {0.5: ["loop"], 1.0: [], 1.5: []}
+        grid = [{"temperature": t, "top_k": 5} for t in losses]
+        some = [self.sample(p, s, t, losses[t], failing[t]) for p in "abc" for s in range(4) for t in losses]
+        assert best_settings(summarize(some, grid)) == [2, 1]  # without failures, the lower n-gram loss first
+
+    def test_frontier(self):
+        assert frontier([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (float("nan"), 0)]) == [1, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'minigpt_pl[test]'")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on the PATH")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class TestPage:
+    @pytest.fixture
+    def page(self, browser, explored):
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        complaints, asked = [], []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"file://{explored}/outputs/tiny/explore/report.html")
+        yield page
+        assert complaints == []
+        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        page.close()
+
+    def test_tables_sort_by_number(self, page):
+        table = page.locator("table:has(th:text-is('self_bleu'))").first
+        column = table.locator("th", has_text="ngram_loss")
+        for order in (1, -1):
+            column.click()
+            numbers = [float(text.split()[0]) for text in table.locator("tbody tr td:nth-child(2)").all_inner_texts()]
+            assert numbers == sorted(numbers, reverse=order < 0) and len(set(numbers)) > 2
+
+    def test_samples_filter(self, page, explored):
+        made = records(explored)
+        rows = page.locator("#samples tbody tr")
+        assert rows.count() == len(made)
+        page.fill("#words", "greedy king")
+        shown = [row for row in rows.all() if row.is_visible()]
+        assert len(shown) == 1 and page.inner_text("#count") == f"1 of {len(made)} samples"
+
+    def test_samples_side_by_side(self, page, explored):
+        page.select_option("#prompt", "a dog")
+        page.locator("#side select").nth(1).select_option("temperature=1.5 top_k=5")
+        sample = next(s for s in records(explored) if s["prompt"] == "a dog" and s["seed"] == 0
+                      and s["settings"]["temperature"] == 1.5 and s["settings"]["top_k"] == 5)  # fmt: skip
+        text = page.locator("#side div p").nth(1).inner_text()
+        assert " ".join(text.split()) == " ".join(["a dog", *sample["words"]])
+
+    def test_failures_are_marked_on_the_words(self, page, explored):
+        marked = [(s, span) for s in records(explored) for span in s["failures"]]
+        assert marked
+        assert page.locator("#samples mark").count() >= len({id(s) for s, _ in marked})
+
+    def test_nothing_of_a_text_is_read_as_html(self, page):
+        assert page.locator("img").count() == 0  # nor has the fixture heard of a failed request
+        assert page.locator("#prompt option").all_inner_texts()[-1] == HOSTILE
