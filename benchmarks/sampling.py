@@ -1,51 +1,105 @@
-"""Tokens per second of writing at the seed's sizes: this project's engine and the seed's full forward for each token.
+"""Tokens per second of writing at the seed's sizes: this project's engine, full forwards, and the seed's own loop.
 
     python benchmarks/sampling.py [--rounds 5] [--only one,many] [--json FILE]
 
-Random weights: the cost does not depend on them, nor does the length, as nothing ends a text. In each round engine and
-loop write the same prompts in turn, so that a busy machine slows both; the first round is not counted. Prints medians,
-the best round's, and the median over the rounds of the loop's time over the engine's. Threads: OMP_NUM_THREADS.
+Random weights: the cost does not depend on them, nor does the length, as nothing ends a text. In each round all write
+the same prompts in turn, so that a busy machine slows all alike; the first round is not counted. Prints medians, and
+the median over the rounds of each one's time a token over the engine's. Threads: OMP_NUM_THREADS.
+Keras's loop calls `model.predict` for each token of one text, as the seed does; it is left out where Keras is missing.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from minigpt_pl import MiniGPT
-from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.engine import generate_ids
-
 PROMPT, TEMPERATURE, TOP_K = 40, 0.8, 20
 CASES = {"one": (1, 60), "one, long": (1, 500), "many": (64, 60), "many, long": (64, 200)}  # texts, new tokens
-LOOP_TOKENS = 4  # what the loop writes: each costs the same
+LOOP_TOKENS = 4  # what the loops write: each costs the same
+SIZES = {"vocab_size": 20_000, "max_length": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
+KERAS = {"tensorflow": ("keras", "tensorflow"), "torch": ("keras",)}  # backend -> packages
+
+Write = Callable[[list[list[int]], int], float]  # prompts and new tokens -> seconds a token
 
 
-def engine(model: MiniGPT, prompts: list[list[int]], num_tokens: int) -> None:
+def engine(prompts: list[list[int]], num_tokens: int) -> float:
+    from minigpt_pl.generation.controls import Controls
+    from minigpt_pl.generation.engine import generate_ids
+
+    model = _network()
     controls = Controls(vocab_size=model.vocab_size, num_tokens=num_tokens, temperature=TEMPERATURE, top_k=TOP_K)
-    generate_ids(model, prompts, controls, range(len(prompts)))
-
-
-@torch.inference_mode()
-def full_forward(model: MiniGPT, prompts: list[list[int]], num_tokens: int) -> None:
-    """As the seed does it: all positions, filled up with padding, and the logits of each, for one more token."""
-    texts = torch.tensor(prompts)  # (B, L)
-    for _ in range(num_tokens):
-        window = texts[:, -model.max_length :]
-        filled = torch.nn.functional.pad(window, (0, model.max_length - window.shape[1]))
-        logits = model(filled)[0][:, window.shape[1] - 1]  # (B, max_length, V) -> (B, V)
-        values, ids = (logits / TEMPERATURE).topk(TOP_K)  # (B, k) twice
-        texts = torch.cat([texts, ids.gather(1, torch.multinomial(values.softmax(-1), 1))], dim=1)
-
-
-def seconds(write: Callable, *arguments) -> float:
     start = time.perf_counter()
-    write(*arguments)
-    return time.perf_counter() - start
+    generate_ids(model, prompts, controls, range(len(prompts)))
+    return (time.perf_counter() - start) / num_tokens
+
+
+def full_forward(prompts: list[list[int]], num_tokens: int) -> float:
+    """As the seed does it: all positions, filled up with padding, and the logits of each, for one more token."""
+    import torch
+
+    model, texts, start = _network(), torch.tensor(prompts), time.perf_counter()  # texts (B, L)
+    with torch.inference_mode():
+        for _ in range(LOOP_TOKENS):
+            window = texts[:, -model.max_length :]
+            filled = torch.nn.functional.pad(window, (0, model.max_length - window.shape[1]))
+            logits = model(filled)[0][:, window.shape[1] - 1]  # (B, max_length, V) -> (B, V)
+            values, ids = (logits / TEMPERATURE).topk(TOP_K)  # (B, k) twice
+            texts = torch.cat([texts, ids.gather(1, torch.multinomial(values.softmax(-1), 1))], dim=1)
+    return (time.perf_counter() - start) / LOOP_TOKENS
+
+
+def _network():
+    import torch
+
+    from minigpt_pl import MiniGPT
+
+    if not hasattr(_network, "made"):
+        torch.manual_seed(0)
+        _network.made = MiniGPT(**SIZES).eval()
+    return _network.made
+
+
+def keras_loop(backend: str) -> Write:
+    """The seed's loop in a process of its own, since Keras takes its backend once."""
+    worker = subprocess.Popen(
+        [sys.executable, __file__, "--keras", backend],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+    def write(prompts: list[list[int]], num_tokens: int) -> float:
+        worker.stdin.write(json.dumps(prompts[0]) + "\n")
+        worker.stdin.flush()
+        return float(worker.stdout.readline())
+
+    return write
+
+
+def work(backend: str) -> None:
+    """Keras's process: a prompt comes in on each line, the seconds a token go out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print is no answer
+    sys.argv[1:] = [backend]
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
+    import keras_side  # first: it sets the backend
+    import numpy as np
+
+    keras, ops = keras_side.keras, keras_side.ops
+    model = keras_side.create_model(*SIZES.values())
+    for line in sys.stdin:
+        tokens, start = json.loads(line), time.perf_counter()
+        for _ in range(LOOP_TOKENS):
+            filled = np.array([tokens + [0] * (SIZES["max_length"] - len(tokens))])
+            logits, _ = model.predict(filled, verbose=0)
+            values, ids = ops.top_k(logits[0][len(tokens) - 1], k=TOP_K, sorted=True)
+            shares = np.asarray(keras.activations.softmax(ops.expand_dims(values, 0))[0]).astype("float64")
+            tokens.append(int(np.random.choice(np.asarray(ids), p=shares / shares.sum())))
+        print((time.perf_counter() - start) / LOOP_TOKENS, file=answers, flush=True)
 
 
 def main() -> None:
@@ -53,32 +107,39 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", type=lambda names: names.split(","), default=list(CASES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keras", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    model = MiniGPT().eval()
+    if arguments.keras:
+        return work(arguments.keras)
+
+    import torch
+
+    here = [backend for backend, packages in KERAS.items() if all(map(importlib.util.find_spec, packages))]
+    if missing := set(KERAS) - set(here):
+        print(f"left out, for want of a package: Keras on {', '.join(sorted(missing))}")
+    loops: dict[str, Write] = {"engine": engine, "full_forward": full_forward}
+    for_one_text = {f"keras_{backend}": keras_loop(backend) for backend in here}
     result = {"threads": torch.get_num_threads(), "cases": {}}
     print(f"{result['threads']} threads; prompts of {PROMPT} tokens, temperature={TEMPERATURE}, top_k={TOP_K}")
-    print(f"{'':12}{'texts':>6}{'tokens':>8}{'tokens/s':>10}{'best':>9}{'ms a step':>11}{'best':>8}{'loop/engine':>13}")
-    for name in arguments.only:
-        count, num_tokens = CASES[name]
-        prompts = torch.randint(2, model.vocab_size, (count, PROMPT)).tolist()
+    print(f"{'':14}{'texts':>6}{'tokens':>8}  {'':18}{'ms a step':>10}{'tokens/s':>10}{'over engine':>13}")
+    for case in arguments.only:
+        count, num_tokens = CASES[case]
+        contenders = loops | (for_one_text if count == 1 else {})
+        prompts = torch.randint(2, SIZES["vocab_size"], (count, PROMPT), generator=torch.Generator()).tolist()
         rounds = [
-            (
-                seconds(engine, model, prompts, num_tokens) / num_tokens,
-                seconds(full_forward, model, prompts, LOOP_TOKENS) / LOOP_TOKENS,
-            )
+            {name: write(prompts, num_tokens) for name, write in contenders.items()}
             for _ in range(arguments.rounds + 1)
         ][1:]
-        step, best = statistics.median(ours for ours, _ in rounds), min(ours for ours, _ in rounds)
-        ratio = statistics.median(loop / ours for ours, loop in rounds)
-        result["cases"][name] = {
-            "texts": count, "new_tokens": num_tokens, "tokens_per_second": count / step, "seconds_a_step": step,
-            "best_seconds_a_step": best, "loop_over_engine": ratio, "rounds": rounds,
-        }  # fmt: skip
-        print(
-            f"{name:12}{count:6}{num_tokens:8}{count / step:10,.0f}{count / best:9,.0f}"
-            f"{step * 1e3:11.2f}{best * 1e3:8.2f}{ratio:13.1f}"
-        )
+        result["cases"][case] = {"texts": count, "new_tokens": num_tokens, "rounds": rounds, "table": {}}
+        for name in contenders:
+            seconds = statistics.median(row[name] for row in rounds)
+            ratio = statistics.median(row[name] / row["engine"] for row in rounds)
+            result["cases"][case]["table"][name] = {
+                "seconds_a_step": seconds, "tokens_per_second": count / seconds, "over_engine": ratio
+            }  # fmt: skip
+            print(
+                f"{case:14}{count:6}{num_tokens:8}  {name:18}{seconds * 1e3:10.2f}{count / seconds:10,.0f}{ratio:13.1f}"
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
