@@ -38,14 +38,14 @@ class Product(nn.Module):
         if self.laid_out is None:  # not before: of a model's products some are never asked for
             self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows or 64)
         rows = x.flatten(0, -2)
-        count = len(rows)
+        count = size = len(rows)
         if self.rows is None:
             # oneDNN makes a kernel for each number of rows, and keeps some MB with it: so 1, 2, 4, 8, 16, 32, 48, ...
             size = 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16
-            if size > count:
-                rows = F.pad(rows, (0, 0, 0, size - count))
+        if size > count:
+            rows = F.pad(rows, (0, 0, 0, size - count))
         result = torch.ops.mkldnn._linear_pointwise(rows, self.laid_out, self.bias, "none", [], "")
-        return result[:count].view(*x.shape[:-1], -1)
+        return result if size == count and x.dim() == 2 else result[:count].view(*x.shape[:-1], -1)
 
 
 def by_onednn(weight: Tensor) -> bool:

@@ -41,17 +41,21 @@ class LookupDecoder:
 
     def __init__(self, model: MiniGPT, prompts: Sequence[Sequence[int]]):
         self.block, attention = model.blocks[0], model.blocks[0].attention
-        self.tokens, self.positions = model.token_embedding.weight, model.position_embedding.weight  # (V, D), (W, D)
+        self.tokens, positions = model.token_embedding.weight, model.position_embedding.weight  # (V, D), (W, D)
+        self.positions = positions
         self.num_heads, size = attention.num_heads, model.max_length
         heads, scale = (attention.num_heads, attention.head_dim), 1 / math.sqrt(attention.head_dim)
         layers = (attention.query, attention.key, attention.value)
         query, key, value = (layer.weight.unflatten(0, heads) for layer in layers)  # (H*K, D) -> (H, K, D)
-        bias = attention.query.bias.view(heads)[:, None] @ key  # (H, 1, D)
-        self.query = Product((key.mT @ query).flatten(0, 1) * scale, bias.flatten() * scale)  # D -> H*D
-        output = attention.output.weight.unflatten(1, heads).transpose(0, 1)  # (D, H*K) -> (H, D, K)
+        # One product makes the query and its scores on the positions, one the values of tokens and of positions.
+        weight = key.mT @ query * scale  # (H, D, D)
+        bias = (attention.query.bias.view(heads)[:, None] @ key)[:, 0] * scale  # (H, D)
+        weight, bias = (torch.cat([x, y], dim=1) for x, y in ((weight, positions @ weight), (bias, bias @ positions.T)))
+        self.query = Product(weight.flatten(0, 1), bias.flatten())  # D -> H*(D + W)
+        weight = attention.output.weight.unflatten(1, heads).transpose(0, 1) @ value  # (D, H*K) -> (H, D, D)
+        weight = torch.cat([weight, weight @ positions.T], dim=2)  # (H, D, D + W)
         bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)
-        self.value = Product((output @ value).transpose(0, 1).flatten(1), bias)  # H*D -> D
-        self.score_positions, self.mix_positions = Product(self.positions), Product(self.positions.T.contiguous())
+        self.value = Product(weight.transpose(0, 1).flatten(1), bias)  # H*(D + W) -> D
 
         prompts = [prompt[-size:] for prompt in prompts]
         # Slot `newest` of the ring is the newest token, the one before it is next older, and so on around.
@@ -86,14 +90,14 @@ class LookupDecoder:
         else:
             last = self.positions[-1]
         x = self.window[:, self.newest] + last  # (B, D)
-        query = self.query(x).unflatten(1, (self.num_heads, width))  # (B, H, D)
+        query, by_place = self.query(x).unflatten(1, (self.num_heads, -1)).split((width, size), dim=2)  # (B, H, D or W)
         at = places.clamp(min=0).view(-1, 1, size).expand(len(x), self.num_heads, -1)  # (B, H, W)
-        scores = query @ self.window.mT + self.score_positions(query).gather(2, at)  # (B, H, W)
+        scores = query @ self.window.mT + by_place.gather(2, at)  # (B, H, W)
         if self.most_empty:
             scores.masked_fill_((places < 0)[:, None], -math.inf)
         weights = scores.softmax(dim=-1)
         by_position = torch.zeros_like(weights).scatter_add_(2, at, weights)  # (B, H, W)
-        mixed = weights @ self.window + self.mix_positions(by_position)  # (B, H, D)
+        mixed = torch.cat([weights @ self.window, by_position], dim=2)  # (B, H, D + W)
         return self.block.after_attention(x, self.value(mixed.flatten(1)))
 
 
