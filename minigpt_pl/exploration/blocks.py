@@ -48,14 +48,14 @@ class Blank:
 Block = Heading | Words | Table | Chart | Marked | Blank
 
 
-def estimate_text(estimate: Sequence[float] | None, sign: bool = False) -> str:
+def estimate_text(estimate: Sequence[float] | None, sign: bool = False, digits: int | None = None) -> str:
+    """An estimate with its interval; `digits` after the point, None: by its size."""
     if estimate is None or estimate[0] != estimate[0]:
         return "–"
     size = max(abs(number) for number in estimate)
-    form = f"{'+' if sign else ''}.{2 if size < 10 else 1}f"
-    if size < 0.1:
-        form = f"{'+' if sign else ''}.4f"
-    mean, low, high = (f"{number:{form}}" for number in estimate)
+    if digits is None:
+        digits = 4 if size < 0.1 else 2 if size < 10 else 1
+    mean, low, high = (f"{number:{'+' if sign else ''}.{digits}f}" for number in estimate)
     return f"{mean} [{low}, {high}]"
 
 
