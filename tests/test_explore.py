@@ -171,6 +171,11 @@ class TestCommand:
             assert sample["metrics"]["distinct_2"] == pytest.approx(texts.distinct(sample["ids"], 2))
             assert sample["metrics"]["tokens"] == len(sample["words"])
 
+    def test_reports_name_no_place_of_this_machine(self, explored, story):
+        for name in ("report.md", "report.html"):
+            report = (explored / "outputs/tiny/explore" / name).read_text()
+            assert "story.txt" in report and str(story.parent) not in report and str(explored) not in report
+
     def test_the_same_command_goes_on_where_it_was_ended(self, explored, tmp_path):
         shutil.copytree(explored, tmp_path, dirs_exist_ok=True)
         folder = tmp_path / "outputs/tiny/explore"

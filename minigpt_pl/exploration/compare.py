@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minigpt_pl import runs
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.data.corpus import Corpus
@@ -15,13 +17,14 @@ from minigpt_pl.errors import InputError
 from minigpt_pl.exploration import charts
 from minigpt_pl.exploration.blocks import Blank, Block, Heading, Table, Words, as_markdown, estimate_text
 from minigpt_pl.exploration.judging import Judge
-from minigpt_pl.exploration.network_study import CUT
+from minigpt_pl.exploration.network_study import CUT, WINDOWS
 from minigpt_pl.exploration.samples import Sample, Setting, label, write_samples, write_texts
 from minigpt_pl.exploration.scaling import SIZES, Fit, Run, held_out_documents, open_runs, power_laws, word_losses
 from minigpt_pl.exploration.summary import MEASURES, Estimate, bootstrap, by_prompt, summarize_real
 from minigpt_pl.files import make_folder, write_aside
 from minigpt_pl.generation.text import encode_prompts
 from minigpt_pl.measures.likelihood import document_losses, summarise
+from minigpt_pl.measures.network import loss_by_context, windows_of
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ def compare(config: ExploreConfig, prompts: Sequence[tuple[str, str]], folder: P
     measured = summarise(losses, documents, longest, None)
     by_document = word_losses(losses, documents)
 
+    contexts = _by_context(compared, corpus, longest)
+
     judge = Judge.prepare(compared[0].model, corpus, config.num_tokens)
     real = judge.real_texts(folder / "held_out.jsonl")
     people = summarize_real(real)
@@ -70,14 +75,26 @@ def compare(config: ExploreConfig, prompts: Sequence[tuple[str, str]], folder: P
             "word_loss": by_document[run.name][0], "less_first": by_document[run.name][1],
             "consistency": consistency[run.name],
         } for run in compared},
-        "by_position": measured["by_position"],
+        "by_position": measured["by_position"], "by_context": contexts,
         "fits": [{"against": what, "of": names} | (dataclasses.asdict(fit) if fit else {})
                  for what, names, fit in fits],
     }  # fmt: skip
     write_aside(folder / "compare.json", json.dumps(record, indent=1).replace("NaN", "null") + "\n")
     charts.save(charts.compared(compared, by_document, measured["by_position"], fits), folder / "compare.png")
-    blocks = _blocks(compared, corpus, setting, everything, measured, by_document, consistency, fits, len(documents))
+    blocks = _blocks(compared, corpus, setting, everything, measured, by_document, contexts, consistency, fits)
     write_aside(folder / "compare.md", "\n\n".join(as_markdown(block) for block in blocks) + "\n")
+
+
+def _by_context(compared: Sequence[Run], corpus: Corpus, longest: int) -> dict[str, dict[int, Estimate]]:
+    """For each run the loss of the same tokens with shorter and shorter context, as far as its own reaches."""
+    tokens, offsets = np.asarray(corpus.validation.tokens), np.asarray(corpus.validation.offsets)
+    windows = windows_of(tokens, offsets, longest + 1, WINDOWS)  # (N, longest + 1)
+    own = [(run, windows[:, -run.model.network.max_length - 1 :]) for run in compared]
+    return {
+        run.name: {c: bootstrap(values[:, None]) for c, values in loss_by_context(run.model.network, ids).items()}
+        if len(ids) else {}
+        for run, ids in own
+    }  # fmt: skip
 
 
 def _one_setting(config: ExploreConfig) -> Setting:
@@ -98,16 +115,16 @@ def _one_setting(config: ExploreConfig) -> Setting:
 
 def _blocks(
     compared: Sequence[Run], corpus: Corpus, setting: Setting, samples: Sequence[Sample], measured: dict[str, Any],
-    by_document: dict[str, tuple[Estimate, Estimate | None]], consistency: dict[str, dict[str, Estimate]],
-    fits: Sequence[tuple[str, list[str], Fit | None]], num_documents: int,
+    by_document: dict[str, tuple[Estimate, Estimate | None]], contexts: dict[str, dict[int, Estimate]],
+    consistency: dict[str, dict[str, Estimate]], fits: Sequence[tuple[str, list[str], Fit | None]],
 ) -> Iterator[Block]:  # fmt: skip
     names = [run.name for run in compared]
     yield Heading(f"# {', '.join(names)} side by side")
     yield Words(
         f"Text: {corpus.record['source']}. All runs have the same words and are measured on the same"
-        f" {measured['whole']['words']:,} known words of the first {num_documents:,} documents that all of them held"
-        " out; a word is predicted from as much of its document as the run's own context takes in. Square brackets"
-        " hold 95 % intervals. Every figure stands in compare.json."
+        f" {measured['whole']['words']:,} known words of text that all of them held out; a word is predicted from as"
+        " much of its document as the run's own context takes in. Square brackets hold 95 % intervals. Every figure"
+        " stands in compare.json."
     )
     yield Heading("## Loss against size and data")
     differing = [
@@ -146,12 +163,25 @@ def _blocks(
                     f" {fit.scale:.3g} · {what}^-a with a = {estimate_text(fit.exponent, digits=3)}, within this range;"
                     " where the loss would level off it cannot tell."
                 )
-    yield Heading("## Long-range coherence: loss by the tokens before")
+    yield Heading("## Long-range coherence")
+    yield Words(
+        "Loss by the tokens before in the document. Compare runs, not rows: other tokens stand at other places."
+    )
     yield Table(
         ["tokens before", "tokens", *names],
         [[row["band"], f"{row['tokens']:,}", *(f"{row[name]:.3f}" for name in names)]
          for row in measured["by_position"]],
     )  # fmt: skip
+    if contexts[names[0]]:
+        yield Words(
+            "The same held-out tokens, predicted from the last tokens before them only: where more no longer lower the"
+            " loss, a network makes nothing of them."
+        )
+        yield Table(
+            ["context, tokens", *names],
+            [[str(c), *(estimate_text(contexts[name].get(c)) for name in names)]
+             for c in sorted({c for estimates in contexts.values() for c in estimates})],
+        )  # fmt: skip
     yield Heading("## Semantic consistency: sentiment and topic held through a text")
     yield Words(
         f"{len(samples) // len(compared):,} texts of each run, of up to {samples[0]['num_tokens']} words, with"
