@@ -244,7 +244,13 @@ class ExploreConfig:
 
     output_dir: str = setting("folder of the run folders")
     run: str | None = setting("a run folder, its name, or a checkpoint; null: the newest finished run")
-    folder: str | None = setting("where the samples and the report go; null: explore/ in the run folder")
+    compare: list[str] | None = setting(
+        "runs to set side by side instead, by name or folder: loss by size, data and position, texts at temperature 0.8"
+        " with top_k 20 where these have several values"
+    )
+    folder: str | None = setting(
+        "where the samples and the report go; null: explore/ in the run folder, or compare/ in output_dir"
+    )
     source: str | None = setting(
         "where the run's text lies now, if not where it was: instead of its data.source or data.path"
     )
@@ -311,6 +317,8 @@ def check(config: Any) -> None:
         problems += _train_problems(config)
     if isinstance(config, SampleConfig):
         problems += _sample_problems(config)
+    if isinstance(config, ExploreConfig) and config.compare is not None:
+        problems += _compare_problems(config)
     if isinstance(config, TrainConfig | ConvertConfig):
         problems += _run_name_problems(config.run_name)
     if isinstance(config, ConvertConfig):
@@ -391,6 +399,13 @@ def _sample_problems(config: SampleConfig) -> Iterator[str]:
 def _run_name_problems(run_name: str | None) -> Iterator[str]:
     if run_name and (set(run_name) & set("/\\") or run_name[0] == "." or not run_name.strip() or len(run_name) > 200):
         yield f"run_name={run_name}: must be a plain folder name of at most 200 characters"
+
+
+def _compare_problems(config: ExploreConfig) -> Iterator[str]:
+    if len(config.compare) < 2:
+        yield f"compare={config.compare}: give two runs or more, as compare=[small,large]"
+    if config.run is not None:
+        yield f"run={config.run}: not with compare=, which names its runs; leave one out"
 
 
 def _convert_problems(config: ConvertConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""python -m minigpt_pl.explore: the homework as an instrument: samples over a grid of settings, measured."""
+"""python -m minigpt_pl.explore: the homework as an instrument: samples over a grid of settings, or runs, measured."""
 
 import importlib.util
 import logging
@@ -22,7 +22,8 @@ def explore(config: ExploreConfig) -> Path:
     """Write, measure, report.
 
     Returns:
-        The folder, with samples.jsonl, held_out.jsonl, network.json, report.md, report.html and the charts.
+        The folder, with samples.jsonl, held_out.jsonl, network.json, report.md, report.html and the charts; of a
+        comparison with what `exploration.compare` writes.
 
     Raises:
         InputError: no such run, no words or text of it, prompts or settings that nothing can be written with.
@@ -30,11 +31,16 @@ def explore(config: ExploreConfig) -> Path:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise InputError(f"explore: {', '.join(missing)} is not installed; pip install 'minigpt_pl[explore]'")
     from minigpt_pl.data.corpus import open_run_corpus
-    from minigpt_pl.exploration import judging, network_study, report, samples
+    from minigpt_pl.exploration import compare, judging, network_study, report, samples
     from minigpt_pl.files import make_folder
     from minigpt_pl.generation.text import load
 
     prompts = samples.read_prompts(Path(config.prompts or Path(command_line.CONFIG_DIR) / "prompts.yaml"))
+    if config.compare is not None:
+        folder = Path(config.output_dir) / "compare" if config.folder is None else Path(config.folder)
+        compare.compare(config, prompts, folder)
+        log.info("Comparison: %s", folder / "compare.md")
+        return folder
     checkpoint = runs.choose_checkpoint(Path(config.output_dir), config.run)
     run = checkpoint.parent.parent
     model = load(checkpoint)

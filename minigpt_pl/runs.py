@@ -71,8 +71,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON ({error}); restore it or remove the run") from error
 
 
-def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
-    """Of a run's config.yaml the settings of its text, and of its vocabulary's size: what `open_corpus` takes.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """A run's config.yaml: values, and groups of values, by name.
 
     Raises:
         InputError: there is none, or it is not one of ours.
@@ -80,12 +80,27 @@ def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
     path = folder / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        kind = TextConfig if "path" in settings["data"] else ImdbConfig
-        return kind(**settings["data"]), settings["model"]["vocab_size"]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); a run folder keeps its settings there") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not the settings of a run; restore it, or train again") from error
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name), dict) for name in ("model", "data")):
+        raise InputError(f"{path}: not the settings of a run; restore it, or train again")
+    return settings
+
+
+def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
+    """Of a run's settings those of its text, and of its vocabulary's size: what `open_corpus` takes.
+
+    Raises:
+        InputError: as `read_settings`.
+    """
+    settings = read_settings(folder)
+    try:
+        kind = TextConfig if "path" in settings["data"] else ImdbConfig
+        return kind(**settings["data"]), settings["model"]["vocab_size"]
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{folder}/config.yaml: not the settings of a run; restore it, or train again") from error
 
 
 def update_record(folder: Path, **values: Any) -> None:

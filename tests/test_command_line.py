@@ -227,7 +227,7 @@ class TestBadInput:
 def test_help_names_every_setting_with_its_value(tmp_path):
     done = run_module("train", "--help", "model.embed_dim=64", cwd=tmp_path)
     assert done.returncode == 0
-    assert "model.embed_dim=64" in done.stdout and "experiment=best|fast|keras|quick" in done.stdout
+    assert "model.embed_dim=64" in done.stdout and "experiment=best|fast|keras|quick|scaling" in done.stdout
 
 
 def test_resume_takes_the_runs_own_settings(trained, tmp_path):

@@ -108,6 +108,7 @@ class TestImdb:
         source = sources.open_source(imdb_config(str(imdb), validation_documents=7))
         assert list(source.train()) == imdb_texts("train") + imdb_texts("test")
         assert list(source.validation()) == imdb_texts("unsupervised")[:7]
+        assert source.description == f"IMDB reviews, the folder {imdb.resolve().name} (train + test)"
 
     @pytest.mark.parametrize("make", [lambda p: p / "none", lambda p: p], ids=["missing", "empty"])
     def test_wrong_folder(self, tmp_path, make):
@@ -158,6 +159,18 @@ class TestText:
         (tmp_path / "a.txt").write_text("one\n")
         with pytest.raises(InputError, match="data.validation_path=.*is the text of data.path"):
             sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "a.txt")))
+
+    def test_a_description_names_no_place_of_this_machine(self, tmp_path):
+        """It goes into the run's record and into reports that are handed on."""
+        (tmp_path / "mine").mkdir()
+        for name in ("a.txt", "mine/b.txt"):
+            (tmp_path / name).write_text("one\n")
+        given = [("a.txt", "a.txt"), ("mine", "mine"), ("mine/../mine", "mine")]
+        found = [sources.open_source(text_config(tmp_path / path)).description for path, _ in given]
+        assert found == [name for _, name in given]
+        held_out = text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "mine"))
+        (tmp_path / "mine/b.txt").write_text("two\n")
+        assert sources.open_source(held_out).description == "a.txt"
 
     def test_of_many_files_the_undecodable_one_is_named(self, tmp_path):
         for name in "abc":

@@ -106,7 +106,8 @@ def _imdb_folder(folder: Path, config: ImdbConfig) -> Source:
         return lambda: _read_files("parquet", "text", "data.source", paths)
 
     identity = {"files": [_file_identity(path) for paths in splits.values() for path in paths]}
-    return _imdb_source(str(folder), identity, {name: documents(paths) for name, paths in splits.items()}, config)
+    name = f"the folder {folder.resolve().name}"
+    return _imdb_source(name, identity, {name: documents(paths) for name, paths in splits.items()}, config)
 
 
 def _imdb_source(description: str, identity: dict, splits: dict[str, Documents], config: ImdbConfig) -> Source:
@@ -168,8 +169,9 @@ def _packaged_csv() -> Traversable:
 
 def _open_text(config: TextConfig) -> Source:
     train, identity = text_documents("data.path", config.path, config.text_column, config.document)
+    name = Path(config.path).resolve().name if Path(config.path).exists() else config.path
     if config.validation_path is None:
-        return Source(config.path, {"train": identity}, train, None)
+        return Source(name, {"train": identity}, train, None)
     validation, validation_identity = text_documents(
         "data.validation_path", config.validation_path, config.text_column, config.document
     )
@@ -178,7 +180,7 @@ def _open_text(config: TextConfig) -> Source:
             f"data.validation_path={config.validation_path}: is the text of data.path; give another, or null to hold"
             " out a share of it"
         )
-    return Source(config.path, {"train": identity, "validation": validation_identity}, train, validation)
+    return Source(name, {"train": identity, "validation": validation_identity}, train, validation)
 
 
 def text_documents(setting: str, given: str, text_column: str, document: str) -> tuple[Documents, dict]:

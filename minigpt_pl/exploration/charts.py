@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, varied_controls
+from minigpt_pl.exploration.scaling import Fit, Run
 from minigpt_pl.exploration.summary import FAILURES, Estimate, frontier
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9, "axes.grid": True,
@@ -141,6 +142,33 @@ def attention(maps: np.ndarray, words: Sequence[str]) -> Figure:
         axis.set_xticks(range(size), words, rotation=90, fontsize=6)
         axis.set_yticks(range(size), words, fontsize=6)
         axis.set_title(f"block {block + 1}, head {head + 1}", fontsize=9)
+    return figure
+
+
+def compared(
+    runs: Sequence[Run], by_document: dict[str, tuple[Estimate, Estimate | None]], by_position: Sequence[dict],
+    fits: Sequence[tuple[str, list[str], Fit | None]],
+) -> Figure:  # fmt: skip
+    """Loss of a word against parameters and tokens, with the power laws that were fitted, and by position."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    *against, right = figure.subplots(1, 3)
+    place = {run.name: run for run in runs}
+    for axis, what in zip(against, ("parameters", "tokens"), strict=True):
+        for number, run in enumerate(runs):
+            mean, low, high = by_document[run.name][0]
+            axis.errorbar(getattr(run, what), mean, [[mean - low], [high - mean]], fmt="o", color=f"C{number}",
+                          markersize=4, linewidth=0.8)  # fmt: skip
+        for _, names, fit in (entry for entry in fits if entry[0] == what and entry[2] is not None):
+            x = np.geomspace(*(getattr(place[names[end]], what) for end in (0, -1)))
+            axis.plot(x, fit.scale * x**-fit.exponent.mean, "--", color="#999", linewidth=1)
+        axis.set(xscale="log", xlabel=what if what == "parameters" else "tokens trained on, repeats counted",
+                 ylabel="loss of a word (nats)")  # fmt: skip
+    for number, run in enumerate(runs):
+        right.plot([row["band"] for row in by_position], [row[run.name] for row in by_position], "o-", markersize=3,
+                   color=f"C{number}", label=run.name)  # fmt: skip
+    right.set(xlabel="tokens before it in its document", ylabel="loss (nats)")
+    right.tick_params(axis="x", rotation=45)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 

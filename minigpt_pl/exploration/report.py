@@ -5,9 +5,7 @@ It states measurements. What they mean is for the reader to say; the places for 
 
 import html
 import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,6 +13,18 @@ from typing import Any
 import torch
 
 from minigpt_pl.exploration import charts
+from minigpt_pl.exploration.blocks import (
+    Blank,
+    Block,
+    Chart,
+    Heading,
+    Marked,
+    Table,
+    Words,
+    as_html,
+    as_markdown,
+    estimate_text,
+)
 from minigpt_pl.exploration.judging import CONTEXT, Judge
 from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, varied_controls
 from minigpt_pl.exploration.summary import (
@@ -48,53 +58,13 @@ QUESTIONS = {
 }  # fmt: skip
 
 
-@dataclass
-class Heading:
-    text: str
-
-
-@dataclass
-class Words:
-    text: str
-
-
-@dataclass
-class Table:
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass
-class Chart:
-    name: str
-    title: str
-    svg: str
-
-
-@dataclass
-class Marked:
-    """A sample, with what was found marked on its words."""
-
-    sample: Sample
-    title: str
-    only: str | None = None  # this kind; None: all
-
-
-@dataclass
-class Blank:
-    question: str
-
-
-Block = Heading | Words | Table | Chart | Marked | Blank
-
-
 def write(
     folder: Path, run: str, model: TextModel, grid: Sequence[Setting], samples: Sequence[Sample],
     real: Sequence[dict[str, Any]], judge: Judge, study: dict[str, Any], broken: Sequence[str], text: str,
 ) -> None:  # fmt: skip
     """Write report.md, report.html and the charts as PNG into the folder."""
     blocks = list(_blocks(folder, run, model, grid, samples, real, judge, study, broken, text))
-    write_aside(folder / "report.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
+    write_aside(folder / "report.md", "\n\n".join(as_markdown(block) for block in blocks) + "\n")
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     varied = varied_controls(grid)
     data = [
@@ -103,16 +73,13 @@ def write(
         for s in samples
     ]  # fmt: skip
     write_aside(folder / "report.html", page.substitute(
-        title=html.escape(f"Exploring {run}"), body="\n".join(_html(block) for block in blocks),
+        title=html.escape(f"Exploring {run}"), body="\n".join(as_html(block) for block in blocks),
         data=json.dumps(data, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\u0021--"),
     ))  # fmt: skip
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float | None]:
     return {name: None if value is None or value != value else round(value, 4) for name, value in metrics.items()}
-
-
-# ------------------------------------------------------------------------------------------------ what it says
 
 
 def _blocks(
@@ -160,8 +127,8 @@ def _blocks(
     yield Table(["measure", "what it is"], [[name, MEASURES[name]] for name in SHOWN])
     yield Table(
         ["setting", *SHOWN],
-        [["real text", *(_estimate(people[name]) for name in SHOWN)],
-         *([names[i], *(_estimate(summary[i][name]) for name in SHOWN)] for i in range(len(grid)) if summary[i])],
+        [["real text", *(estimate_text(people[name]) for name in SHOWN)],
+         *([names[i], *(estimate_text(summary[i][name]) for name in SHOWN)] for i in range(len(grid)) if summary[i])],
     )  # fmt: skip
     yield chart("behaviour", "Measures by setting, with their intervals; real text dotted",
                 charts.behaviour(summary, grid, people))  # fmt: skip
@@ -173,7 +140,7 @@ def _blocks(
         )
         yield Table(
             ["measure", f"{control}: {_value(low)} to {_value(high)}"],
-            [[name, _estimate(effect(samples, control, name)[2], sign=True)] for name in [*SHOWN, "failure: any"]],
+            [[name, estimate_text(effect(samples, control, name)[2], sign=True)] for name in [*SHOWN, "failure: any"]],
         )
     yield Heading("### The best settings, by a stated rule")
     yield Words(f"{RULE} By it: {'; '.join(names[i] for i in best)}.")
@@ -217,8 +184,8 @@ def _blocks(
     further = study["further"]
     yield Table(
         ["words of context", "loss", "words beyond help by", "n-gram loss of texts", "own loss", "repeated_4grams"],
-        [[str(c), _estimate(study["context"].get(c)), _estimate(further.get(c)), *(
-            _estimate(study["cut"][c][name]) if c in study["cut"] else "" for name in ("ngram_loss", "loss",
+        [[str(c), estimate_text(study["context"].get(c)), estimate_text(further.get(c)), *(
+            estimate_text(study["cut"][c][name]) if c in study["cut"] else "" for name in ("ngram_loss", "loss",
                                                                                      "repeated_4grams"))]
          for c in sorted({*study["context"], *study["cut"]})],
     )  # fmt: skip
@@ -231,7 +198,7 @@ def _blocks(
             " et al., arXiv 2209.11895) predicts the repeated half far better."
         )
         yield Table(["second half", "loss"], [[name.replace("first", "after another").replace("again", "after itself"),
-                                               _estimate(e)] for name, e in study["copying"].items()])  # fmt: skip
+                                               estimate_text(e)] for name, e in study["copying"].items()])  # fmt: skip
     for title, name, sample in (
         ("a text of the best setting", "attention_best", first_sample(grid[best[0]], prompts[0][1])),
         ("the longest loop", "attention_loop", max(samples, key=lambda s: s["metrics"]["loop"])),
@@ -248,7 +215,7 @@ def _blocks(
     most, most_real = (max(record["metrics"]["copied"] for record in records) for records in (samples, real))
     yield Words(
         "The longest run of words of each text that stands in the training text. Real held-out text shows how long"
-        f" runs are by chance: {_estimate(people['copied'])} words on average, {most_real} at most; here {most}."
+        f" runs are by chance: {estimate_text(people['copied'])} words on average, {most_real} at most; here {most}."
     )
     rows: dict[str, list[str]] = {}
     for sample in samples:
@@ -293,89 +260,9 @@ def _worst(samples: Sequence[Sample], kind: str) -> list[Sample]:
     return list(chosen.values())
 
 
-def _estimate(estimate: Sequence[float] | None, sign: bool = False) -> str:
-    if estimate is None or estimate[0] != estimate[0]:
-        return "–"
-    size = max(abs(number) for number in estimate)
-    form = f"{'+' if sign else ''}.{2 if size < 10 else 1}f"
-    if size < 0.1:
-        form = f"{'+' if sign else ''}.4f"
-    mean, low, high = (f"{number:{form}}" for number in estimate)
-    return f"{mean} [{low}, {high}]"
-
-
 def _percent(estimate: Estimate) -> str:
     return f"{estimate.mean:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"
 
 
 def _value(value: float | None) -> str:
     return "all" if value is None else f"{value:g}"
-
-
-# ------------------------------------------------------------------------------------------------ how it looks
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case Heading(text) | Words(text):
-            return text
-        case Table(header, rows):
-            lines = [header, ["---"] * len(header), *rows]
-            return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        case Chart(name, title, _):
-            return f"![{title}]({name}.png)"
-        case Marked(sample, title, only):
-            parts = [
-                (" ".join(_escape_markdown(word) for word in words), kinds) for words, kinds in _stretches(sample, only)
-            ]
-            text = " ".join(f"**{words}** _({', '.join(kinds)})_" if kinds else words for words, kinds in parts)
-            return f"**{title}**: _{_escape_markdown(sample['prompt'])}_ {text}"
-        case Blank(question):
-            return f"> **Your own reasoning.** {question}\n>\n> _(write here)_"
-
-
-def _escape_markdown(text: str) -> str:
-    return "".join(f"\\{mark}" if mark in "\\`*_[]<>#|" else mark for mark in text)
-
-
-def _html(block: Block) -> str:
-    match block:
-        case Heading(text):
-            level, _, title = text.partition(" ")
-            return f"<h{len(level)}>{html.escape(title)}</h{len(level)}>"
-        case Words(text):
-            return f"<p>{html.escape(text)}</p>"
-        case Table(header, rows):
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-            body = "\n".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
-            return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        case Chart(_, title, svg):
-            return f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>"
-        case Marked(sample, title, only):
-            text = " ".join(
-                f'<mark class="{kinds[0]}" title="{", ".join(kinds)}">{html.escape(" ".join(words))}</mark>'
-                if kinds else html.escape(" ".join(words))
-                for words, kinds in _stretches(sample, only)
-            )  # fmt: skip
-            return f'<p class="sample"><b>{html.escape(title)}</b> <i>{html.escape(sample["prompt"])}</i> {text}</p>'
-        case Blank(question):
-            question = html.escape(question)
-            return f'<div class="blank"><b>Your own reasoning.</b> {question}<div contenteditable></div></div>'
-
-
-def _cell(text: str) -> str:
-    """With the number to sort by, where the cell is one: alone, or with an interval after it."""
-    number = re.fullmatch(r"([-+]?[\d.]+)(%?)( \[.*\])?", text)
-    if number is None:
-        return f"<td>{html.escape(text)}</td>"
-    value, percent, interval = number.groups(default="")
-    return f'<td data-number="{value}">{value}{percent} <small>{interval}</small></td>'
-
-
-def _stretches(sample: Sample, only: str | None) -> Iterator[tuple[list[str], list[str]]]:
-    """The words in stretches, each with the kinds of failure that mark it."""
-    spans = [span for span in sample["failures"] if only in (None, span["kind"])]
-    words = sample["words"]
-    edges = sorted({0, len(words), *(e for span in spans for e in (span["start"], min(span["end"], len(words))))})
-    for start, end in zip(edges, edges[1:], strict=False):
-        yield words[start:end], sorted({s["kind"] for s in spans if s["start"] <= start < s["end"]})

@@ -146,7 +146,7 @@ def make_samples(
                 if any((prompt, seed, *setting.values()) not in made for seed in seeds)
             ]  # fmt: skip
             try:
-                samples = list(_write(config, model, missing, setting, seeds)) if missing else []
+                samples = list(write_texts(config, model, missing, setting, seeds)) if missing else []
             except InputError as error:
                 broken.append(f"{label(setting, varied_controls(grid))}: {error}")
                 samples = []
@@ -160,9 +160,10 @@ def make_samples(
     return [made[key] for key in order if key in made], broken
 
 
-def _write(
+def write_texts(
     config: ExploreConfig, model: TextModel, prompts: Sequence[tuple[str, str]], setting: Setting, seeds: range
 ) -> Iterator[Sample]:
+    """A sample for each prompt and seed, not yet measured."""
     texts = generate_texts(
         model, [prompt for _, prompt in prompts], config.num_tokens, seed=seeds[0], num_samples=len(seeds),
         banned_words=config.banned_words, **setting,

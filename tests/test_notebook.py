@@ -1,0 +1,43 @@
+"""docs/homework.ipynb, run from its first cell to its last against a small run."""
+
+from pathlib import Path
+
+import pytest
+
+import minigpt_pl
+
+nbclient = pytest.importorskip("nbclient", reason="no nbclient: pip install 'minigpt_pl[test]'")
+nbformat = pytest.importorskip("nbformat", reason="no nbformat: pip install 'minigpt_pl[test]'")
+pytest.importorskip("ipykernel", reason="no ipykernel: pip install 'minigpt_pl[test]'")
+
+NOTEBOOK = Path(__file__).parent.parent / "docs" / "homework.ipynb"
+
+
+def test_it_runs(trained, monkeypatch):
+    monkeypatch.setenv("MINIGPT_RUN", "outputs/tiny")
+    monkeypatch.delenv("MINIGPT_SOURCE", raising=False)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": str(trained)}}
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", resources=resources).execute()
+
+    printed = [
+        "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")
+        for cell in notebook.cells if cell.cell_type == "code"
+    ]  # fmt: skip
+    model = minigpt_pl.load(trained / "outputs" / "tiny")
+    assert printed[1] == minigpt_pl.generate_text(model, "the film is", 40, 0.8, 20, seed=1) + "\n"
+    assert printed[2].count("different pairs") == 5 and printed[3].count("\n") == 7
+    assert printed[4].count("repeated 4-word runs") == 9 and "words of context" in printed[-1]
+    assert (
+        sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])) == 1
+    )
+
+
+def test_what_is_stored_is_whole_and_small():
+    """Every cell's output comes from one run of all cells, in order."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert {output.output_type for cell in code for output in cell.outputs} == {"stream", "display_data"}
+    assert not any(output.get("name") == "stderr" for cell in code for output in cell.outputs)
+    assert NOTEBOOK.stat().st_size < 200_000
