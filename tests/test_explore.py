@@ -469,6 +469,15 @@ class TestPage:
             numbers = [float(text.split()[0]) for text in table.locator("tbody tr td:nth-child(2)").all_inner_texts()]
             assert numbers == sorted(numbers, reverse=order < 0) and len(set(numbers)) > 2
 
+    def test_a_wide_table_scrolls_in_its_frame_beside_its_first_column(self, page):
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        frame = page.locator(".scroll:has(th:text-is('self_bleu'))").first
+        assert frame.evaluate("frame => frame.scrollWidth > frame.clientWidth")
+        frame.evaluate("frame => { frame.scrollLeft = 9999; frame.scrollTop = 60; }")
+        left = frame.bounding_box()["x"]
+        for cell in ("th", "tbody tr:last-child td"):
+            assert abs(frame.locator(cell).first.bounding_box()["x"] - left) < 3
+
     def test_samples_filter(self, page, explored):
         made = records(explored)
         rows = page.locator("#samples tbody tr")
