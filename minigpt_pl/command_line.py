@@ -68,7 +68,10 @@ def run(
     """
     register_schemas()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    if sys.stdout is None:
+        _exit_for(["standard output is closed; leave it open, or send it to a file with > FILE"])
     # Hydra's parser reads a sweep's -m before or after the settings, not among them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     before = os.environ.get(_FULL_ERROR)

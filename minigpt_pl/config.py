@@ -177,7 +177,9 @@ class TrainConfig:
     seed: int = setting("fixes weights, order, dropout and texts", minimum=0, maximum=2**31 - 1)
     output_dir: str = setting("folder of the run folders")
     run_name: str | None = setting("name of the run folder; null: made and printed")
-    resume: str | None = setting("auto: go on with run_name (or the newest unfinished run); or a checkpoint's path")
+    resume: str | None = setting(
+        "auto: go on with run_name (or the newest unfinished run); or a run's name, or a checkpoint's path"
+    )
     find_learning_rate: bool = setting("only try learning rates, draw the curve, print a proposal")
     unigram_bias: bool = setting("begin with the output layer's bias at the log of each word's share of the text")
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -118,7 +118,9 @@ def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts_file is None:
         prompts = config.prompt if isinstance(config.prompt, list) else [config.prompt]
     else:
-        prompts = [line for line in _read_prompts(config.prompts_file).splitlines() if line.strip()]
+        # Not splitlines(): it cuts at U+0085 and U+2028 too, which a prompt may hold.
+        lines = _read_prompts(config.prompts_file).replace("\r\n", "\n").split("\n")
+        prompts = [line for line in lines if line.strip()]
     if not prompts and config.prompts_file is not None:
         raise InputError(f"prompts_file={config.prompts_file}: holds no prompt; write one a line")
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):

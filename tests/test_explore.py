@@ -2,6 +2,7 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from conftest import TINY_RUN, run_module, train
 from scipy import stats
 
-from minigpt_pl import InputError, command_line, load
+from minigpt_pl import InputError, MiniGPT, command_line, load
 from minigpt_pl.data.corpus import open_run_corpus
 from minigpt_pl.exploration import samples as samples_
 from minigpt_pl.exploration import summary
+from minigpt_pl.exploration.compare import _by_context
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
 from minigpt_pl.exploration.scaling import power_law, word_losses
 from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, frontier, summarize
@@ -412,6 +414,23 @@ class TestCompare:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
         assert not (compared / "refused").exists()
+
+    def test_all_runs_predict_the_same_tokens_with_less_context(self):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 12, "embed_dim": 8, "num_heads": 1, "feed_forward_dim": 8}
+        networks = [MiniGPT(max_length=length, **sizes).eval() for length in (4, 8)]
+        ids = torch.randint(2, 12, (5, 10))  # 5 documents of 9 words, and their end
+        corpus = SimpleNamespace(validation=SimpleNamespace(tokens=ids.numpy().ravel(), offsets=np.arange(0, 51, 10)))
+        some = [
+            SimpleNamespace(name=n, model=SimpleNamespace(network=net)) for n, net in zip("ab", networks, strict=True)
+        ]
+        found = _by_context(some, corpus, longest=8)
+        assert list(found["a"]) == [1, 2, 4] and list(found["b"]) == [1, 2, 5, 8]
+        for name, network in zip("ab", networks, strict=True):
+            for context, estimate in found[name].items():
+                logits = network(ids[:, 8 - context : 8])[0][:, -1]
+                loss = torch.nn.functional.cross_entropy(logits, ids[:, 8])
+                assert estimate.mean == pytest.approx(loss.item(), rel=1e-4)
 
     def test_power_law(self):
         x = [1e5, 2e5, 4e5, 8e5]

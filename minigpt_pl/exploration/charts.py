@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, varied_controls
 from minigpt_pl.exploration.scaling import Fit, Run
@@ -163,12 +164,15 @@ def compared(
             axis.plot(x, fit.scale * x**-fit.exponent.mean, "--", color="#999", linewidth=1)
         axis.set(xscale="log", xlabel=what if what == "parameters" else "tokens trained on, repeats counted",
                  ylabel="loss of a word (nats)")  # fmt: skip
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.minorticks_off()
     for number, run in enumerate(runs):
         right.plot([row["band"] for row in by_position], [row[run.name] for row in by_position], "o-", markersize=3,
                    color=f"C{number}", label=run.name)  # fmt: skip
     right.set(xlabel="tokens before it in its document", ylabel="loss (nats)")
     right.tick_params(axis="x", rotation=45)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(loc="outside lower center", ncols=8, frameon=False)
     return figure
 
 

@@ -1,6 +1,7 @@
 """What is asked of a text: its length, and what may be drawn."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -57,6 +58,17 @@ class Controls:
     length_penalty: float = 1.0
 
     def __post_init__(self):
+        whole = ("num_tokens", "min_tokens", "top_k", "no_repeat_ngram_size", "num_beams")
+        real = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+        problems = [
+            f"{name}={value!r}: must be a {kind}"
+            for names, of, kind in ((whole, numbers.Integral, "whole number"), (real, numbers.Real, "number"))
+            for name in names
+            if isinstance(value := getattr(self, name), bool)
+            or not (isinstance(value, of) or (name, value) == ("top_k", None))
+        ]
+        if problems:
+            raise InputError(*problems)
         size = self.vocab_size
         rules = [
             ("num_tokens", self.num_tokens >= 1, "must be at least 1"),

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def generate_texts(
     those of `generate_text`, and so are the errors.
     """
     controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     on_ids, _, jobs = _prepare(model, prompts, seed, num_samples, **controls)
     new_ids: list[list[int]] = []
     for start in range(0, len(jobs), BATCH_TEXTS):
@@ -246,6 +248,9 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
     """
     all_ids, problems = [], []
     for prompt in prompts:
+        if not isinstance(prompt, str):
+            problems.append(f"{setting}={prompt!r}: must be a text; give it in quotes")
+            continue
         try:
             all_ids.append(tokenizer.encode(prompt).ids)
         except (UnicodeEncodeError, TypeError):  # half a surrogate pair: bytes that were no UTF-8
@@ -305,7 +310,12 @@ def _prepare(
     problems = [
         f"{name}={words!r}: must be a list of words, as ['good', 'bad']"
         for name, words in (("banned_words", banned_words), ("stop_words", stop_words))
-        if isinstance(words, str) or not all(isinstance(word, str) for word in words)
+        if not isinstance(words, Sequence) or isinstance(words, str) or not all(isinstance(word, str) for word in words)
+    ]
+    problems += [
+        f"{name}={value!r}: must be a whole number"
+        for name, value in (("num_tokens", num_tokens), ("max_tokens", max_tokens), ("seed", seed))
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral))
     ]
     if problems:
         raise InputError(*problems)

@@ -57,7 +57,6 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO if config.trainer.profiler else logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").handlers.clear()  # it would print each line a second time
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     first_process = rank_zero_only.rank == 0
     if not first_process:
         logging.getLogger().setLevel(logging.ERROR)
