@@ -301,6 +301,19 @@ def test_a_reader_that_leaves(trained, command, beginning):
     assert done.stdout.startswith(beginning) and "Error" not in done.stderr and "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", ["'prompt=the cat'", "--help"])
+def test_closed_standard_output(trained, arguments):
+    command = f"{sys.executable} -m minigpt_pl.sample {arguments} >&-"
+    done = subprocess.run(command, shell=True, cwd=trained, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert (done.returncode, done.stderr[:32]) == (2, "error: standard output is closed")
+
+
+def test_a_prompt_is_a_line_whatever_else_it_holds(trained):
+    (trained / "odd.txt").write_bytes("the cat\x0cthe\u2028dog\r\nthe ship\n".encode())
+    texts = sample(trained, "prompts_file=odd.txt", "seed=0").stdout.split("\n\n")
+    assert len(texts) == 2
+
+
 def test_closed_standard_input(trained):
     command = f"{sys.executable} -m minigpt_pl.sample prompts_file=- <&-"
     done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)

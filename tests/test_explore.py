@@ -139,6 +139,13 @@ class TestCommand:
         assert {sample["kind"] for sample in made} == {"short", "incomplete", "out_of_domain"}
         assert all(len(sample["words"]) <= 12 and sample["text"].startswith(sample["prompt"]) for sample in made)
 
+    def test_what_no_text_has_is_said_and_not_drawn(self, explored):
+        one_word = ["num_tokens=1", "temperature=1", "top_k=null", "num_seeds=1", "folder=one_word"]
+        done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *one_word, cwd=explored)
+        assert done.returncode == 0, done.stderr
+        assert not (explored / "one_word/attention_loop.png").exists()
+        assert "### loop: the worst examples\n\nNo text was marked." in (explored / "one_word/report.md").read_text()
+
     def test_a_sample_is_what_generate_text_gives(self, explored):
         from minigpt_pl import generate_text
 

@@ -297,6 +297,34 @@ class TestText:
         with pytest.raises(InputError, match="seed=2147483647: must be 0 to 2147483646"):
             generate(model, "the", top_k=5, seed=2**31 - 1, num_samples=2)
 
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"num_tokens": 5.0}, "num_tokens=5.0: must be a whole number"),
+            ({"num_tokens": True}, "num_tokens=True: must be a whole number"),
+            ({"max_tokens": "5"}, "max_tokens='5': must be a whole number"),
+            ({"top_k": 2.5}, "top_k=2.5: must be a whole number"),
+            ({"temperature": "1"}, "temperature='1': must be a number"),
+            ({"temperature": None}, "temperature=None: must be a number"),
+            ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size=1.5: must be a whole number"),
+            ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+            ({"seed": True}, "seed=True: must be a whole number"),
+            ({"banned_words": None}, "banned_words=None: must be a list of words"),
+            ({"stop_words": 3}, "stop_words=3: must be a list of words"),
+            ({"prompt": 5}, "prompt=5: must be a text"),
+            ({"prompt": ["the"]}, r"prompt=\['the'\]: must be a text"),
+        ],
+        ids=str,
+    )
+    def test_wrong_types(self, model, given, message):
+        with pytest.raises(InputError, match=message):
+            generate_text(model, **({"prompt": "the", "top_k": 5} | given))
+
+    def test_one_prompt_or_many(self, model):
+        expected = generate_texts(model, ["the cat"], 4, top_k=5, seed=1)
+        assert generate_texts(model, "the cat", 4, top_k=5, seed=1) == expected
+        assert generate_texts(model, iter(["the cat"]), 4, top_k=5, seed=1) == expected
+
     def test_one_text_is_not_several(self, model):
         for write in (generate_text, stream_text):
             with pytest.raises(TypeError, match="num_samples"):

@@ -154,15 +154,17 @@ def _blocks(
         "loop: words said again, from the onset; bracket: one closed and not opened, or not closed; grammar, nonsense:"
         " 6 words whose order, or whose company, n-grams of the training text find stranger than the worst of 19 in 20"
         " real texts; drift, sentiment: 20 words further from the words before, in topic or in praise and blame, than"
-        f" in 19 of 20 real texts. The limits come from {judge.calibrating} other held-out texts, so real text shows"
+        f" in 19 of 20 real texts. A text too short for such a window cannot be marked, and counts as free of it. The"
+        f" limits come from {judge.calibrating} other held-out texts, so real text shows"
         " the rate of false alarms."
     )
     yield chart("failures", "Texts with a failure, by setting", charts.failures(summary, grid, people))
-    yield Words("Do the detectors find what is there? The share of real texts marked when this was put into them:")
-    yield Table(
-        ["put into real text", *KINDS],
-        [[name, *(f"{shares[kind]:.0%}" for kind in KINDS)] for name, shares in study["planted"].items() if shares],
-    )
+    planted = [
+        [name, *(f"{shares[kind]:.0%}" for kind in KINDS)] for name, shares in study["planted"].items() if shares
+    ]
+    if planted:
+        yield Words("Do the detectors find what is there? The share of real texts marked when this was put into them:")
+        yield Table(["put into real text", *KINDS], planted)
     order = sorted((i for i in range(len(grid)) if summary[i]), key=lambda i: -summary[i]["failure: any"].mean)
     columns = [name.removeprefix("failure: ") for name in FAILURES]
     yield Table(
@@ -172,7 +174,10 @@ def _blocks(
     )  # fmt: skip
     for kind in KINDS:
         yield Heading(f"### {kind}: the worst examples")
-        for sample in _worst(samples, kind):
+        worst = _worst(samples, kind)
+        if not worst:
+            yield Words("No text was marked.")
+        for sample in worst:
             yield Marked(sample, f"{label(sample['settings'], varied)}, seed {sample['seed']}", kind)
 
     yield Heading("## Why this network does it")
@@ -199,10 +204,11 @@ def _blocks(
         )
         yield Table(["second half", "loss"], [[name.replace("first", "after another").replace("again", "after itself"),
                                                estimate_text(e)] for name, e in study["copying"].items()])  # fmt: skip
-    for title, name, sample in (
-        ("a text of the best setting", "attention_best", first_sample(grid[best[0]], prompts[0][1])),
-        ("the longest loop", "attention_loop", max(samples, key=lambda s: s["metrics"]["loop"])),
-    ):
+    shown = [("a text of the best setting", "attention_best", first_sample(grid[best[0]], prompts[0][1]))]
+    looping = max(samples, key=lambda s: s["metrics"]["loop"])
+    if looping["metrics"]["loop"]:
+        shown.append(("the longest loop", "attention_loop", looping))
+    for title, name, sample in shown:
         ids = [*sample["prompt_ids"], *sample["ids"]][: min(MAP_WORDS, network.max_length)]
         words = [model.tokenizer.id_to_token(id_) for id_ in ids]
         with torch.inference_mode():
