@@ -114,6 +114,9 @@ def main() -> None:
 
     import torch
 
+    from minigpt_pl.memory import keep_freed_memory
+
+    keep_freed_memory()  # as `sample` does
     here = [backend for backend, packages in KERAS.items() if all(map(importlib.util.find_spec, packages))]
     if missing := set(KERAS) - set(here):
         print(f"left out, for want of a package: Keras on {', '.join(sorted(missing))}")

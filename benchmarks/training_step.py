@@ -87,7 +87,7 @@ def ours_fp32(turn: Turn) -> None:
 def ours_without_lightning(turn: Turn) -> None:
     """The same model, loss and optimizer in a bare loop: what Lightning adds is the difference."""
     from minigpt_pl.loss import linear_cross_entropy
-    from minigpt_pl.training.fit import keep_freed_memory
+    from minigpt_pl.memory import keep_freed_memory
     from minigpt_pl.training.optimizers import KerasAdam, record_squares_by_occurrence
 
     keep_freed_memory()

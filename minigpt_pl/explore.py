@@ -8,6 +8,7 @@ from pathlib import Path
 from minigpt_pl import command_line, runs
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.errors import InputError
+from minigpt_pl.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def explore(config: ExploreConfig) -> Path:
     Raises:
         InputError: no such run, no words or text of it, prompts or settings that nothing can be written with.
     """
+    keep_freed_memory()
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise InputError(f"explore: {', '.join(missing)} is not installed; pip install 'minigpt_pl[explore]'")
     from minigpt_pl.data.corpus import open_run_corpus

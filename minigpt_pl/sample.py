@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt_pl import command_line, runs
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
+from minigpt_pl.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from minigpt_pl.generation.text import TextModel
@@ -26,6 +27,7 @@ def sample(config: SampleConfig) -> None:
     from minigpt_pl.generation import show
     from minigpt_pl.generation.text import encode_prompts, load, unknown_words
 
+    keep_freed_memory()
     prompts = [] if config.interactive else _prompts(config)
     variants = _variants(config)
     model = load(_checkpoint(config))

@@ -1,11 +1,9 @@
 """From settings to a trained run folder: text, module, Trainer, record."""
 
-import ctypes
 import dataclasses
 import importlib.util
 import logging
 import os
-import platform
 import sys
 import warnings
 from importlib.metadata import version
@@ -26,6 +24,7 @@ from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside
 from minigpt_pl.generation.text import encode_prompts
+from minigpt_pl.memory import keep_freed_memory
 from minigpt_pl.runs import IMPORTED_FROM
 from minigpt_pl.tokenizer import END, UNKNOWN_ID, load_tokenizer
 from minigpt_pl.training import curve
@@ -34,8 +33,6 @@ from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.trainer import build_trainer, precision, processes, validates
 
 log = logging.getLogger(__name__)
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from: Path | None) -> Path:
@@ -266,14 +263,6 @@ def _circumstances(trainer: L.Trainer, datamodule: TextDataModule) -> dict[str, 
         "device": str(trainer.strategy.root_device),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
     }
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one: fetching it anew takes a tenth of the step."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _quiet_known_warnings() -> None:
