@@ -13,7 +13,7 @@ import numpy as np
 from minigpt_pl import command_line, runs
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_aside, write_figure
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ def evaluate(config: EvaluateConfig) -> None:
         InputError: a file is missing or unreadable, or there is nothing to evaluate on.
     """
     from minigpt_pl.generation.text import load
-    from minigpt_pl.training import curve
 
     model = load(runs.choose_checkpoint(Path(config.output_dir), config.run))
     result = _measure(config, model)
@@ -47,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> None:
     except ImportError:
         log.info("No %s.png: pip install 'minigpt_pl[show]' draws it.", name)
     else:
-        curve.save(figure, target.with_name(f"{name}.png"))
+        write_figure(target.with_name(f"{name}.png"), figure)
     log.info("Wrote %s.json", target)
 
 

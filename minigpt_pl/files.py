@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from minigpt_pl.errors import InputError
 
@@ -10,6 +11,13 @@ def write_aside(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 120) -> None:
+    """Write a matplotlib figure as PNG, aside and renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(aside, format="png", dpi=dpi)
     aside.replace(path)
 
 

@@ -84,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 F.pad(counted, (0, missing)),
             )  # fmt: skip
             weight_ = weight.to(product_dtype)
-            output, output_transposed = Product(weight_, bias, rows), Product(weight_.T.contiguous(), rows=rows)
+            output, output_transposed = Product(weight_, bias, rows), Product(weight_.T, rows=rows)
             loss = hidden.new_zeros(())
             if need_gradients:
                 grad_hidden = hidden.new_empty(hidden_.shape)

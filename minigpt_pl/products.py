@@ -36,7 +36,7 @@ class Product(nn.Module):
         if not self.by_onednn:
             return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         if self.laid_out is None:  # not before: of a model's products some are never asked for
-            self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows or 64)
+            self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
         rows = x.flatten(0, -2)
         count = size = len(rows)
         if self.rows is None:

@@ -1,6 +1,7 @@
 """Shared by all tests: a small text of our own, the real reviews where they are, one small trained run."""
 
 import csv
+import json
 import os
 import random
 import subprocess
@@ -42,6 +43,16 @@ def losses(folder: Path, name: str = "train/loss") -> dict[int, float]:
     """Step -> value, from metrics.csv."""
     with (folder / "metrics.csv").open() as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+# Of an exploration.
+HOSTILE = "the </script><img src=none.png> cat"
+PROMPTS = f"short: [the cat, a dog]\nincomplete:\n  - the king sees\nout_of_domain:\n  - '{HOSTILE}'\n"
+
+
+def records(cwd, name="samples.jsonl", folder="outputs/tiny/explore"):
+    """The lines of an exploration's file."""
+    return [json.loads(line) for line in (cwd / folder / name).read_text().split("\n")[:-1]]
 
 
 COMMON = {

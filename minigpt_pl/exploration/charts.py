@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, varied_controls
 from minigpt_pl.exploration.scaling import Fit, Run
 from minigpt_pl.exploration.summary import FAILURES, Estimate, frontier
+from minigpt_pl.files import write_figure
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9, "axes.grid": True,
                         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
@@ -180,9 +181,7 @@ def save(figure: Figure, path: Path) -> str:
     """Write a PNG, aside and renamed, and return the same chart as SVG for the page."""
     from io import StringIO
 
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png", dpi=130)
-    aside.replace(path)
+    write_figure(path, figure, dpi=130)
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -18,7 +18,7 @@ from minigpt_pl.exploration import charts
 from minigpt_pl.exploration.blocks import Blank, Block, Heading, Table, Words, as_markdown, estimate_text
 from minigpt_pl.exploration.judging import Judge
 from minigpt_pl.exploration.network_study import CUT, WINDOWS
-from minigpt_pl.exploration.samples import Sample, Setting, label, write_samples, write_texts
+from minigpt_pl.exploration.samples import Sample, Setting, label, without_nan, write_samples, write_texts
 from minigpt_pl.exploration.scaling import SIZES, Fit, Run, held_out_documents, open_runs, power_laws, word_losses
 from minigpt_pl.exploration.summary import MEASURES, Estimate, bootstrap, by_prompt, summarize_real
 from minigpt_pl.files import make_folder, write_aside
@@ -71,7 +71,7 @@ def compare(config: ExploreConfig, prompts: Sequence[tuple[str, str]], folder: P
         "documents": len(documents), "tokens": measured["whole"]["tokens"], "words": measured["whole"]["words"],
         "runs": {run.name: {
             "parameters": run.parameters, "in_blocks": run.in_blocks, "context": run.model.network.max_length,
-            "text": run.text, "passes": None if math.isnan(run.passes) else run.passes,
+            "text": run.text, "passes": run.passes,
             "word_loss": by_document[run.name][0], "less_first": by_document[run.name][1],
             "consistency": consistency[run.name],
         } for run in compared},
@@ -79,7 +79,7 @@ def compare(config: ExploreConfig, prompts: Sequence[tuple[str, str]], folder: P
         "fits": [{"against": what, "of": names} | (dataclasses.asdict(fit) if fit else {})
                  for what, names, fit in fits],
     }  # fmt: skip
-    write_aside(folder / "compare.json", json.dumps(record, indent=1).replace("NaN", "null") + "\n")
+    write_aside(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
     charts.save(charts.compared(compared, by_document, measured["by_position"], fits), folder / "compare.png")
     blocks = _blocks(compared, corpus, setting, everything, measured, by_document, contexts, consistency, fits)
     write_aside(folder / "compare.md", "\n\n".join(as_markdown(block) for block in blocks) + "\n")

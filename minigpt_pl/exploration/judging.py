@@ -1,6 +1,5 @@
 """Every measure of every sample, and of real held-out texts of the same length."""
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from minigpt_pl.data.corpus import Corpus, Ids
-from minigpt_pl.exploration.samples import Sample
-from minigpt_pl.files import write_aside
+from minigpt_pl.exploration.samples import Sample, write_samples
 from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures import texts as measures
 from minigpt_pl.measures.copying import longest_copies
@@ -85,7 +83,7 @@ class Judge:
         """The same of the real texts, by document number and without their words; also written to a file."""
         judged = self._judge(list(self.real.values()))
         records = [{"document": i} | record for i, record in zip(self.real, judged, strict=True)]
-        write_aside(path, "".join(json.dumps(record).replace("NaN", "null") + "\n" for record in records))
+        write_samples(path, records)
         return records
 
     def planted(self) -> dict[str, dict[str, float]]:

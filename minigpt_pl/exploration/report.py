@@ -26,7 +26,7 @@ from minigpt_pl.exploration.blocks import (
     estimate_text,
 )
 from minigpt_pl.exploration.judging import CONTEXT, Judge
-from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, varied_controls
+from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls
 from minigpt_pl.exploration.summary import (
     FAILURES,
     MEASURES,
@@ -135,11 +135,11 @@ def _blocks(
     for control in varied:
         low, high, _ = effect(samples, control, "loss")
         yield Words(
-            f"What {control} changes: the mean at {_value(high)} less the mean at {_value(low)}, over all other"
+            f"What {control} changes: the mean at {value_text(high)} less the mean at {value_text(low)}, over all other"
             " controls, prompt by prompt. An interval that holds 0 shows no difference."
         )
         yield Table(
-            ["measure", f"{control}: {_value(low)} to {_value(high)}"],
+            ["measure", f"{control}: {value_text(low)} to {value_text(high)}"],
             [[name, estimate_text(effect(samples, control, name)[2], sign=True)] for name in [*SHOWN, "failure: any"]],
         )
     yield Heading("### The best settings, by a stated rule")
@@ -268,7 +268,3 @@ def _worst(samples: Sequence[Sample], kind: str) -> list[Sample]:
 
 def _percent(estimate: Estimate) -> str:
     return f"{estimate.mean:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"
-
-
-def _value(value: float | None) -> str:
-    return "all" if value is None else f"{value:g}"

@@ -74,8 +74,8 @@ def label(setting: Setting, varied: Sequence[str]) -> str:
     """A setting's short name: the controls that the grid varies."""
     if is_greedy(setting):
         others = [name for name in varied if name not in GREEDY]
-        return " ".join(["greedy", *(f"{name}={_short(setting[name])}" for name in others)])
-    return " ".join(f"{name}={_short(setting[name])}" for name in varied) or "the only setting"
+        return " ".join(["greedy", *(f"{name}={value_text(setting[name])}" for name in others)])
+    return " ".join(f"{name}={value_text(setting[name])}" for name in varied) or "the only setting"
 
 
 def varied_controls(grid: Sequence[Setting]) -> list[str]:
@@ -84,7 +84,8 @@ def varied_controls(grid: Sequence[Setting]) -> list[str]:
     return [name for name in GRID if len({setting[name] for setting in open_settings}) > 1]
 
 
-def _short(value: float | None) -> str:
+def value_text(value: float | None) -> str:
+    """A control's value; None sets no limit."""
     return "all" if value is None else f"{value:g}"
 
 
@@ -193,13 +194,15 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def _line(sample: Sample) -> str:
-    return json.dumps(_without_nan(sample), ensure_ascii=False) + "\n"
+    return json.dumps(without_nan(sample), ensure_ascii=False) + "\n"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no nan: null."""
     if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from minigpt_pl.config import CONTROLS
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids, stream_ids
@@ -19,10 +20,7 @@ from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID, load_tokenizer
 BATCH_TEXTS = 256  # written at once; bounds the memory for a thousand prompts
 NOT_KNOWN = "not in the model's vocabulary; use words that it knows"
 # The controls that are the same for words and for ids.
-NUMBERS = (
-    "num_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
-    "no_repeat_ngram_size", "num_beams", "length_penalty",
-)  # fmt: skip
+NUMBERS = tuple(name for name in CONTROLS if not name.endswith("_words"))
 
 
 @dataclass

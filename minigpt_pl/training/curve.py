@@ -3,7 +3,8 @@
 import csv
 import logging
 from pathlib import Path
-from typing import Any
+
+from minigpt_pl.files import write_figure
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,4 @@ def draw(folder: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    save(figure, folder / "loss.png")
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure aside and rename it."""
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png", dpi=120)
-    aside.replace(path)
+    write_figure(folder / "loss.png", figure)

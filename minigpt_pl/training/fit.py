@@ -22,7 +22,7 @@ from minigpt_pl.config import ImdbConfig, TrainConfig
 from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_aside, write_figure
 from minigpt_pl.generation.text import encode_prompts
 from minigpt_pl.memory import keep_freed_memory
 from minigpt_pl.runs import IMPORTED_FROM
@@ -248,7 +248,7 @@ def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: 
     )
     finder = Tuner(trainer).lr_find(module, datamodule=datamodule, attr_name="learning_rate")
     picture = output_dir / "learning_rate.png"
-    curve.save(finder.plot(suggest=True), picture)
+    write_figure(picture, finder.plot(suggest=True))
     log.info("Proposal: optimizer.learning_rate=%.2g (the curve: %s)", finder.suggestion(), picture)
     return output_dir
 
