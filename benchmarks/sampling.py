@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROMPT, TEMPERATURE, TOP_K = 40, 0.8, 20
-CASES = {"one": (1, 60), "one, long": (1, 500), "many": (64, 60), "many, long": (64, 200)}  # texts, new tokens
+CASES = {"one": (1, 60), "one-long": (1, 500), "many": (64, 60), "many-long": (64, 200)}  # texts, new tokens
 LOOP_TOKENS = 4  # what the loops write: each costs the same
 SIZES = {"vocab_size": 20_000, "max_length": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
 KERAS = {"tensorflow": ("keras", "tensorflow"), "torch": ("keras",)}  # backend -> packages

@@ -1,5 +1,7 @@
 """The one exception that stands for bad input."""
 
+DIVERGED = "the network's values are not numbers (NaN); its training has diverged"  # of a ValueError
+
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message names the setting, its value and the remedy.

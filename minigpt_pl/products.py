@@ -1,11 +1,13 @@
 """Products with a matrix that stays the same for a while, by oneDNN where a CPU has it."""
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt_pl.errors import DIVERGED
 from minigpt_pl.model import MiniGPT
 
 
@@ -37,7 +39,7 @@ class Product(nn.Module):
             return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         if self.laid_out is None:  # not before: of a model's products some are never asked for
             self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
-        rows = x.flatten(0, -2)
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
         count = size = len(rows)
         if self.rows is None:
             # oneDNN makes a kernel for each number of rows, and keeps some MB with it: so 1, 2, 4, 8, 16, 32, 48, ...
@@ -46,6 +48,36 @@ class Product(nn.Module):
             rows = F.pad(rows, (0, 0, 0, size - count))
         result = torch.ops.mkldnn._linear_pointwise(rows, self.laid_out, self.bias, "none", [], "")
         return result if size == count and x.dim() == 2 else result[:count].view(*x.shape[:-1], -1)
+
+
+class RoughProduct:
+    """x @ weight.T + bias to within 2 % or so of the spread of the result, from 8-bit integers: half the time of bf16.
+
+    A row of the weight has a scale of its own, x one for all of it ("dynamic quantization"); the sums are exact.
+
+    Args:
+        weight: (out, in) in fp32, where `has_int8_units`; used as it is now.
+
+    Raises:
+        ValueError: a value of the weight, or later of x, is NaN or infinite.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.scales = weight.abs().amax(dim=1).clamp_(min=1e-30).div_(127)  # (out,)
+        if not self.scales.isfinite().all():
+            raise ValueError(DIVERGED)
+        self.laid_out = torch.ops.onednn.qlinear_prepack((weight / self.scales[:, None]).round_().char(), None)
+        self.zeros, self.zero = torch.zeros(len(weight), dtype=torch.int64), torch.tensor(128.5)
+
+    def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(rows, in) and (out,) -> (rows, out)."""
+        largest = float(torch.linalg.vector_norm(x, math.inf))
+        if not math.isfinite(largest):
+            raise ValueError(DIVERGED)
+        scale = max(largest, 1e-30) / 127
+        x = torch.add(self.zero, x, alpha=1 / scale).byte()  # rounded, 128 standing for 0
+        args = (self.laid_out, self.scales, self.zeros, bias, 1.0, 0, torch.float32, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise(x, scale, 128, *args)
 
 
 def by_onednn(weight: Tensor) -> bool:
@@ -59,6 +91,11 @@ def by_onednn(weight: Tensor) -> bool:
 def has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def has_int8_units(weight: Tensor) -> bool:
+    """Whether the weight is on a CPU that multiplies 8-bit integers faster than floats, by way of oneDNN."""
+    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 def with_products(model: MiniGPT) -> MiniGPT:

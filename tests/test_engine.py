@@ -1,6 +1,8 @@
 """The engine against plain full forwards, and against itself in other company."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from minigpt_pl import InputError, MiniGPT
 from minigpt_pl.generation import decoders, engine, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import draw, generate_ids, stream_ids
-from minigpt_pl.products import with_products
+from minigpt_pl.generation.prepared import prepare
 
-SIZE, WINDOW = 2000, 12  # enough tokens that the likeliest are screened in bf16, and looked for in groups
+SIZE, WINDOW = 2000, 12  # enough tokens that the likeliest are screened in 8 bits, and looked for in groups
 
 
 def network(num_blocks: int = 1, **changes) -> MiniGPT:
@@ -55,7 +57,7 @@ class TestDecoders:
         model = network(num_blocks, num_heads=num_heads)
         texts = random_prompts(1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2)
         with torch.inference_mode():
-            decoder = decoders.start(with_products(model), texts)
+            decoder = decoders.start(prepare(model), texts)
             for step in range(2 * WINDOW + 3):
                 full = [model.hidden_states(torch.tensor([text[-WINDOW:]]))[0, -1] for text in texts]
                 assert_close(decoder.hidden_states(), torch.stack(full), atol=1e-5, rtol=0)
@@ -112,25 +114,25 @@ class TestEngine:
     def test_bit_equal_alone_and_in_any_batch(self, num_blocks, threads):
         """Hidden states, not only draws: one in a million draws would show a difference in the last bits."""
         width = 256  # the seed's: smaller products have other kernels
-        model = with_products(network(num_blocks, embed_dim=width, head_dim=width, feed_forward_dim=width))
+        prepared = prepare(network(num_blocks, embed_dim=width, head_dim=width, feed_forward_dim=width))
         prompts = random_prompts(*(1 + i % (2 * WINDOW) for i in range(70)))
         torch.set_num_threads(threads)
         try:
             with torch.inference_mode():
-                alone = torch.cat([self._states(model, [prompt]) for prompt in prompts])
+                alone = torch.cat([self._states(prepared, [prompt]) for prompt in prompts])
                 for size in (2, 3, 5, 6, 7, 9, 11, 13, 16, 31, 70):
                     groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-                    assert torch.equal(torch.cat([self._states(model, group) for group in groups]), alone), size
+                    assert torch.equal(torch.cat([self._states(prepared, group) for group in groups]), alone), size
         finally:
             torch.set_num_threads(1)
 
     @staticmethod
-    def _states(model, prompts):
+    def _states(prepared, prompts):
         """(B, 4, D and V): hidden states and logits of four steps on, ids given by the texts."""
-        decoder, states = decoders.start(model, prompts), []
+        decoder, states = decoders.start(prepared, prompts), []
         for step in range(4):
             hidden = decoder.hidden_states()
-            states.append(torch.cat([hidden, model.output(hidden)], dim=1))
+            states.append(torch.cat([hidden, prepared.model.output(hidden)], dim=1))
             decoder.append(torch.tensor([(prompt[0] + step) % SIZE for prompt in prompts]))
         return torch.stack(states, dim=1)
 
@@ -195,21 +197,34 @@ class TestEngine:
         controls = Controls(vocab_size=SIZE, num_tokens=10)
         assert len(set(map(tuple, generate_ids(network(), [[5]] * 20, controls, range(20))))) > 15
 
-    def test_screening_in_bf16_finds_the_likeliest_and_their_exact_logits(self):
-        model = with_products(network())
-        output = engine._Output(model, Controls(vocab_size=SIZE, top_k=10))
+    @pytest.mark.parametrize("top_k", [1, 10, 60])
+    def test_screening_in_8_bits_finds_the_likeliest_and_their_exact_logits(self, top_k):
+        prepared = prepare(network())
+        output = engine._Output(prepared, Controls(vocab_size=SIZE, top_k=top_k))
         if not output.screens:
-            pytest.skip("no bf16 units")
+            pytest.skip("no int8 units")
         hidden = torch.randn(500, 32)
         with torch.inference_mode():
-            exact, (logits, ids) = model.output(hidden), output.candidates(hidden, None, 0)
+            exact, (logits, ids) = prepared.model.output(hidden), output.candidates(hidden, None, 0)
+            rough = output.screen(hidden, output.bias)
+        assert 0.001 < float((rough - exact).std() / exact.std()) < 0.02
         assert_close(logits, exact.gather(1, ids), atol=1e-5, rtol=1e-5)
-        assert logits.shape == (500, 10 + engine.SPARE)
-        assert torch.equal(ids.gather(1, logits.topk(10).indices), exact.topk(10).indices)
+        assert torch.equal(ids, exact.topk(top_k).indices.sort().values)
 
-    def test_a_large_top_k_is_not_looked_for_in_bf16(self):
-        controls = Controls(vocab_size=SIZE, top_k=SIZE // 2)
-        assert not engine._Output(with_products(network()), controls).screens
+    @pytest.mark.parametrize(
+        ("changes", "screens"), [({"top_k": 100}, True), ({"top_k": 101}, False), ({"top_k": None}, False),
+                                 ({"repetition_penalty": 1.1}, False), ({"temperature": 0, "top_k": None}, True)],
+    )  # fmt: skip
+    def test_what_is_not_looked_for_in_8_bits(self, changes, screens, monkeypatch):
+        monkeypatch.setattr(engine, "has_int8_units", lambda _: True)
+        assert engine._Output(prepare(network()), Controls(vocab_size=SIZE, **changes)).screens is screens
+
+    @pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"banned_ids": range(500)}], ids=str)
+    def test_a_text_is_the_same_without_int8_units(self, changes, monkeypatch):
+        prompts, controls = random_prompts(*range(1, 30)), Controls(vocab_size=SIZE, num_tokens=30, **changes)
+        here = generate_ids(network(), prompts, controls, range(29))
+        monkeypatch.setattr(engine, "has_int8_units", lambda _: False)
+        assert generate_ids(network(), prompts, controls, range(29)) == here
 
     def test_nothing_left_to_draw(self):
         controls = Controls(vocab_size=15, num_tokens=20, top_k=3, no_repeat_ngram_size=1)
@@ -223,14 +238,40 @@ class TestEngine:
         with pytest.raises(ValueError, match="NaN"):
             generate_ids(model, [[2]], Controls(vocab_size=SIZE, temperature=temperature), [0])
 
+    @pytest.mark.parametrize("part", ["blocks.0.attention.value.bias", "token_embedding.weight"])
+    def test_a_network_that_diverged_within_is_named(self, part):
+        model = network()
+        model.get_parameter(part).data[...] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            generate_ids(model, [[2]], Controls(vocab_size=SIZE), [0])
+
     def test_the_model_is_left_as_it_was(self):
         model = network()
         before = {name: type(module) for name, module in model.named_modules()}
         generate_ids(model, [[2]], Controls(vocab_size=SIZE, num_tokens=2), [0])
         assert {name: type(module) for name, module in model.named_modules()} == before
-        with torch.no_grad():
-            model.output.bias[8] += 100  # and no weight is remembered
-        assert generate_ids(model, [[2]], Controls(vocab_size=SIZE, num_tokens=2), [0]) == [[8, 8]]
+
+    @pytest.mark.parametrize("num_blocks", [1, 2])
+    def test_prepared_weights_are_used_again_until_they_change(self, num_blocks):
+        model, controls, changed = network(num_blocks), Controls(vocab_size=SIZE, num_tokens=10), 0
+        for name, weight in model.named_parameters():
+            prepared, before = prepare(model), generate_ids(model, [[2, 3]], controls, [0])
+            assert prepare(model) is prepared and prepare(network(num_blocks)) is not prepared
+            weight.data = weight.data.flip(0)  # the same sum; and no count of changes tells of it
+            after = generate_ids(model, [[2, 3]], controls, [0])
+            assert after == [plainly(model, [2, 3], controls, 0)], name
+            changed += after != before
+        assert changed > 0.7 * len(list(model.parameters()))
+        model.double()
+        assert prepare(model).model.output.weight.dtype == torch.float64
+
+    def test_a_network_is_prepared_for_use_and_let_go(self):
+        model = network(dropout=0.5).train()
+        assert not any(module.training for module in prepare(model).model.modules()) and model.training
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
 
 
 class TestBeams:

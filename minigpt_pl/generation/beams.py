@@ -6,10 +6,10 @@ import torch
 
 from minigpt_pl.generation import decoders, filters
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.model import MiniGPT
+from minigpt_pl.generation.prepared import Prepared
 
 
-def search(model: MiniGPT, prompt: Sequence[int], controls: Controls) -> list[int]:
+def search(prepared: Prepared, prompt: Sequence[int], controls: Controls) -> list[int]:
     """Beam search (Lowerre 1976; for networks Graves, arXiv 1211.3711), as Hugging Face's `generate(num_beams=...)`.
 
     At each step the `num_beams` likeliest of all continuations of all beams go on. A text that ended is kept with its
@@ -18,7 +18,6 @@ def search(model: MiniGPT, prompt: Sequence[int], controls: Controls) -> list[in
     there, `filters.process` sees log-probabilities, to which the repetition penalty does something else than to logits.
 
     Args:
-        model: in eval mode, from `with_products`.
         prompt: token ids, at least one.
         controls: those of `filters.process`, `num_beams`, `length_penalty`, and what ends a text.
 
@@ -28,8 +27,8 @@ def search(model: MiniGPT, prompt: Sequence[int], controls: Controls) -> list[in
     Raises:
         InputError: `no_repeat_ngram_size` or the bans leave nothing that could go on.
     """
-    num_beams, size = controls.num_beams, model.vocab_size
-    decoder = decoders.start(model, [prompt])
+    model, num_beams, size = prepared.model, controls.num_beams, prepared.model.vocab_size
+    decoder = decoders.start(prepared, [prompt])
     texts = torch.tensor([prompt], device=model.output.weight.device)  # (B, T)
     scores = torch.zeros(1, 1, device=texts.device)  # (B, 1): the log-probability of each so far
     finished: list[tuple[float, list[int]]] = []  # the best first

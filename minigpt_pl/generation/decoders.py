@@ -13,92 +13,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt_pl.generation.prepared import AbsorbedAttention, Prepared
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.products import Product
+
+SLIDES = 64  # steps of a full window until its tokens are copied back to the beginning of their row
 
 
-def start(model: MiniGPT, prompts: Sequence[Sequence[int]]) -> "LookupDecoder | CacheDecoder":
+def start(prepared: Prepared, prompts: Sequence[Sequence[int]]) -> "LookupDecoder | CacheDecoder":
     """A decoder that has read the prompts.
 
     Args:
-        model: in eval mode, from `with_products`.
         prompts: token ids, at least one each; of long ones the last `max_length` count.
     """
-    return (LookupDecoder if len(model.blocks) == 1 else CacheDecoder)(model, prompts)
+    if prepared.attention is None:
+        return CacheDecoder(prepared.model, prompts)
+    return LookupDecoder(prepared.model, prepared.attention, prompts)
 
 
 class LookupDecoder:
     """For one block: its attention reads embeddings, so nothing has to be computed for the tokens before.
 
-    The score of query x_i on key x_j is (Wq x_i + bq) . (Wk x_j + bk). With q_i = Wk' (Wq x_i + bq) it is q_i . x_j
-    and a term that is the same for all j, which the softmax does not see. Likewise the attention's output is
-    Wo Wv (sum of weight_j x_j) and a constant. So the products of the matrices are made once ("absorbed" as in
-    DeepSeek-V2's attention, arXiv 2405.04434), and keys and values are the embeddings themselves.
-
-    As x_j = token + position, the window holds the token's part, in a ring, and the position's part is added at each
-    step: when the window slides and every position changes, nothing is computed anew.
+    Each is token + position. The window holds the token's part, and the position's part is added at each step: when
+    the window slides and every position changes, nothing is computed anew.
     """
 
-    def __init__(self, model: MiniGPT, prompts: Sequence[Sequence[int]]):
-        self.block, attention = model.blocks[0], model.blocks[0].attention
-        self.tokens, positions = model.token_embedding.weight, model.position_embedding.weight  # (V, D), (W, D)
-        self.positions = positions
-        self.num_heads, size = attention.num_heads, model.max_length
-        heads, scale = (attention.num_heads, attention.head_dim), 1 / math.sqrt(attention.head_dim)
-        layers = (attention.query, attention.key, attention.value)
-        query, key, value = (layer.weight.unflatten(0, heads) for layer in layers)  # (H*K, D) -> (H, K, D)
-        # One product makes the query and its scores on the positions, one the values of tokens and of positions.
-        weight = key.mT @ query * scale  # (H, D, D)
-        bias = (attention.query.bias.view(heads)[:, None] @ key)[:, 0] * scale  # (H, D)
-        weight, bias = (torch.cat([x, y], dim=1) for x, y in ((weight, positions @ weight), (bias, bias @ positions.T)))
-        self.query = Product(weight.flatten(0, 1), bias.flatten())  # D -> H*(D + W)
-        weight = attention.output.weight.unflatten(1, heads).transpose(0, 1) @ value  # (D, H*K) -> (H, D, D)
-        weight = torch.cat([weight, weight @ positions.T], dim=2)  # (H, D, D + W)
-        bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)
-        self.value = Product(weight.transpose(0, 1).flatten(1), bias)  # H*(D + W) -> D
-
-        prompts = [prompt[-size:] for prompt in prompts]
-        # Slot `newest` of the ring is the newest token, the one before it is next older, and so on around.
-        self.newest = size - 1
-        self.window = self.positions.new_zeros(len(prompts), *self.positions.shape)  # (B, W, D)
-        self.slots = torch.arange(size, device=self.positions.device)
-        for window, prompt in zip(self.window, prompts, strict=True):
-            window[size - len(prompt) :] = F.embedding(self.slots.new_tensor(prompt), self.tokens)
-        self.empty = self.slots.new_tensor([size - len(prompt) for prompt in prompts])  # (B,): slots not filled yet
-        self.most_empty = size - min(map(len, prompts))  # at most; 0: all windows are full, which takes fewer steps
-        # Row `newest`: the place of each slot in a text that fills the window.
-        self.full_places = (self.slots - self.slots[:, None] - 1) % size  # (W, W)
+    def __init__(self, model: MiniGPT, attention: AbsorbedAttention, prompts: Sequence[Sequence[int]]):
+        self.block, self.num_heads, self.attention = model.blocks[0], model.blocks[0].attention.num_heads, attention
+        self.tokens, self.positions = model.token_embedding.weight, model.position_embedding.weight  # (V, D), (W, D)
+        self.size = model.max_length
+        prompts = [prompt[-self.size :] for prompt in prompts]
+        # A text's window begins at slot `start` of its row, and with it position 0; beyond its length it is empty.
+        self.start, self.rows = 0, self.tokens.new_zeros(len(prompts), self.size + SLIDES, self.tokens.shape[1])
+        self.places = torch.arange(self.size, device=self.rows.device)
+        for row, prompt in zip(self.rows, prompts, strict=True):
+            row[: len(prompt)] = F.embedding(self.places.new_tensor(prompt), self.tokens)
+        lengths = [len(prompt) for prompt in prompts]
+        self.lengths, self.shortest, self.longest = self.places.new_tensor(lengths), min(lengths), max(lengths)
 
     def append(self, ids: Tensor) -> None:
         """One more token for each text: ids (B,)."""
-        self.newest = (self.newest + 1) % len(self.slots)
-        self.window[:, self.newest] = F.embedding(ids, self.tokens)
-        if self.most_empty:
-            self.empty, self.most_empty = (self.empty - 1).clamp_(min=0), self.most_empty - 1
+        if self.longest == self.size:
+            self._slide()
+        new = F.embedding(ids, self.tokens)  # (B, D)
+        if self.shortest == self.size:
+            self.rows[:, self.start + self.size - 1] = new
+            return
+        newest = self.lengths.clamp(max=self.size - 1)  # (B,)
+        self.rows[torch.arange(len(ids), device=ids.device), self.start + newest] = new
+        self.lengths = newest + 1
+        self.shortest, self.longest = (min(length + 1, self.size) for length in (self.shortest, self.longest))
+
+    def _slide(self) -> None:
+        """The window leaves its oldest token; texts that do not fill it yet move along with it."""
+        if self.start == SLIDES:
+            self.rows[:, : self.size] = self.rows[:, self.start :].clone()
+            self.start = 0
+        if self.shortest < self.size:
+            short = self.lengths < self.size
+            self.rows[short] = self.rows[short].roll(1, dims=1)
+        self.start += 1
 
     def keep(self, texts: Tensor) -> None:
         """Go on with these texts only: indices among the present ones."""
-        self.window, self.empty = self.window[texts], self.empty[texts]
+        self.rows, self.lengths = self.rows[texts], self.lengths[texts]
 
     def hidden_states(self) -> Tensor:
         """The last block's output for the newest tokens: (B, D), as `MiniGPT.hidden_states(...)[:, -1]`."""
-        size, width = self.positions.shape
-        places = self.full_places[self.newest]  # (W,)
-        if self.most_empty:
-            places = places - self.empty[:, None]  # (B, W); below 0: the text is not that long
-            last = F.embedding(size - 1 - self.empty, self.positions)  # (B, D)
+        window, width = self.rows[:, self.start : self.start + self.size], self.rows.shape[2]  # (B, W, D)
+        if self.shortest == self.size:  # all windows are full, which takes fewer steps
+            x = window[:, -1] + self.positions[-1]  # (B, D)
         else:
-            last = self.positions[-1]
-        x = self.window[:, self.newest] + last  # (B, D)
-        query, by_place = self.query(x).unflatten(1, (self.num_heads, -1)).split((width, size), dim=2)  # (B, H, D or W)
-        at = places.clamp(min=0).view(-1, 1, size).expand(len(x), self.num_heads, -1)  # (B, H, W)
-        scores = query @ self.window.mT + by_place.gather(2, at)  # (B, H, W)
-        if self.most_empty:
-            scores.masked_fill_((places < 0)[:, None], -math.inf)
+            newest = self.lengths - 1
+            x = window[torch.arange(len(window), device=newest.device), newest] + F.embedding(newest, self.positions)
+        query, by_place = self.attention.query(x).view(len(x), self.num_heads, -1).split((width, self.size), dim=2)
+        scores = torch.baddbmm(by_place, query, window.mT)  # (B, H, W) + (B, H, D) @ (B, D, W)
+        if self.shortest < self.size:
+            scores.masked_fill_((self.places >= self.lengths[:, None])[:, None], -math.inf)
         weights = scores.softmax(dim=-1)
-        by_position = torch.zeros_like(weights).scatter_add_(2, at, weights)  # (B, H, W)
-        mixed = torch.cat([weights @ self.window, by_position], dim=2)  # (B, H, D + W)
-        return self.block.after_attention(x, self.value(mixed.flatten(1)))
+        mixed = torch.cat([weights @ window, weights], dim=2)  # (B, H, D + W)
+        return self.block.after_attention(x, self.attention.value(mixed.flatten(1)))
 
 
 class CacheDecoder:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from minigpt_pl.generation import beams, decoders, filters
 from minigpt_pl.generation.controls import Controls
+from minigpt_pl.generation.prepared import Prepared, prepare
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.products import Product, has_bf16_units, with_products
+from minigpt_pl.products import has_int8_units
 
-# Candidates beyond top_k. In bf16 alone the ten likeliest tokens were others in 12 % of 2,000 contexts of a trained
-# network; the deepest that one of the `top_k` fell was 5 places beyond them for top_k=20, 7 for 100, 18 for 900. Of
-# the 5,000 likeliest, which lie closer together, one fell 76: so many are not looked for in bf16.
-SPARE = 32
-SCREENED_SHARE = 1 / 20  # of the vocabulary, at most
+# In 8 bits alone the ten likeliest tokens are others in up to 12 % of contexts, so more than `top_k` are looked for. In
+# 12,000 contexts of four trained networks, the deepest that one of the likeliest fell was 4 places beyond the others
+# for top_k=20, 26 for 100, 58 for 500, 124 for 1,000: SPARE + SPARE_SHARE * top_k are at hand.
+SPARE, SPARE_SHARE = 12, 1 / 4
+SCREENED_SHARE = 1 / 20  # of the vocabulary; more are not looked for in 8 bits
 
 
 class Step(NamedTuple):
@@ -39,6 +40,7 @@ class Step(NamedTuple):
     entropies: list[float] = []
 
 
+@torch.inference_mode()
 def generate_ids(
     model: MiniGPT, prompts: Sequence[Sequence[int]], controls: Controls, seeds: Sequence[int]
 ) -> list[list[int]]:
@@ -47,14 +49,14 @@ def generate_ids(
     Arguments and errors are those of `stream_ids`.
     """
     new_ids: list[list[int]] = [[] for _ in prompts]
-    for step in stream_ids(model, prompts, controls, seeds):
+    for step in _steps(prepare(model), prompts, controls, seeds):
         for text, id_ in zip(step.texts, step.ids, strict=True):
             if id_ != controls.end_id:
                 new_ids[text].append(id_)
     return new_ids
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # it ends between the steps
 def stream_ids(
     model: MiniGPT,
     prompts: Sequence[Sequence[int]],
@@ -81,17 +83,26 @@ def stream_ids(
     Raises:
         InputError: `no_repeat_ngram_size` or the bans leave nothing to draw.
     """
+    yield from _steps(prepare(model), prompts, controls, seeds, with_probabilities)
+
+
+def _steps(
+    prepared: Prepared,
+    prompts: Sequence[Sequence[int]],
+    controls: Controls,
+    seeds: Sequence[int],
+    with_probabilities: bool = False,
+) -> Iterator[Step]:
     if controls.num_beams > 1:
         for text, prompt in enumerate(prompts):
-            found = beams.search(with_products(model), prompt, controls)
+            found = beams.search(prepared, prompt, controls)
             # Written once more, each token forced: the steps, with what is asked for.
             forced = {"num_beams": 1, "num_tokens": len(found), "min_tokens": 0, "stop_sequences": ()}
             again = replace(controls, **forced, forced_ids=dict(enumerate(found)))
-            for step in stream_ids(model, [prompt], again, [0], with_probabilities):
+            for step in _steps(prepared, [prompt], again, [0], with_probabilities):
                 yield step._replace(texts=[text])
         return
-    model = with_products(model)
-    device = model.output.weight.device
+    device = prepared.model.output.weight.device
     longest, num_tokens = max(map(len, prompts)), controls.num_tokens
     texts = torch.tensor(  # (B, T), the prompts on the right
         [[-1] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device
@@ -101,12 +112,11 @@ def stream_ids(
     chances = torch.stack([torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     chances = chances.to(device)  # (B, num_tokens)
     running = list(range(len(prompts)))  # whose text each row is
-    decoder, output = decoders.start(model, prompts), _Output(model, controls)
+    decoder, output = decoders.start(prepared, prompts), _Output(prepared, controls)
     for place in range(num_tokens):
         end = longest + place
         hidden = decoder.hidden_states()  # (B, D)
         logits, ids = output.candidates(hidden, texts[:, :end], place)  # (B, C) twice
-        filters.require_a_choice(logits, place)
         if controls.temperature == 0:
             choice = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
         else:
@@ -157,23 +167,22 @@ def _entropies(logits: Tensor) -> Tensor:
 class _Output:
     """The output layer, with what may be drawn.
 
-    Where only the `top_k` likeliest count, a CPU with bf16 units finds them, and `SPARE` more, with the weight in
-    bf16, which is half the memory to read; their logits are then computed in fp32.
+    Where only the `top_k` likeliest count, a CPU with int8 units finds them, and `SPARE` more, with the weight in int8,
+    which is a quarter of the memory to read; their logits are then computed in fp32.
     """
 
-    def __init__(self, model: MiniGPT, controls: Controls):
-        self.layer, self.controls = model.output, controls
-        top_k = 1 if controls.temperature == 0 else controls.top_k
-        self.count = None if top_k is None else min(top_k + SPARE, model.vocab_size)
+    def __init__(self, prepared: Prepared, controls: Controls):
+        self.layer, self.controls = prepared.model.output, controls
+        vocab_size, top_k = prepared.model.vocab_size, 1 if controls.temperature == 0 else controls.top_k
+        self.count = vocab_size if top_k is None else min(top_k, vocab_size)
         self.screens = (
-            self.count is not None
-            and self.count <= model.vocab_size * SCREENED_SHARE
+            self.count <= vocab_size * SCREENED_SHARE
             and not controls.read_the_text
-            and self.layer.weight.device.type == "cpu"
-            and has_bf16_units()
+            and has_int8_units(self.layer.weight)
         )
         if self.screens:
-            self.screen, self.bias_for = Product(self.layer.weight.bfloat16()), None
+            self.screen, self.screened = prepared.rough_output, self.count + SPARE + int(self.count * SPARE_SHARE)
+            self.bias_for = None
 
     def candidates(self, hidden: Tensor, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """Logits after `filters.process`, and their token ids in ascending order.
@@ -184,15 +193,15 @@ class _Output:
             place: how many new tokens each has.
 
         Returns:
-            (B, C) twice: all that `top_k` can keep; C = V without it.
+            (B, C) twice: the `top_k` likeliest; C = V without it.
         """
         if self.screens:
             return self._screened(hidden, texts, place)
-        logits = self.layer(hidden)  # (B, V)
-        logits = filters.process(logits, self.controls, texts, place)
-        if self.count is None:
+        logits = filters.process(self.layer(hidden), self.controls, texts, place)  # (B, V)
+        filters.require_a_choice(logits, place)
+        if self.count == logits.shape[1]:
             return logits, torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-        ids = _largest(logits, self.count)
+        ids = _largest(logits, self.count).sort().values
         return logits.gather(-1, ids), ids
 
     def scores(self, hidden: Tensor, drawn: Tensor) -> dict[str, list]:
@@ -206,22 +215,26 @@ class _Output:
         # What is banned or forced does not depend on the text here: the bias can hold it.
         wanted = (self.controls.banned_at(place), self.controls.forced_ids.get(place))
         if self.bias_for != wanted:
-            self.screen.bias = filters.process(self.layer.bias[None], self.controls, texts, place)[0]  # (V,)
+            self.bias = filters.process(self.layer.bias[None], self.controls, texts, place)[0]  # (V,)
+            filters.require_a_choice(self.bias[None], place)
             self.bias_for = wanted
-        ids = _largest(self.screen(hidden.bfloat16()), self.count)  # (B, C), from (B, V) in bf16
-        rows = F.embedding(ids, self.layer.weight)  # (B, C, D)
-        return (rows * hidden[:, None]).sum(dim=-1) + self.screen.bias[ids], ids
+        ids = _largest(self.screen(hidden, self.bias), self.screened)  # (B, S), from (B, V)
+        rows = F.embedding(ids, self.layer.weight)  # (B, S, D)
+        logits = (rows * hidden[:, None]).sum(dim=-1) + self.bias[ids]
+        best = logits.topk(self.count, sorted=False).indices  # (B, C)
+        ids, order = ids.gather(-1, best).sort()
+        return logits.gather(-1, best.gather(-1, order)), ids
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of each row are, ascending: (B, V) -> (B, count)."""
+    """Where the `count` largest of each row are, in no order: (B, V) -> (B, count)."""
     size = logits.shape[1]
     groups = size // 20
     if size % 20 or groups < count:
-        return logits.topk(count, sorted=False).indices.sort().values
+        return logits.topk(count, sorted=False).indices
     # They are in the `count` groups with the largest maxima: id i is in group i % groups.
     columns = logits.view(len(logits), 20, groups)
-    best = columns.amax(dim=1).topk(count, sorted=False).indices  # (B, count)
-    members = columns.gather(2, best[:, None].expand(-1, 20, -1)).flatten(1)  # (B, 20 * count)
-    at = members.topk(count, sorted=False).indices
-    return (at // count * groups + best.gather(1, at % count)).sort().values
+    best = columns.amax(dim=1).topk(count, sorted=False).indices[:, None]  # (B, 1, count)
+    members = columns.gather(2, best.expand(-1, 20, -1)).flatten(1)  # (B, 20 * count)
+    ids = (best + torch.arange(0, size, groups, device=best.device)[:, None]).flatten(1)
+    return ids.gather(1, members.topk(count, sorted=False).indices)

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minigpt_pl.errors import InputError
+from minigpt_pl.errors import DIVERGED, InputError
 from minigpt_pl.generation.controls import Controls
 
 INFINITY = float("inf")
@@ -66,8 +66,8 @@ def warp(logits: Tensor, controls: Controls) -> Tensor:
         (B, C).
     """
     logits = temperature(logits, controls.temperature)
-    if controls.top_k is not None:
-        logits = top_k(logits, min(controls.top_k, logits.shape[-1]))
+    if controls.top_k is not None and controls.top_k < logits.shape[-1]:
+        logits = top_k(logits, controls.top_k)
     if controls.top_p < 1:
         logits = top_p(logits, controls.top_p)
     if controls.min_p > 0:
@@ -202,7 +202,7 @@ def require_a_choice(logits: Tensor, place: int) -> None:
     if logits.amax(dim=-1).isfinite().all():
         return
     if logits.isnan().any():
-        raise ValueError("the network's logits are not numbers (NaN); its training has diverged")
+        raise ValueError(DIVERGED)
     raise InputError(
         f"nothing is left to draw after {place} tokens: every token is banned, or would repeat an n-gram;"
         " raise no_repeat_ngram_size, or ban less"
