@@ -28,7 +28,7 @@ def main() -> None:
 def evaluate(config: EvaluateConfig) -> None:
     """Print the measures; write them into the run folder as evaluation.json, with a picture, evaluation.png.
 
-    With `text` the files are evaluation-<its name>.json and .png.
+    With `text` the files are evaluation-<its name>.json and .png; with `num_documents` that number stands there too.
 
     Raises:
         InputError: a file is missing or unreadable, or there is nothing to evaluate on.
@@ -38,7 +38,8 @@ def evaluate(config: EvaluateConfig) -> None:
     model = load(runs.choose_checkpoint(Path(config.output_dir), config.run))
     result = _measure(config, model)
     _print(result)
-    name = "evaluation" if config.text is None else f"evaluation-{Path(config.text).stem}"
+    parts = [config.text and Path(config.text).stem, config.num_documents]
+    name = "-".join(["evaluation", *(str(part) for part in parts if part is not None)])
     target = model.checkpoint.parent.parent / name
     write_aside(target.with_name(f"{name}.json"), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     try:

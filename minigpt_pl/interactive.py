@@ -43,7 +43,7 @@ class Session:
         while True:
             try:
                 line = input("> " if in_terminal else "").strip()
-                if line == "/quit":
+                if line.split()[:1] == ["/quit"]:
                     return
                 if line.startswith("/"):
                     self._command(*line[1:].split())
@@ -64,7 +64,7 @@ class Session:
                 print(f"  {setting.name}: {setting.metadata['doc']}")
         elif name == "settings":
             for setting in self.settings:
-                print(f"  {setting}={getattr(self.config, setting)}")
+                print(f"  {setting}={show.setting_text(getattr(self.config, setting))}")
         elif name not in self.settings:
             raise InputError(f"/{name}: no such command; /help lists them")
         else:

@@ -40,9 +40,10 @@ def sample(config: SampleConfig) -> None:
         Session(model, config).run()
         return
     encode_prompts(model.tokenizer, prompts, "prompt" if config.prompts_file is None else "prompts_file: prompt")
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, 1):
         if unknown := unknown_words(model.tokenizer, prompt):
-            print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
+            where = f" (prompt {number})" if len(prompts) > 1 else ""
+            print(f"not in the vocabulary: {' '.join(unknown)}{where}", file=sys.stderr)
     if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
         controls = {name: getattr(config, name) for name in CONTROLS}
         show.print_words(model, prompts[0], config.show is not None, seed=config.seed, **controls)
@@ -79,7 +80,7 @@ def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, var
             if config.format == "jsonl":
                 print(show.as_json(record, measures))
                 continue
-            title = " ".join(f"{name}={value}" for name, value in variant.items())
+            title = show.settings_text(variant)
             text = show.as_markdown(record) if config.format == "markdown" else show.as_text(record, bool(config.show))
             print(between + (f"[{title}]\n" if title else "") + text)
             between = "\n"

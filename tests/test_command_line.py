@@ -38,6 +38,7 @@ class TestSample:
         texts = done.stdout.strip().split("\n\n")
         assert [text[:7] for text in texts] == ["the cat", "the cat", "a well-", "a well-"]
         assert texts[0] != texts[1]
+        assert "not in the vocabulary: zebra (prompt 2)" in sample(trained, "prompt=[the cat, a zebra]").stderr
 
     def test_prompts_from_a_file_and_from_standard_input(self, trained, tmp_path):
         (tmp_path / "prompts.txt").write_text("the cat, it's\n\nthe ship\n")

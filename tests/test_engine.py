@@ -326,7 +326,8 @@ class TestBeams:
                 expected = hugging_face.generate(torch.tensor([prompt]), max_new_tokens=15, **names)[0, len(prompt) :]
                 assert found == [id_ for id_ in expected.tolist() if id_ != settings["end_id"]]
                 lengths.add(len(found))
-                beyond_greedy += found != generate_ids(model, [prompt], Controls(**settings), [0])[0]
+                greedy = Controls(**settings | {"length_penalty": 1.0})
+                beyond_greedy += found != generate_ids(model, [prompt], greedy, [0])[0]
             with torch.no_grad():
                 model.output.bias[self.END] -= end
         assert beyond_greedy and (settings["end_id"] is None or len(lengths) > 1)
@@ -396,7 +397,8 @@ class TestControls:
             ({"num_beams": 0}, "num_beams=0: must be 1 to 7"),
             ({"num_beams": 8, "temperature": 0}, "num_beams=8: must be 1 to 7"),
             ({"num_beams": 2}, "num_beams=2: beams look for the likeliest text.*give temperature=0"),
-            ({"length_penalty": float("nan")}, "length_penalty=nan: must be a finite number"),
+            ({"length_penalty": float("nan")}, "length_penalty=nan: must be a finite number$"),
+            ({"length_penalty": 2.0}, "length_penalty=2.0: weighs beams by their length; give num_beams=2 or more"),
         ],
         ids=str,
     )

@@ -174,7 +174,7 @@ class TestRun:
         text = a_run / "my text.txt"
         text.write_text("The cat sees the dog.\nAnd it's a zebra, \N{SNOWMAN}.\n<br />\n\nThe king\n", encoding="utf-8")
         evaluated(a_run, text=str(text))
-        assert evaluated(a_run, num_documents=1)["documents"] == 1
+        evaluated(a_run, num_documents=1)
         folder = a_run / "outputs" / "tiny"
         assert (folder / "evaluation-my text.png").read_bytes()[:4] == b"\x89PNG"
         result = json.loads((folder / "evaluation-my text.json").read_text())
@@ -189,7 +189,9 @@ class TestRun:
         assert network["bits_per_byte"] > bits + result["spelling_bits_per_byte"]
         assert before["documents"] > 1
         evaluated(a_run, text=str(text), num_documents=2)
-        assert json.loads((folder / "evaluation-my text.json").read_text())["documents"] == 2
+        assert json.loads((folder / "evaluation-my text-2.json").read_text())["documents"] == 2
+        assert json.loads((folder / "evaluation-1.json").read_text())["documents"] == 1
+        assert json.loads((folder / "evaluation.json").read_text())["documents"] == before["documents"]
         for document, count in (("paragraph", 2), ("file", 1)):
             evaluated(a_run, text=str(text), document=document)
             assert json.loads((folder / "evaluation-my text.json").read_text())["documents"] == count
@@ -281,14 +283,25 @@ class TestScore:
         assert words[0].text == "the" and (words[0].probability, words[0].rank) == (None, None)
         assert [word.text for word in words if not word.known] == [" [UNK]"] * 3
         assert ids.count(UNKNOWN_ID) == 3
-        losses = document_losses(model.network, [ids])
-        np.testing.assert_allclose([word.probability for word in words[1:]], np.exp(-losses), rtol=1e-4)
+        length = model.network.max_length
+        for place, word in enumerate(words[1:], start=1):
+            window = torch.tensor([ids[max(place - length, 0) : place]])
+            probabilities = model.network(window)[0][0, -1].softmax(-1)
+            assert word.probability == pytest.approx(float(probabilities[ids[place]].detach()), rel=1e-4)
         logits = model.network(torch.tensor([ids[:16]]))[0][0]
         order = logits.argsort(dim=1, descending=True).tolist()
         assert [word.rank for word in words[1:17]] == [
             order[place].index(id_) + 1 for place, id_ in enumerate(ids[1:17])
         ]
         assert len({word.rank for word in words[1:17]}) > 3
+
+    def test_equals_what_was_written(self, trained):
+        model = minigpt_pl.load(trained / "outputs" / "tiny")
+        record = minigpt_pl.generate(model, "the cat", 3 * model.network.max_length, 1.5, None, seed=1)[0]
+        words = score(model, record.text)[2:]
+        assert [word.text for word in words] == record.tokens and len(words) > model.network.max_length
+        assert [word.probability for word in words] == pytest.approx(record.probabilities, rel=1e-4)
+        assert [word.rank for word in words] == record.ranks
 
     def test_a_single_word(self, trained):
         (word,) = score(minigpt_pl.load(trained / "outputs" / "tiny"), "Cat")

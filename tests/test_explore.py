@@ -182,7 +182,8 @@ class TestCommand:
         half = [json.dumps(marked), *lines[1:9]]
         (folder / "samples.jsonl").write_text("\n".join(half) + "\n" + lines[9][:40])  # cut short in a line
         (folder / "report.md").unlink()
-        done = run_module("explore", *SMALL, cwd=tmp_path)
+        spelled_otherwise = f"run={tmp_path / 'outputs/tiny'}"
+        done = run_module("explore", *SMALL, spelled_otherwise, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         again = records(tmp_path)
         assert again[0].pop("kept") and again == records(explored)

@@ -127,9 +127,10 @@ class TestText:
             "prompt=''", "prompt='xyzzy'", "prompt='\\ud800'",
         ]  # fmt: skip
 
-    def test_at_least_one_sample(self, model):
-        with pytest.raises(InputError, match="num_samples=0: must be at least 1"):
-            generate_texts(model, ["the"], top_k=5, num_samples=0)
+    @pytest.mark.parametrize("num_samples", [0, 10**9])
+    def test_so_many_samples(self, model, num_samples):
+        with pytest.raises(InputError, match=f"num_samples={num_samples}: must be 1 to 100,000"):
+            generate_texts(model, ["the"], top_k=5, num_samples=num_samples)
 
     def test_the_prompt_stays_as_typed_and_the_rest_reads_well(self, model):
         text = generate_text(model, "It's a  Well-KNOWN zebra ", num_tokens=8, temperature=0, top_k=None)

@@ -22,6 +22,12 @@ class TestTexts:
         assert texts.distinct(ids, 3) == 2 / 3
         assert math.isnan(texts.distinct([1, 2], 3))
 
+    def test_recurring_follows_content_words_into_the_second_half(self):
+        # second half 2 9 7 9 30: content words, from 5 on, are 9 7 9 30, of which 9 stood in the text and 30 before it
+        assert texts.recurring([30, 2], [1, 9, 6, 3, 2, 9, 7, 9, 30], 5) == 3 / 4
+        assert texts.recurring([], [9, 8, 7, 6], 5) == 0
+        assert math.isnan(texts.recurring([9], [9, 9, 1, 2], 5))
+
     def test_repeated_is_the_share_that_came_before(self):
         ids = [1, 2, 3, 4, 1, 2, 3, 4, 5]  # 1234 2341 3412 4123 1234 2345
         assert texts.repeated(ids, 4) == pytest.approx(1 / 6)
@@ -236,7 +242,7 @@ class TestNetwork:
         logits = torch.stack([model(torch.tensor([ids[max(0, i - 12) : i]]))[0][0, -1] for i in range(3, 20)])
         log_p = logits.log_softmax(-1)
         assert score.loss == pytest.approx(F.nll_loss(log_p, torch.tensor(ids[3:])).item(), rel=1e-5)
-        assert score.entropy == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
+        assert score.entropy == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item() / math.log(2), rel=1e-5)
         assert score.unknown == pytest.approx(log_p.exp()[:, 1].mean().item(), rel=1e-5)
         assert all(map(math.isnan, empty))
 

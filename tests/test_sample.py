@@ -131,6 +131,16 @@ class TestFormats:
                 changed.setenv(name, value)
                 assert show.with_probability(" cat", 0.125) == " cat(0.12)"
 
+    def test_control_characters_of_a_prompt_do_not_reach_a_terminal(self, sample, monkeypatch):
+        prompt = "the \x1b[2J\tcat\u00a0and \x9b1m"
+        options = [entry_point._take_prompt_literally(f"prompt={prompt}"), "num_tokens=3", "seed=1"]
+        for more in ([], ["num_samples=2"]):
+            assert sample(*options, *more).out.startswith(prompt)
+            with monkeypatch.context() as changed:
+                changed.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+                shown = sample(*options, *more).out
+            assert shown.startswith("the \ufffd[2J\tcat\u00a0and \ufffd1m") and "\x1b" not in shown
+
     def test_words_on_the_command_line(self, sample):
         options = ["prompt=the cat", "num_tokens=40", "seed=1", "min_tokens=4"]
         forced = sample(*options, "forced_words={0: dog, 3: well-known}").out
@@ -188,6 +198,7 @@ class TestCompare:
         [
             ("compare=[1]", "compare=[1]: must be lists of values by setting"),
             ("compare={}", "compare={}: must be lists"),
+            ("compare={length_penalty: [1.0, 2.0]}", "length_penalty=2.0: weighs beams"),
             ("compare={temperature: 1}", "must be lists of values by setting"),
             ("compare={temperature: []}", "must be lists of values by setting"),
             ("compare={seed: [1, 2]}", "seed cannot be compared; one of num_tokens"),
@@ -222,7 +233,7 @@ class TestInteractive:
             the cat
             /settings
             /help
-            /quit
+            /quit now
             the dog
         """
         out, errors = sample("interactive=true", "seed=3", typed=typed)

@@ -19,7 +19,7 @@ matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "f
 
 BEHAVIOUR = {
     "ngram_loss": "n-gram loss (nats)", "loss": "own loss (nats)", "seen_4grams": "4-word runs seen in training",
-    "entropy": "entropy of the model (nats)", "repeated_4grams": "repeated 4-word runs", "loop": "longest loop (words)",
+    "entropy": "entropy of the model (bits)", "repeated_4grams": "repeated 4-word runs", "loop": "longest loop (words)",
     "distinct_2": "different pairs", "self_bleu": "self-BLEU", "failure: any": "texts with a failure",
 }  # fmt: skip
 PEOPLE = {"color": "black", "linestyle": ":", "linewidth": 1.2}

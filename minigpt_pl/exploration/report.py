@@ -46,7 +46,7 @@ WORST = 3  # examples of each failure
 COPIES = 10  # of the longest copied runs
 MAP_WORDS = 40  # of a sample in an attention map
 SHOWN = ("ngram_loss", "loss", "seen_4grams", "entropy", "repeated_4grams", "loop", "distinct_2", "self_bleu",
-         "unknown", "tokens", "copied", "drift", "sentiment")  # fmt: skip
+         "unknown", "tokens", "copied", "recurring", "drift", "sentiment")  # fmt: skip
 QUESTIONS = {
     "A": ("How does increasing temperature affect coherence?",
           "How does changing top-k affect repetition or diversity?",

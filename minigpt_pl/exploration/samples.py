@@ -216,7 +216,7 @@ def _hold_to_plan(
     """A folder holds one exploration: the same command goes on with it, another is refused."""
     checkpoint = model.checkpoint
     plan = {
-        "checkpoint": str(checkpoint), "size": checkpoint.stat().st_size, "modified": checkpoint.stat().st_mtime,
+        "checkpoint": checkpoint.name, "size": checkpoint.stat().st_size, "modified": checkpoint.stat().st_mtime,
         "num_tokens": config.num_tokens, "seed": config.seed, "num_seeds": config.num_seeds,
         "banned_words": config.banned_words, "prompts": [list(prompt) for prompt in prompts], "settings": list(grid),
     }  # fmt: skip

@@ -118,6 +118,11 @@ class Controls:
                 "beams look for the likeliest text and draw nothing; give temperature=0, or num_beams=1",
             ),
             ("length_penalty", math.isfinite(self.length_penalty), "must be a finite number"),
+            (
+                "length_penalty",
+                self.length_penalty == 1 or self.num_beams > 1 or not math.isfinite(self.length_penalty),
+                "weighs beams by their length; give num_beams=2 or more too, or leave it at 1",
+            ),
         ]
         problems = [f"{name}={getattr(self, name)}: {remedy}" for name, holds, remedy in rules if not holds]
         if len(set(self.banned_ids) | ({self.end_id} if self.min_tokens else set()) - {None}) >= size:

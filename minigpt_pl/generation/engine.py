@@ -97,8 +97,8 @@ def _steps(
         for text, prompt in enumerate(prompts):
             found = beams.search(prepared, prompt, controls)
             # Written once more, each token forced: the steps, with what is asked for.
-            forced = {"num_beams": 1, "num_tokens": len(found), "min_tokens": 0, "stop_sequences": ()}
-            again = replace(controls, **forced, forced_ids=dict(enumerate(found)))
+            forced = {"num_beams": 1, "length_penalty": 1.0, "num_tokens": len(found), "min_tokens": 0}
+            again = replace(controls, **forced, stop_sequences=(), forced_ids=dict(enumerate(found)))
             for step in _steps(prepared, [prompt], again, [0], with_probabilities):
                 yield step._replace(texts=[text])
         return

@@ -38,7 +38,7 @@ def print_words(model: TextModel, prompt: str, show: bool, **controls) -> None:
         controls: of `generate_text`, which gives the errors too; nothing is printed before they are found.
     """
     words = stream_words(model, prompt, with_probabilities=show, **controls)
-    print(prompt.rstrip(), end="", flush=True)
+    print(_asked(prompt), end="", flush=True)
     try:
         for word, probability in words:
             print(with_probability(word, probability) if show else word, end="", flush=True)
@@ -48,10 +48,8 @@ def print_words(model: TextModel, prompt: str, show: bool, **controls) -> None:
 
 def as_text(record: Record, show: bool) -> str:
     """The text; with `show` each new word with its probability."""
-    if not show:
-        return record.text
-    words = map(with_probability, record.tokens, record.probabilities)
-    return record.prompt.rstrip() + "".join(words)
+    words = map(with_probability, record.tokens, record.probabilities) if show else record.tokens
+    return _asked(record.prompt) + "".join(words)
 
 
 def as_markdown(record: Record) -> str:
@@ -59,8 +57,18 @@ def as_markdown(record: Record) -> str:
     lines = [f"## {_escape(' '.join(record.prompt.split()))}", "", f"> {_escape(' '.join(record.text.split()))}", ""]
     if record.unknown_words:
         lines += [f"Not in the vocabulary: {_escape(' '.join(record.unknown_words))}", ""]
-    settings = " ".join(f"{name}={value}" for name, value in (record.settings | {"seed": record.seed}).items())
+    settings = settings_text(record.settings | {"seed": record.seed})
     return "\n".join([*lines, f"`` {settings} ``", "", f"`` {record.checkpoint} ``"])
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value as it is given: null for None."""
+    return "null" if value is None else str(value)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """As they are given: name=value ..."""
+    return " ".join(f"{name}={setting_text(value)}" for name, value in settings.items())
 
 
 def measure(record: Record) -> dict[str, float]:
@@ -90,11 +98,17 @@ def as_table(rows: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, float
     for settings, measures in rows:
         columns = {name: [m[name] for m in measures if not math.isnan(m[name])] for name in measures[0]}
         means = {name: f"{sum(values) / len(values):.3f}" if values else "-" for name, values in columns.items()}
-        table.append({name: str(value) for name, value in settings.items()} | means)
+        table.append({name: setting_text(value) for name, value in settings.items()} | means)
     widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
     head = {name: name for name in widths}, {name: "-" * (width - 1) + ":" for name, width in widths.items()}
     lines = [" | ".join(line[name].rjust(width) for name, width in widths.items()) for line in (*head, *table)]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _asked(prompt: str) -> str:
+    """The prompt as it is written again; what would move a terminal's cursor, or worse, stands as a mark there."""
+    prompt = prompt.rstrip()
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", prompt) if sys.stdout.isatty() else prompt
 
 
 def _escape(text: str) -> str:

@@ -18,6 +18,7 @@ from minigpt_pl.runs import find_checkpoint, load_network
 from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID, load_tokenizer
 
 BATCH_TEXTS = 256  # written at once; bounds the memory for a thousand prompts
+MOST_SAMPLES = 100_000  # of a prompt in one call
 NOT_KNOWN = "not in the model's vocabulary; use words that it knows"
 # The controls that are the same for words and for ids.
 NUMBERS = tuple(name for name in CONTROLS if not name.endswith("_words"))
@@ -331,8 +332,8 @@ def _prepare(
     problems += impossible
     # A network that was trained without [END] knows nothing of it, and would write it at random.
     never = (PADDING_ID, UNKNOWN_ID, *([tokenizer.token_to_id(END)] if model.end_id is None else []))
-    if num_samples < 1:
-        problems.append(f"num_samples={num_samples}: must be at least 1")
+    if not 1 <= num_samples <= MOST_SAMPLES:
+        problems.append(f"num_samples={num_samples}: must be 1 to {MOST_SAMPLES:,}; other seeds give more")
     for name, value in (("temperature", 0), ("top_k", 1)):
         if num_samples > 1 and numbers.get(name) == value:
             problems.append(f"num_samples={num_samples}: with {name}={value} all would be the same text; give 1")

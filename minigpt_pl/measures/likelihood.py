@@ -4,7 +4,7 @@ Each token after a document's first is predicted from those before it in its doc
 max_length of them, so a document is cut into windows of L inputs. The first window predicts tokens 1 to L, all of them
 from the document's very beginning: what the network was trained on with cut=truncate. Each further window lies L // 2
 tokens on and predicts only its last L // 2 tokens: a token beyond the first L has between L - L // 2 + 1 and L tokens
-before it. No window crosses into another document.
+before it. No window crosses into another document. (`score`, for single texts, moves the window by one token.)
 """
 
 import math
@@ -41,14 +41,13 @@ def document_losses(network: MiniGPT, documents: Sequence[Sequence[int]], show_p
     output = network.output
     losses = [
         token_losses(hidden, output.weight, output.bias, targets).numpy(force=True)
-        for hidden, targets in _predictions(network, documents, show_progress)
+        for hidden, targets in _predictions(network, documents, max(network.max_length // 2, 1), show_progress)
     ]
     return np.concatenate(losses) if losses else np.zeros(0, np.float32)
 
 
-def _windows(length: int, max_length: int) -> Iterator[tuple[int, int, int]]:
+def _windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Of a document of `length` tokens: start, first target, end. The inputs are start to end - 2."""
-    stride = max(max_length // 2, 1)
     first = 1
     while first < length:
         start = 0 if first == 1 else first + stride - max_length - 1
@@ -59,13 +58,14 @@ def _windows(length: int, max_length: int) -> Iterator[tuple[int, int, int]]:
 
 @torch.no_grad()
 def _predictions(
-    network: MiniGPT, documents: Sequence[Sequence[int]], show_progress: bool
+    network: MiniGPT, documents: Sequence[Sequence[int]], stride: int, show_progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batch by batch the hidden states (N, D) that predict, and the ids (N,) that they should."""
     from tqdm import tqdm  # comes with lightning
 
-    windows = [(document, window) for document in documents for window in _windows(len(document), network.max_length)]
-    rows = max(BATCH_TOKENS // network.max_length, 1)
+    length = network.max_length
+    windows = [(document, window) for document in documents for window in _windows(len(document), length, stride)]
+    rows = max(BATCH_TOKENS // length, 1)
     device = network.output.weight.device
     with tqdm(
         total=len(windows), desc="Network", unit=" windows", leave=False, disable=None if show_progress else True
@@ -108,7 +108,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
 
     Args:
         model: from `load`.
-        text: any text, long ones too; a word is predicted from as many words before it as this module's docstring says.
+        text: any text, long ones too; a word is predicted from the last `max_length` before it, as when it is written.
 
     Raises:
         InputError: the text has no words, or none that the model knows.
@@ -120,7 +120,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     ids = encode_prompts(model.tokenizer, [text], "text")[0]
     probabilities: list[float | None] = [None]
     ranks: list[int | None] = [None]
-    for hidden, targets in _predictions(model.network, [ids], show_progress=False):
+    for hidden, targets in _predictions(model.network, [ids], stride=1, show_progress=False):
         for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
             logits = model.network.output(rows)  # (N, V)
             own = logits.gather(1, wanted[:, None])  # (N, 1)

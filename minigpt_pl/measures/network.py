@@ -1,9 +1,10 @@
 """What the network itself says: how sure it is of a text, and which of the words before it makes use of.
 
-All losses are in nats a token.
+All losses are in nats a token, entropies in bits.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class TextScores(NamedTuple):
     Attributes:
         loss: -log p of the words that stand there, at temperature 1 and with no control: its exponential is the model's
             own perplexity. Real held-out text shows what is usual; far lower is dull, far higher is strange.
-        entropy: of the model's distribution, in nats, in [0, log V]: how open it finds what comes next.
+        entropy: of the model's distribution, in bits, in [0, log2 V]: how open it finds what comes next.
         unknown: the probability it gives `[UNK]`, which is never written: how often it lacks a word, in [0, 1].
     """
 
@@ -74,7 +75,7 @@ def _from_hidden(network: MiniGPT, hidden: Tensor, targets: Tensor) -> Tensor:
         probabilities = logits.softmax(dim=-1)
         normalizer = (largest - probabilities.gather(1, places).log())[:, 0]  # log of the sum of exp(logits)
         loss = normalizer - logits.gather(1, ids[:, None])[:, 0]
-        entropy = normalizer - torch.linalg.vecdot(probabilities, logits)
+        entropy = (normalizer - torch.linalg.vecdot(probabilities, logits)) / math.log(2)
         parts.append(torch.stack([loss, entropy, probabilities[:, UNKNOWN_ID]], dim=1))
     return torch.cat(parts) if parts else hidden.new_zeros(0, 3)
 
