@@ -40,14 +40,11 @@ class Product(nn.Module):
         if self.laid_out is None:  # not before: of a model's products some are never asked for
             self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
         rows = x if x.dim() == 2 else x.flatten(0, -2)
-        count = size = len(rows)
+        count = len(rows)
         if self.rows is None:
-            # oneDNN makes a kernel for each number of rows, and keeps some MB with it: so 1, 2, 4, 8, 16, 32, 48, ...
-            size = 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16
-        if size > count:
-            rows = F.pad(rows, (0, 0, 0, size - count))
+            rows = _padded(rows)
         result = torch.ops.mkldnn._linear_pointwise(rows, self.laid_out, self.bias, "none", [], "")
-        return result if size == count and x.dim() == 2 else result[:count].view(*x.shape[:-1], -1)
+        return result if len(rows) == count and x.dim() == 2 else result[:count].view(*x.shape[:-1], -1)
 
 
 class RoughProduct:
@@ -75,9 +72,19 @@ class RoughProduct:
         if not math.isfinite(largest):
             raise ValueError(DIVERGED)
         scale = max(largest, 1e-30) / 127
-        x = torch.add(self.zero, x, alpha=1 / scale).byte()  # rounded, 128 standing for 0
+        rows = _padded(torch.add(self.zero, x, alpha=1 / scale).byte())  # rounded, 128 standing for 0
         args = (self.laid_out, self.scales, self.zeros, bias, 1.0, 0, torch.float32, "none", [], "")
-        return torch.ops.onednn.qlinear_pointwise(x, scale, 128, *args)
+        return torch.ops.onednn.qlinear_pointwise(rows, scale, 128, *args)[: len(x)]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """(rows, in) with some rows more: 1, 2, 4, 8, 16, 32, 48, ... of them.
+
+    oneDNN makes a kernel for each number of rows, and keeps some MB with it.
+    """
+    count = len(x)
+    size = 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16
+    return x if size == count else F.pad(x, (0, 0, 0, size - count))
 
 
 def by_onednn(weight: Tensor) -> bool:
@@ -94,8 +101,9 @@ def has_bf16_units() -> bool:
 
 
 def has_int8_units(weight: Tensor) -> bool:
-    """Whether the weight is on a CPU that multiplies 8-bit integers faster than floats, by way of oneDNN."""
-    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    """Whether the weight is in fp32 on a CPU that multiplies 8-bit integers faster, by way of oneDNN."""
+    in_fp32 = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return in_fp32 and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 def with_products(model: MiniGPT) -> MiniGPT:
