@@ -62,7 +62,8 @@ def _resident() -> int:
 class TestDecoders:
     @pytest.mark.parametrize("num_heads", [1, 3])
     @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4])
-    def test_equal_a_full_forward_at_every_step(self, num_blocks, num_heads):
+    def test_equal_a_full_forward_at_every_step(self, num_blocks, num_heads, monkeypatch):
+        monkeypatch.setattr(decoders, "SLIDES", 5)
         model = network(num_blocks, num_heads=num_heads)
         texts = random_prompts(1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2)
         with torch.inference_mode():
@@ -259,7 +260,7 @@ class TestEngine:
         with pytest.raises(ValueError, match="NaN"):
             generate_ids(model, [[2]], Controls(vocab_size=SIZE, temperature=temperature), [0])
 
-    @pytest.mark.parametrize("part", ["blocks.0.attention.value.bias", "token_embedding.weight"])
+    @pytest.mark.parametrize("part", ["blocks.0.attention.value.bias", "token_embedding.weight", "output.bias"])
     def test_a_network_that_diverged_within_is_named(self, part):
         model = network()
         model.get_parameter(part).data[...] = float("nan")

@@ -39,6 +39,11 @@ def explored(trained, tmp_path_factory):
     return cwd
 
 
+def test_json_has_no_nan():
+    record = {"a": [1.5, (math.nan, 2)], "b": {"c": math.nan, "d": "nan"}}
+    assert samples_.without_nan(record) == {"a": [1.5, [None, 2]], "b": {"c": None, "d": "nan"}}
+
+
 class TestGrid:
     def test_the_default_is_the_homeworks_grid(self):
         grid = settings_grid(settings())

@@ -159,12 +159,14 @@ class TestSettings:
         assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
         assert checkpoint(compiled)["state_dict"].keys() == checkpoint(plain)["state_dict"].keys()
 
-    def test_progress_without_a_terminal(self, tiny_config, monkeypatch, capsys):
-        monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    @pytest.mark.parametrize(("seconds", "steps"), [(0, (1, 2)), (1000, (2,))])
+    def test_progress_without_a_terminal(self, tiny_config, monkeypatch, capsys, seconds, steps):
+        monkeypatch.setattr(progress, "LOG_SECONDS", seconds)
         train(tiny_config("trainer.max_steps=2", "trainer.progress_bar=true"))
         lines = capsys.readouterr().err.splitlines()
         number = r"[\d,]+(\.\d+)?"
-        for step in (1, 2):
+        assert sum(" left" in line for line in lines) == len(steps)
+        for step in steps:
             line = rf"epoch 1/25  step {step}/2  loss {number}  perplexity {number}  {number} tokens/s  0:00:\d\d left"
             assert any(re.fullmatch(line, shown) for shown in lines), lines
         assert any(re.fullmatch(rf"epoch 1, step 2: val/loss {number}, .*", shown) for shown in lines)
