@@ -139,7 +139,7 @@ class Judge:
             "repeated_4grams": measures.repeated(ids, 4),
             "loop": loop.length,
             **{f"distinct_{n}": measures.distinct(ids, n) for n in (1, 2, 3)},
-            "recurring": measures.recurring(context, ids, SKELETON),
+            "recurring": measures.recurring(context, ids, self.detectors.topics.weights),
             "copied": copy.length,
             **worst,
         }

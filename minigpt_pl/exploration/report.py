@@ -153,10 +153,10 @@ def _blocks(
     yield Words(
         "loop: words said again, from the onset; bracket: one closed and not opened, or not closed; grammar, nonsense:"
         " 6 words whose order, or whose company, n-grams of the training text find stranger than the worst of 19 in 20"
-        " real texts; drift, sentiment: 20 words further from the words before, in topic or in praise and blame, than"
-        f" in 19 of 20 real texts. A text too short for such a window cannot be marked, and counts as free of it. The"
-        f" limits come from {judge.calibrating} other held-out texts, so real text shows"
-        " the rate of false alarms."
+        " real texts; drift: a second half further from what stands before, in topic and in the words that return, and"
+        " sentiment: 20 words further from those before in praise and blame, than in 19 of 20 real texts. A text too"
+        " short for that (6 words, or 40) cannot be marked, and counts as free of it. The limits come from"
+        f" {judge.calibrating} other held-out texts, so real text shows the rate of false alarms."
     )
     yield chart("failures", "Texts with a failure, by setting", charts.failures(summary, grid, people))
     planted = [

@@ -26,12 +26,12 @@ MEASURES = {
     "distinct_2": "different pairs / pairs",
     "distinct_3": "different triples / triples",
     "self_bleu": "BLEU of a text with the other seeds' texts of its prompt as references",
-    "recurring": "share of the second half's content words that stood before: people and things spoken of",
+    "recurring": "share of the second half's words, rare ones weighing more, that stood before: people and things",
     "copied": "longest run of words that stands in the training text",
     "tokens": "length, words",
     "grammar": "worst window of 6: n-gram loss of the skeleton of common words",
     "nonsense": "worst window of 6: n-gram loss of the words",
-    "drift": "worst window of 20: 1 - cosine to the text before, by latent semantic analysis",
+    "drift": "1 - cosine of the second half to what stands before, by latent semantic analysis, - 2 recurring",
     "sentiment": "largest change of VADER's compound between windows of 20",
 }
 RULE = (

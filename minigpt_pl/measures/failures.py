@@ -6,10 +6,10 @@
 | `bracket` | a bracket or quote that is closed and never opened, or opened and long not closed | the text alone |
 | `grammar` | words in an order that real text hardly has, whatever they mean | n-grams of the skeleton |
 | `nonsense` | words that real text hardly sets together | n-grams of the words |
-| `drift` | words about something else than the text before | latent semantic analysis |
+| `drift` | a second half about something else than what stands before | latent semantic analysis, words that return |
 | `sentiment` | praise and blame in one text | VADER |
 
-The last four score windows of words. A window is marked where it scores higher than the worst window of 19 in 20 real
+The last four score stretches of words. One is marked where it scores higher than the worst one of 19 in 20 real
 texts (`FALSE_ALARMS`), measured on held-out text that the n-grams have not seen. So about one real text in 20 is marked
 too, by construction; what tells is how much oftener a generated one is.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from minigpt_pl.measures.texts import equal_at
+from minigpt_pl.measures.texts import equal_at, recurring
 from minigpt_pl.tokenizer import UNKNOWN, UNKNOWN_ID
 
 KINDS = ("loop", "bracket", "grammar", "nonsense", "drift", "sentiment")
@@ -31,7 +31,8 @@ TURNS = 3  # a phrase so many times in a row is a loop, ...
 PHRASE = 8  # ... as are so many words that stand earlier in the text, wherever
 OPEN_WORDS = 40  # a bracket may stay open for so many words
 SKELETON = 150  # words that the skeleton keeps: the commonest, which carry the grammar; one class for the others
-WINDOW, LONG_WINDOW = 6, 20  # words, for the n-grams and for topic and sentiment
+WINDOW, LONG_WINDOW = 6, 20  # words, for the n-grams and for sentiment; a text of two long ones has a topic
+RETURNING = 2.0  # what a word that comes back weighs beside the topic, in `drift`: chosen on spliced real reviews
 TOPICS = 100  # dimensions of the semantic space: the usual 100 to 300 (Deerwester et al. 1990)
 TOPIC_DOCUMENTS = 10_000  # it is made from at most so many
 
@@ -99,10 +100,12 @@ class Topics:
     """Words as places in a semantic space: latent semantic analysis (Deerwester et al. 1990), by scikit-learn.
 
     Attributes:
-        places: (V, `TOPICS`), each word's place times its inverse document frequency.
+        places: (V, `TOPICS`), each word's place times its weight.
+        weights: (V,), the inverse document frequency of each word; 0 for padding and `[UNK]`.
     """
 
     places: np.ndarray
+    weights: np.ndarray
 
     @classmethod
     def fit(cls, tokens: np.ndarray, offsets: np.ndarray, vocab_size: int) -> "Topics":
@@ -120,9 +123,8 @@ class Topics:
         tfidf = TfidfTransformer(sublinear_tf=True)
         weighted = tfidf.fit_transform(counts)
         svd = TruncatedSVD(min(TOPICS, len(documents) - 1, vocab_size - 1), random_state=0).fit(weighted)
-        places = svd.components_.T * tfidf.idf_[:, None]
-        places[: UNKNOWN_ID + 1] = 0
-        return cls(places.astype(np.float32))
+        weights = np.where(np.arange(vocab_size) > UNKNOWN_ID, tfidf.idf_, 0).astype(np.float32)
+        return cls(svd.components_.T.astype(np.float32) * weights[:, None], weights)
 
     def similarity(self, first: Sequence[int], second: Sequence[int]) -> float:
         """The cosine between two texts, in [-1, 1]; higher: more of one topic. 0 where one has no known word."""
@@ -151,13 +153,26 @@ def skeleton(ids: np.ndarray) -> np.ndarray:
 
 
 class Scorer(NamedTuple):
-    """Gives a text's windows their scores: (context ids, ids) -> (W,), window w beginning at w * stride."""
+    """Gives stretches of a text their scores.
+
+    Attributes:
+        scores: (context ids, ids) -> (S,).
+        stretches: number of ids -> the S starts and ends (exclusive) among them.
+        note: of a score, for people.
+    """
 
     kind: str
-    width: int
-    stride: int
     scores: Callable[[Sequence[int], Sequence[int]], np.ndarray]
+    stretches: Callable[[int], list[tuple[int, int]]]
     note: str
+
+
+def _windows(width: int, stride: int) -> Callable[[int], list[tuple[int, int]]]:
+    return lambda length: [(start, start + width) for start in range(0, length - width + 1, stride)]
+
+
+def _second_half(length: int) -> list[tuple[int, int]]:
+    return [(length // 2, length)] if length >= 2 * LONG_WINDOW else []
 
 
 class Detectors:
@@ -172,13 +187,15 @@ class Detectors:
         real: texts as (context ids, ids), as long as those to be judged; not of the training text.
 
     Attributes:
-        thresholds: kind -> the score that 19 of 20 real texts stay below.
+        topics: as given.
+        thresholds: kind -> the score that 19 of 20 real texts stay below; of those long enough to have one.
     """
 
     def __init__(self, words: LanguageModel, skeletons: LanguageModel, topics: Topics,
                  decode: Callable[[Sequence[int]], str], vocabulary: Sequence[str],
                  real: Sequence[tuple[Sequence[int], Sequence[int]]]):  # fmt: skip
-        self.vocabulary, sentiment = vocabulary, Sentiment()
+        self.vocabulary, self.topics, sentiment = vocabulary, topics, Sentiment()
+        of_ngrams, of_sentiment = _windows(WINDOW, 1), _windows(LONG_WINDOW, LONG_WINDOW)
 
         def surprise(model: LanguageModel, change: Callable[[np.ndarray], np.ndarray]):
             def scores(context: Sequence[int], ids: Sequence[int]) -> np.ndarray:
@@ -188,29 +205,24 @@ class Detectors:
             return scores
 
         def drift(context: Sequence[int], ids: Sequence[int]) -> np.ndarray:
-            text = [*context, *ids]
-            starts = range(0, len(ids) - LONG_WINDOW + 1, LONG_WINDOW // 2)
-            return np.array([
-                1 - topics.similarity(text[: at], text[at : at + LONG_WINDOW]) if at >= LONG_WINDOW else 0.0
-                for start in starts for at in [start + len(context)]
-            ])  # fmt: skip
+            halves = [([*context, *ids[:start]], ids[start:end]) for start, end in _second_half(len(ids))]
+            returning = recurring(context, ids, topics.weights)
+            return np.array([1 - topics.similarity(*half) - RETURNING * np.nan_to_num(returning) for half in halves])
 
         def flip(context: Sequence[int], ids: Sequence[int]) -> np.ndarray:
-            starts = range(0, len(ids) - LONG_WINDOW + 1, LONG_WINDOW)
-            compounds = np.array([sentiment.compound(decode(ids[start : start + LONG_WINDOW])) for start in starts])
-            before = np.array([np.abs(compounds[i] - compounds[:i]).max(initial=0) for i in range(len(compounds))])
-            return before
+            compounds = np.array([sentiment.compound(decode(ids[start:end])) for start, end in of_sentiment(len(ids))])
+            return np.array([np.abs(compounds[i] - compounds[:i]).max(initial=0) for i in range(len(compounds))])
 
         self.scorers = [
-            Scorer("grammar", WINDOW, 1, surprise(skeletons, skeleton), "{:.1f} nats a word of the skeleton"),
-            Scorer("nonsense", WINDOW, 1, surprise(words, lambda ids: ids), "{:.1f} nats a word"),
-            Scorer("drift", LONG_WINDOW, LONG_WINDOW // 2, drift, "{:.2f} from the text before"),
-            Scorer("sentiment", LONG_WINDOW, LONG_WINDOW, flip, "{:.2f} from a window before"),
+            Scorer("grammar", surprise(skeletons, skeleton), of_ngrams, "{:.1f} nats a word of the skeleton"),
+            Scorer("nonsense", surprise(words, lambda ids: ids), of_ngrams, "{:.1f} nats a word"),
+            Scorer("drift", drift, _second_half, "{:.2f} from what stands before"),
+            Scorer("sentiment", flip, of_sentiment, "{:.2f} from a window before"),
         ]
-        self.thresholds = {
-            scorer.kind: float(np.quantile([scorer.scores(*text).max(initial=0) for text in real], 1 - FALSE_ALARMS))
-            for scorer in self.scorers
-        }
+        self.thresholds = {}
+        for scorer in self.scorers:
+            worst = [scores.max() for text in real if len(scores := scorer.scores(*text))]
+            self.thresholds[scorer.kind] = float(np.quantile(worst, 1 - FALSE_ALARMS)) if worst else float("inf")
 
     def find(self, context: Sequence[int], ids: Sequence[int]) -> tuple[list[Span], dict[str, float]]:
         """Judge a text that continues a context.
@@ -225,12 +237,13 @@ class Detectors:
             if span.start >= len(asked):
                 spans.append(span._replace(start=span.start - len(asked), end=span.end - len(asked)))
         worst = {}
-        for kind, width, stride, scores, note in self.scorers:
+        for kind, scores, stretches, note in self.scorers:
             values = scores(context, ids)
             worst[kind] = float(values.max()) if len(values) else float("nan")
             spans += _widest([
-                Span(kind, i * stride, i * stride + width, note.format(values[i]))
-                for i in np.flatnonzero(values > self.thresholds[kind]).tolist()
+                Span(kind, *stretch, note.format(value))
+                for stretch, value in zip(stretches(len(ids)), values.tolist(), strict=True)
+                if value > self.thresholds[kind]
             ])  # fmt: skip
         return sorted(spans, key=lambda span: (span.start, span.end)), worst
 

@@ -39,21 +39,22 @@ def repeated(ids: Sequence[int], n: int = 4) -> float:
     return 1 - distinct(ids, n)
 
 
-def recurring(context: Sequence[int], ids: Sequence[int], commonest: int) -> float:
-    """Lexical cohesion: of the content words in a text's second half, the share that stand before that half too.
+def recurring(context: Sequence[int], ids: Sequence[int], weights: np.ndarray) -> float:
+    """Lexical cohesion: of the words in a text's second half, the share that stand before that half too, by weight.
 
-    Range [0, 1]; higher: the text holds to what it spoke of, people and things among them, or goes round in circles.
-    nan where the second half has no content word. Names are followed as the words they are: lower-cased text does
-    not tell them apart. Source: reiteration in Halliday and Hasan, Cohesion in English, 1976; Barzilay and Lapata's
-    entity grid (Computational Linguistics 34, 2008) follows nouns in the same way.
+    Range [0, 1]; higher: the text holds to the people and things that it spoke of, or goes round in circles. nan where
+    the second half weighs nothing. Names count as the rare words they are: lower-cased text does not tell them apart.
+    Source: reiteration in Halliday and Hasan, Cohesion in English, 1976; Barzilay and Lapata's entity grid
+    (Computational Linguistics 34, 2008) follows nouns in the same way.
 
     Args:
         context: what the text continues; it counts as what stands before.
-        commonest: ids below it are no content words; the vocabulary lists words by frequency.
+        weights: (V,), 0 or above; inverse document frequencies let rare words count.
     """
     half = len(ids) // 2
-    before, content = {*context, *ids[:half]}, [id_ for id_ in ids[half:] if id_ >= commonest]
-    return sum(id_ in before for id_ in content) / len(content) if content else float("nan")
+    before, second = {*context, *ids[:half]}, np.asarray(ids[half:], dtype=np.int64)
+    total, returning = weights[second].sum(), weights[[id_ for id_ in second.tolist() if id_ in before]].sum()
+    return float(returning / total) if total else float("nan")
 
 
 def longest_loop(ids: Sequence[int]) -> Loop:
