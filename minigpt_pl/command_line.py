@@ -213,6 +213,14 @@ def _composition_problems(config_name: str, error: Exception) -> list[str]:
     return problems or [_one_line(error)]
 
 
+_WANTED = {  # what OmegaConf says of a value of another type -> what the user needs to know
+    "could not be converted to Integer": "must be a whole number",
+    "could not be converted to Float": "must be a number",
+    "is not a valid bool": "must be true or false",
+    "is not a ListConfig": "must be a list, as in [a, b]",
+}
+
+
 def _one_line(error: Exception) -> str:
     """The telling part of Hydra's and OmegaConf's messages, which run over several lines."""
     if isinstance(error, MissingConfigException) and error.options:
@@ -225,7 +233,7 @@ def _one_line(error: Exception) -> str:
         return "not readable as a setting; quote the value, as in 'name=\"a, b\"'"
     if any(line.startswith("Key ") or "is not in struct" in line for line in lines):
         return "no such setting; --help lists them"
-    return " ".join(lines)
+    return next((ours for theirs, ours in _WANTED.items() if theirs in lines[0]), " ".join(lines))
 
 
 def _print_help(config_name: str, schema: type) -> None:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
+import yaml
+
 from minigpt_pl import command_line
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
@@ -75,9 +77,15 @@ class Session:
     def _value(self, name: str, words: Sequence[str]) -> object:
         if not words:
             return getattr(self.first, name)
+        if words[0][0] in "[{":  # as on the command line
+            try:
+                return yaml.safe_load(" ".join(words))
+            except yaml.YAMLError:
+                raise InputError(f"/{name} {' '.join(words)}: cannot be read; close the bracket, or quote") from None
         if name == "forced_words":
-            places = (int(word) if word.isdecimal() else word for word in words[::2])
-            return dict(zip(places, [*words[1::2], ""], strict=False))
+            if len(words) % 2 or not all(map(str.isdecimal, words[::2])):
+                raise InputError(f"/{name} {' '.join(words)}: give places and words in turn: /{name} 0 good 5 bad")
+            return dict(zip(map(int, words[::2]), words[1::2], strict=True))
         if isinstance(getattr(self.first, name), list):
             return list(words)
         return None if words == ("null",) else " ".join(words)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -106,11 +108,18 @@ def has_int8_units(weight: Tensor) -> bool:
     return in_fp32 and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
+@contextmanager
+def plain_inference(model: MiniGPT) -> Iterator[None]:
+    """Without gradients, and in the weights' own precision, whatever autocast says: a `Product` has no other."""
+    with torch.inference_mode(), torch.autocast(model.output.weight.device.type, enabled=False):
+        yield
+
+
 def with_products(model: MiniGPT) -> MiniGPT:
-    """The model, its weights shared, with a `Product` in place of each `nn.Linear`."""
+    """The model in eval mode, its weights shared, with a `Product` in place of each `nn.Linear`."""
     shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in list(shared.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Product(child.weight, child.bias))
-    return shared
+    return shared.eval()

@@ -114,10 +114,10 @@ def _take_prompt_literally(argument: str) -> str:
 
 
 def _prompts(config: SampleConfig) -> list[str]:
-    if (config.prompt is None) == (config.prompts_file is None):
-        raise InputError(
-            "prompt=: give prompt='this movie is', or prompts_file=FILE (- for standard input), and not both"
-        )
+    if config.prompt is None and config.prompts_file is None:
+        raise InputError("prompt=null: give prompt='this movie is', or prompts_file=FILE (- for standard input)")
+    if config.prompt is not None and config.prompts_file is not None:
+        raise InputError(f"prompts_file={config.prompts_file}: give it or prompt={config.prompt}, and not both")
     if config.prompts_file is None:
         prompts = config.prompt if isinstance(config.prompt, list) else [config.prompt]
     else:
@@ -137,7 +137,8 @@ def _read_prompts(name: str) -> str:
     try:
         if name == "-" and sys.stdin is None:
             raise OSError("standard input is closed")
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"prompts_file={name}: cannot be read ({error}); give a UTF-8 file, or - for standard input"

@@ -120,7 +120,17 @@ class TestBadInput:
         [
             (["prompt="], ["prompt='': has no words"]),
             (["prompt=xyzzy plugh"], ["prompt='xyzzy plugh': none of its words"]),
-            ([], ["prompt=: give prompt="]),
+            ([], ["prompt=null: give prompt="]),
+            (["prompt=a", "prompts_file=p.txt"], ["prompts_file=p.txt: give it or prompt=a, and not both"]),
+            (
+                ["prompt=a", "top_k=2.5", "temperature=x", "interactive=maybe", "banned_words=the"],
+                [
+                    "top_k=2.5: must be a whole number",
+                    "temperature=x: must be a number",
+                    "interactive=maybe: must be true or false",
+                    "banned_words=the: must be a list, as in [a, b]",
+                ],
+            ),
             (["prompt=a", "temperature=-1"], ["temperature=-1.0: must be at least 0"]),
             (["prompt=a", "temperature=nan"], ["temperature=nan: must be a finite number"]),
             (["prompt=a", "temperature=warm"], ["temperature=warm: "]),
@@ -310,9 +320,11 @@ def test_closed_standard_output(trained, arguments):
 
 
 def test_a_prompt_is_a_line_whatever_else_it_holds(trained):
-    (trained / "odd.txt").write_bytes("the cat\x0cthe\u2028dog\r\nthe ship\n".encode())
+    (trained / "odd.txt").write_bytes("\ufeffthe cat\x0cthe\u2028dog\r\nthe ship\n".encode())
     texts = sample(trained, "prompts_file=odd.txt", "seed=0").stdout.split("\n\n")
-    assert len(texts) == 2
+    assert len(texts) == 2 and texts[0].startswith("the cat")
+    piped = sample(trained, "prompts_file=-", "seed=0", input=(trained / "odd.txt").read_text(encoding="utf-8"))
+    assert piped.stdout.split("\n\n") == texts
 
 
 def test_closed_standard_input(trained):

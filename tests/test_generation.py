@@ -1,10 +1,15 @@
 import copy
+import dataclasses
+import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from minigpt_pl import InputError, MiniGPT, TextModel, generate, generate_text, generate_texts, stream_text
+from minigpt_pl import InputError, MiniGPT, TextModel, generate, generate_text, generate_texts, score, stream_text
 from minigpt_pl.generation import filters, text
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids
@@ -267,6 +272,18 @@ class TestText:
             generate_text(model, "the", 9, top_k=5, banned_words="cat", stop_words=[3])
         assert generate_text(model, "the", 9, top_k=5, seed=0, banned_words=["\udcff"])
 
+    def test_words_that_contradict_each_other(self, model):
+        with pytest.raises(InputError) as caught:
+            generate_text(
+                model, "the", 9, top_k=5, banned_words=["cat", "dog", "well-known"], stop_words=["well-known"],
+                forced_words={0: "dog", 4: "the cat"},
+            )  # fmt: skip
+        assert list(caught.value.problems) == [
+            "stop_words=['well-known']: stands in banned_words too, so it never comes; leave it out of one",
+            "banned_words=['cat']: stands in forced_words too; leave it out of one",
+            "banned_words=['dog']: stands in forced_words too; leave it out of one",
+        ]
+
     def test_beams(self, model):
         with pytest.raises(InputError, match="num_beams=3: beams look for the likeliest text.*give temperature=0"):
             generate_text(model, "the", num_beams=3, top_k=5)
@@ -312,6 +329,10 @@ class TestText:
             ({"seed": True}, "seed=True: must be a whole number"),
             ({"banned_words": None}, "banned_words=None: must be a list of words"),
             ({"stop_words": 3}, "stop_words=3: must be a list of words"),
+            ({"forced_words": ["a"]}, r"forced_words=\['a'\]: must be words by their places, as {0: 'a'"),
+            ({"forced_words": {"0": "a"}}, "forced_words={'0': 'a'}: must be words by their places"),
+            ({"forced_words": {0: 5}}, "forced_words={0: 5}: must be words by their places"),
+            ({"topk": 5}, "topk=5: no such control; one of num_tokens, min_tokens, temperature, top_k"),
             ({"prompt": 5}, "prompt=5: must be a text"),
             ({"prompt": ["the"]}, r"prompt=\['the'\]: must be a text"),
         ],
@@ -320,6 +341,41 @@ class TestText:
     def test_wrong_types(self, model, given, message):
         with pytest.raises(InputError, match=message):
             generate_text(model, **({"prompt": "the", "top_k": 5} | given))
+
+    def test_a_path_is_no_model(self):
+        with pytest.raises(InputError, match=r"model='outputs/tiny': must be what minigpt_pl.load\(RUN\) gives"):
+            generate_text("outputs/tiny", "the")
+
+    def test_numbers_of_numpy(self, model):
+        record = generate(model, "the", np.int64(4), np.float32(0.5), np.int32(5), np.int64(3))[0]
+        assert record == generate(model, "the", 4, 0.5, 5, 3)[0]
+        assert json.loads(json.dumps(dataclasses.asdict(record)))["settings"]["num_tokens"] == 4
+
+    @pytest.mark.parametrize("surroundings", ["autocast", "train", "double"])
+    def test_the_same_text_in_any_surroundings(self, model, surroundings):
+        def written():
+            return generate(model, "the cat", 20, 1.5, None, seed=3), score(model, "the cat likes the dog")
+
+        expected = written()
+        try:
+            if surroundings == "train":
+                model.network.train()
+            elif surroundings == "double":
+                torch.set_default_dtype(torch.float64)
+            with torch.autocast("cpu", torch.bfloat16, enabled=surroundings == "autocast"):
+                assert written() == expected
+        finally:
+            model.network.eval()
+            torch.set_default_dtype(torch.float32)
+
+    def test_a_stream_that_python_ends_with_is_closed_in_silence(self, trained):
+        code = """if True:
+            import minigpt_pl
+            stream = minigpt_pl.stream_text(minigpt_pl.load("outputs/tiny"), "the cat", top_k=5)
+            print(next(stream))
+        """
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=trained)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
     def test_one_prompt_or_many(self, model):
         expected = generate_texts(model, ["the cat"], 4, top_k=5, seed=1)

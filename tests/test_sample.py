@@ -226,7 +226,7 @@ class TestInteractive:
             /temperature
             /banned_words the a
             /stop_words dog king
-            /forced_words 0 ship 2 well-known
+            /forced_words {0: ship, 2: well-known}
             the cat
             /num_samples 2
             /show probabilities
@@ -268,8 +268,10 @@ class TestInteractive:
             "/show colours": "show=colours: must be one of probabilities",
             "/seed -1": "seed=-1: must be at least 0",
             "/stop_words zebra": "stop_words=['zebra']: not in the model's vocabulary",
-            "/forced_words 0": "forced_words={0: ''}: must be words by their places",
-            "/forced_words x cat": "forced_words={'x': 'cat'}: must be words by their places",
+            "/forced_words 0": "/forced_words 0: give places and words in turn: /forced_words 0 good 5 bad",
+            "/forced_words x cat": "/forced_words x cat: give places and words in turn",
+            "/forced_words {x: cat}": "forced_words={'x': 'cat'}: must be words by their places",
+            "/stop_words [dog": "/stop_words [dog: cannot be read; close the bracket, or quote",
             "/forced_words 99 cat": "forced_words={99: 'cat'}: place 99 is beyond the last",
             "/run other": "/run: no such command",
             "zebra": "prompt='zebra': none of its words",

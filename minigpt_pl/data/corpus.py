@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from array import array
@@ -120,7 +121,13 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
     if source is not None:
         data = dataclasses.replace(data, **{"path" if isinstance(data, TextConfig) else "source": source})
     record = runs.read_record(folder)
-    corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
+    try:
+        corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
+    except InputError as error:
+        if source is None:
+            raise InputError(*(f"{line}; or give source=, where run={folder.name}'s text lies now"
+                               for line in error.problems)) from error  # fmt: skip
+        raise InputError(*(re.sub(r"^data\.(source|path)=", "source=", line) for line in error.problems)) from error
     trained_on, found = record.get("text"), corpus.record
     # Not by the fingerprint: it may be made in another way by then.
     if trained_on and any(trained_on.get(name) != found[name] for name in found.keys() - {"source", "fingerprint"}):

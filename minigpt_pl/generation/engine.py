@@ -13,7 +13,7 @@ from minigpt_pl.generation import beams, decoders, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.prepared import Prepared, prepare
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.products import has_int8_units
+from minigpt_pl.products import has_int8_units, plain_inference
 
 # In 8 bits alone the ten likeliest tokens are others in up to 12 % of contexts, so more than `top_k` are looked for. In
 # 12,000 contexts of four trained networks, the deepest that one of the likeliest fell was 4 places beyond the others
@@ -40,7 +40,6 @@ class Step(NamedTuple):
     entropies: list[float] = []
 
 
-@torch.inference_mode()
 def generate_ids(
     model: MiniGPT, prompts: Sequence[Sequence[int]], controls: Controls, seeds: Sequence[int]
 ) -> list[list[int]]:
@@ -49,14 +48,14 @@ def generate_ids(
     Arguments and errors are those of `stream_ids`.
     """
     new_ids: list[list[int]] = [[] for _ in prompts]
-    for step in _steps(prepare(model), prompts, controls, seeds):
-        for text, id_ in zip(step.texts, step.ids, strict=True):
-            if id_ != controls.end_id:
-                new_ids[text].append(id_)
+    with plain_inference(model):
+        for step in _steps(model, prompts, controls, seeds):
+            for text, id_ in zip(step.texts, step.ids, strict=True):
+                if id_ != controls.end_id:
+                    new_ids[text].append(id_)
     return new_ids
 
 
-@torch.inference_mode()  # it ends between the steps
 def stream_ids(
     model: MiniGPT,
     prompts: Sequence[Sequence[int]],
@@ -71,7 +70,7 @@ def stream_ids(
     in another order, and a draw that falls within the 1e-6 or so that this makes can go to the next token.
 
     Args:
-        model: in eval mode, of one block or more.
+        model: of one block or more; its dropout is left out.
         prompts: token ids, at least one each, of any lengths.
         controls: the same for all.
         seeds: one a prompt.
@@ -83,23 +82,30 @@ def stream_ids(
     Raises:
         InputError: `no_repeat_ngram_size` or the bans leave nothing to draw.
     """
-    yield from _steps(prepare(model), prompts, controls, seeds, with_probabilities)
+    steps = _steps(model, prompts, controls, seeds, with_probabilities)
+    while True:
+        with plain_inference(model):  # not between the steps, where the reader's own work goes on
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 def _steps(
-    prepared: Prepared,
+    model: MiniGPT,
     prompts: Sequence[Sequence[int]],
     controls: Controls,
     seeds: Sequence[int],
     with_probabilities: bool = False,
 ) -> Iterator[Step]:
+    prepared = prepare(model)
     if controls.num_beams > 1:
         for text, prompt in enumerate(prompts):
             found = beams.search(prepared, prompt, controls)
             # Written once more, each token forced: the steps, with what is asked for.
             forced = {"num_beams": 1, "length_penalty": 1.0, "num_tokens": len(found), "min_tokens": 0}
             again = replace(controls, **forced, stop_sequences=(), forced_ids=dict(enumerate(found)))
-            for step in _steps(prepared, [prompt], again, [0], with_probabilities):
+            for step in _steps(model, [prompt], again, [0], with_probabilities):
                 yield step._replace(texts=[text])
         return
     device = prepared.model.output.weight.device
@@ -109,7 +115,8 @@ def _steps(
     )
     texts = F.pad(texts, (0, num_tokens))  # (B, T + num_tokens)
     # All of a text's chances are drawn ahead, from its own generator; on the CPU, so that they are the same anywhere.
-    chances = torch.stack([torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    chances = torch.stack([torch.rand(num_tokens, generator=own, dtype=torch.float32) for own in generators])
     chances = chances.to(device)  # (B, num_tokens)
     running = list(range(len(prompts)))  # whose text each row is
     decoder, output = decoders.start(prepared, prompts), _Output(prepared, controls)

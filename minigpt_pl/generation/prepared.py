@@ -36,7 +36,7 @@ class Prepared:
     """
 
     def __init__(self, model: MiniGPT):
-        self.model = with_products(model).eval()
+        self.model = with_products(model)
         self.attention = AbsorbedAttention(self.model) if len(model.blocks) == 1 else None
 
     @functools.cached_property

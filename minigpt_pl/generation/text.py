@@ -109,9 +109,10 @@ def generate_text(
         seed: 0 to 2**31 - 1; the same seed gives the same text; None: a new one each time.
         controls: `banned_words`: never written; one of several tokens, as "it's", is never written as a whole
             (`[UNK]` is always banned). `stop_words`: each ends the text once `min_tokens` stand, and is its last.
-            `forced_words`: place among the new tokens (0 the first) -> the word or words that begin there. And those
-            of `generation.controls.Controls`, which gives their ranges: `min_tokens`, `top_p`, `min_p`, `typical_p`,
-            `repetition_penalty`, `no_repeat_ngram_size`, `num_beams`, `length_penalty`.
+            `forced_words`: place among the new tokens (0 the first) -> the word or words that begin there, whatever
+            `no_repeat_ngram_size` says. And those of `generation.controls.Controls`, which gives their ranges:
+            `min_tokens`, `top_p`, `min_p`, `typical_p`, `repetition_penalty`, `no_repeat_ngram_size`, `num_beams`,
+            `length_penalty`.
 
     Returns:
         The prompt as given, less white space at its end, and its continuation.
@@ -305,8 +306,12 @@ def _prepare(
     **numbers,
 ) -> tuple[Controls, dict[str, Any], list[tuple[str, list[int], int]]]:
     """The controls on ids, all of them as a person reads them, and the prompt, its ids and the seed of each text."""
+    if not isinstance(model, TextModel):
+        raise InputError(f"model={model!r:.60}: must be what minigpt_pl.load(RUN) gives")
     tokenizer, network = model.tokenizer, model.network
-    problems = [
+    problems = [f"{name}={numbers[name]!r}: no such control; one of {', '.join(CONTROLS)}"
+                for name in numbers.keys() - set(NUMBERS)]  # fmt: skip
+    problems += [
         f"{name}={words!r}: must be a list of words, as ['good', 'bad']"
         for name, words in (("banned_words", banned_words), ("stop_words", stop_words))
         if not isinstance(words, Sequence) or isinstance(words, str) or not all(isinstance(word, str) for word in words)
@@ -316,6 +321,10 @@ def _prepare(
         for name, value in (("num_tokens", num_tokens), ("max_tokens", max_tokens), ("seed", seed))
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral))
     ]
+    if not isinstance(forced_words or {}, Mapping) or not all(
+        isinstance(place, int) and isinstance(word, str) for place, word in (forced_words or {}).items()
+    ):
+        problems.append(f"forced_words={forced_words!r}: must be words by their places, as {{0: 'a', 5: 'film'}}")
     if problems:
         raise InputError(*problems)
     if num_tokens is not None and max_tokens is not None:
@@ -328,8 +337,18 @@ def _prepare(
         for word, ids in zip(stop_words, stops, strict=True)
         if not ids or UNKNOWN_ID in ids
     ]
+    problems += [
+        f"stop_words={[word]}: stands in banned_words too, so it never comes; leave it out of one"
+        for word, ids in zip(stop_words, stops, strict=True)
+        if ids in banned
+    ]
     forced_ids, impossible = _forced_ids(tokenizer, forced_words or {}, num_tokens)
     problems += impossible
+    problems += [
+        f"banned_words={[word]}: stands in forced_words too; leave it out of one"
+        for word, ids in zip(banned_words, banned, strict=True)
+        if len(ids) == 1 and ids[0] in forced_ids.values()
+    ]
     # A network that was trained without [END] knows nothing of it, and would write it at random.
     never = (PADDING_ID, UNKNOWN_ID, *([tokenizer.token_to_id(END)] if model.end_id is None else []))
     if not 1 <= num_samples <= MOST_SAMPLES:
@@ -339,7 +358,7 @@ def _prepare(
             problems.append(f"num_samples={num_samples}: with {name}={value} all would be the same text; give 1")
     largest_seed = 2**31 - max(num_samples, 1)  # so that each sample's own can be given again
     if seed is not None and not 0 <= seed <= largest_seed:
-        problems.append(f"seed={seed}: must be 0 to {largest_seed}")
+        problems.append(f"seed={seed}: must be 0 to {largest_seed}, as num_samples={num_samples} take one each")
     try:
         controls = Controls(
             vocab_size=network.vocab_size,
@@ -355,15 +374,20 @@ def _prepare(
         problems += error.problems
     if problems:
         raise InputError(*problems)
-    seed = secrets.randbelow(largest_seed + 1) if seed is None else seed
+    seed = secrets.randbelow(largest_seed + 1) if seed is None else int(seed)
     jobs = [
         (prompt, ids, seed + i)
         for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True)
         for i in range(num_samples)
     ]
-    settings = {name: getattr(controls, name) for name in NUMBERS}
+    settings = {name: _plain_number(getattr(controls, name)) for name in NUMBERS}
     words = {"banned_words": [*banned_words], "stop_words": [*stop_words], "forced_words": dict(forced_words or {})}
     return controls, settings | words, jobs
+
+
+def _plain_number(value: Any) -> int | float | None:
+    """NumPy's as Python's, which JSON takes."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _records(

@@ -21,6 +21,7 @@ from minigpt_pl.generation.text import TextModel, encode_prompts
 from minigpt_pl.loss import token_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.model import MiniGPT
+from minigpt_pl.products import plain_inference, with_products
 from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
 
 BATCH_TOKENS = 8192
@@ -32,17 +33,18 @@ def document_losses(network: MiniGPT, documents: Sequence[Sequence[int]], show_p
     """The loss of each token but the documents' first.
 
     Args:
-        network: in eval mode.
+        network: its dropout is left out.
         documents: each one's ids.
 
     Returns:
         (T,) fp32 losses in nats, document after document.
     """
     output = network.output
-    losses = [
-        token_losses(hidden, output.weight, output.bias, targets).numpy(force=True)
-        for hidden, targets in _predictions(network, documents, max(network.max_length // 2, 1), show_progress)
-    ]
+    with plain_inference(network):
+        losses = [
+            token_losses(hidden, output.weight, output.bias, targets).numpy(force=True)
+            for hidden, targets in _predictions(network, documents, max(network.max_length // 2, 1), show_progress)
+        ]
     return np.concatenate(losses) if losses else np.zeros(0, np.float32)
 
 
@@ -56,14 +58,13 @@ def _windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, i
         first = end
 
 
-@torch.no_grad()
 def _predictions(
     network: MiniGPT, documents: Sequence[Sequence[int]], stride: int, show_progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batch by batch the hidden states (N, D) that predict, and the ids (N,) that they should."""
     from tqdm import tqdm  # comes with lightning
 
-    length = network.max_length
+    network, length = with_products(network), network.max_length
     windows = [(document, window) for document in documents for window in _windows(len(document), length, stride)]
     rows = max(BATCH_TOKENS // length, 1)
     device = network.output.weight.device
@@ -102,7 +103,6 @@ class ScoredWord:
     known: bool
 
 
-@torch.no_grad()
 def score(model: TextModel, text: str) -> list[ScoredWord]:
     """How likely a model finds each word of a text.
 
@@ -120,12 +120,13 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     ids = encode_prompts(model.tokenizer, [text], "text")[0]
     probabilities: list[float | None] = [None]
     ranks: list[int | None] = [None]
-    for hidden, targets in _predictions(model.network, [ids], stride=1, show_progress=False):
-        for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
-            logits = model.network.output(rows)  # (N, V)
-            own = logits.gather(1, wanted[:, None])  # (N, 1)
-            probabilities += (own - logits.logsumexp(dim=1, keepdim=True)).exp()[:, 0].tolist()
-            ranks += ((logits > own).sum(dim=1) + 1).tolist()
+    with plain_inference(model.network):
+        for hidden, targets in _predictions(model.network, [ids], stride=1, show_progress=False):
+            for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
+                logits = model.network.output(rows)  # (N, V)
+                own = logits.gather(1, wanted[:, None])  # (N, 1)
+                probabilities += (own - logits.logsumexp(dim=1, keepdim=True)).exp()[:, 0].tolist()
+                ranks += ((logits > own).sum(dim=1) + 1).tolist()
     # Whether a word takes a space depends on itself alone, but a text's first never has one.
     begin = model.tokenizer.decode(ids[:1])
     later = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
