@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 MEASURES = {
     "loss": "own loss: -log p of the written words under the model itself, nats",
-    "ngram_loss": "n-gram loss: the same under a 4-gram model of the training text, nats",
+    "ngram_loss": "n-gram loss: -log p of the written words under a 4-gram model of the training text, nats",
     "seen_4grams": "share of runs of 4 words that stand in the training text",
     "entropy": "entropy of the model's own distribution along the text, bits",
     "unknown": "probability that the model gives [UNK], which is never written",
