@@ -6,6 +6,7 @@ minigpt_pl.generate_text(model, "this movie is", num_tokens=60, temperature=0.8,
 """
 
 from minigpt_pl.errors import InputError
+from minigpt_pl.generation.scoring import ScoredWord, score
 from minigpt_pl.generation.text import (
     Record,
     TextModel,
@@ -15,7 +16,6 @@ from minigpt_pl.generation.text import (
     load,
     stream_text,
 )
-from minigpt_pl.measures.likelihood import ScoredWord, score
 from minigpt_pl.model import MiniGPT
 
 __all__ = [

@@ -13,12 +13,12 @@ import yaml
 from conftest import run_module, text_config
 
 import minigpt_pl
-from minigpt_pl import InputError, MiniGPT
+from minigpt_pl import InputError, MiniGPT, score
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.data.corpus import held_out_texts, open_corpus
 from minigpt_pl.evaluate import _ladder, evaluate
 from minigpt_pl.measures import likelihood
-from minigpt_pl.measures.likelihood import document_losses, score, spelling_nats, summarise
+from minigpt_pl.measures.likelihood import document_losses, spelling_nats, summarise
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import END, UNKNOWN_ID
 

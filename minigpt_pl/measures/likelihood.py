@@ -1,23 +1,21 @@
-"""How likely a network finds a text: a loss for each token, its means, the probability of each word.
+"""How likely a network finds a text: a loss for each token, and its means.
 
 Each token after a document's first is predicted from those before it in its document. A network sees at most L =
 max_length of them, so a document is cut into windows of L inputs. The first window predicts tokens 1 to L, all of them
 from the document's very beginning: what the network was trained on with cut=truncate. Each further window lies L // 2
 tokens on and predicts only its last L // 2 tokens: a token beyond the first L has between L - L // 2 + 1 and L tokens
-before it. No window crosses into another document. (`score`, for single texts, moves the window by one token.)
+before it. No window crosses into another document. (`generation.scoring` moves the window by one token.)
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt_pl.generation.text import TextModel, encode_prompts
 from minigpt_pl.loss import token_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.model import MiniGPT
@@ -43,7 +41,7 @@ def document_losses(network: MiniGPT, documents: Sequence[Sequence[int]], show_p
     with plain_inference(network):
         losses = [
             token_losses(hidden, output.weight, output.bias, targets).numpy(force=True)
-            for hidden, targets in _predictions(network, documents, max(network.max_length // 2, 1), show_progress)
+            for hidden, targets in predictions(network, documents, max(network.max_length // 2, 1), show_progress)
         ]
     return np.concatenate(losses) if losses else np.zeros(0, np.float32)
 
@@ -58,10 +56,14 @@ def _windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, i
         first = end
 
 
-def _predictions(
+def predictions(
     network: MiniGPT, documents: Sequence[Sequence[int]], stride: int, show_progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch the hidden states (N, D) that predict, and the ids (N,) that they should."""
+    """Batch by batch the hidden states (N, D) that predict, and the ids (N,) that they should.
+
+    Args:
+        stride: by how many tokens a window moves on: 1 gives each token all the context there is, and takes longest.
+    """
     from tqdm import tqdm  # comes with lightning
 
     network, length = with_products(network), network.max_length
@@ -82,57 +84,6 @@ def _predictions(
             hidden = network.hidden_states(ids[:, :-1])  # (B, L, D)
             yield hidden[predicted], ids[:, 1:][predicted]
             progress.update(len(batch))
-
-
-@dataclass(frozen=True)
-class ScoredWord:
-    """A word of a text, and what the model thought of it.
-
-    Attributes:
-        text: with the space before it, if it takes one; `[UNK]` for an unknown word. Joined, the words are
-            `tokenizer.decode(tokenizer.encode(text).ids)`.
-        probability: given the words before it, in [0, 1]. None for the first: the network has learned to go on with a
-            text, not to begin one.
-        rank: among all words of the vocabulary, 1 for the likeliest; None for the first.
-        known: whether it is in the vocabulary. The probability of an unknown word is that of any unknown word.
-    """
-
-    text: str
-    probability: float | None
-    rank: int | None
-    known: bool
-
-
-def score(model: TextModel, text: str) -> list[ScoredWord]:
-    """How likely a model finds each word of a text.
-
-    Args:
-        model: from `load`.
-        text: any text, long ones too; a word is predicted from the last `max_length` before it, as when it is written.
-
-    Raises:
-        InputError: the text has no words, or none that the model knows.
-
-    Example:
-        >>> for word in score(model, "this movie is great"):
-        ...     print(word.text, word.probability, word.rank)
-    """
-    ids = encode_prompts(model.tokenizer, [text], "text")[0]
-    probabilities: list[float | None] = [None]
-    ranks: list[int | None] = [None]
-    with plain_inference(model.network):
-        for hidden, targets in _predictions(model.network, [ids], stride=1, show_progress=False):
-            for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
-                logits = model.network.output(rows)  # (N, V)
-                own = logits.gather(1, wanted[:, None])  # (N, 1)
-                probabilities += (own - logits.logsumexp(dim=1, keepdim=True)).exp()[:, 0].tolist()
-                ranks += ((logits > own).sum(dim=1) + 1).tolist()
-    # Whether a word takes a space depends on itself alone, but a text's first never has one.
-    begin = model.tokenizer.decode(ids[:1])
-    later = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
-    texts = [begin, *(both[len(begin) :] for both in later)]
-    known = [id_ != UNKNOWN_ID for id_ in ids]
-    return [ScoredWord(*word) for word in zip(texts, probabilities, ranks, known, strict=True)]
 
 
 def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
