@@ -10,7 +10,8 @@ from minigpt_pl import command_line
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import show
-from minigpt_pl.generation.text import TextModel, encode_prompts, stream_records, unknown_words
+from minigpt_pl.generation.text import TextModel, stream_records
+from minigpt_pl.generation.words import encode_prompts, unknown_words
 from minigpt_pl.tokenizer import list_vocabulary
 
 HELP = """\

@@ -50,7 +50,9 @@ class Product(nn.Module):
 
 
 class RoughProduct:
-    """x @ weight.T + bias to within 2 % or so of the spread of the result, from 8-bit integers: half the time of bf16.
+    """x @ weight.T + bias to within 2 % or so of the spread of the result, from 8-bit integers.
+
+    Of 20,000 x 256 it takes 55 % of the time of bf16 for 64 rows, 75 to 80 % for one.
 
     A row of the weight has a scale of its own, x one for all of it ("dynamic quantization"); the sums are exact.
 

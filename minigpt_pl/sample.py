@@ -25,7 +25,8 @@ def main() -> None:
 def sample(config: SampleConfig) -> None:
     """Write texts to standard output; to standard error which checkpoint wrote them, and unknown words."""
     from minigpt_pl.generation import show
-    from minigpt_pl.generation.text import encode_prompts, load, unknown_words
+    from minigpt_pl.generation.text import load
+    from minigpt_pl.generation.words import encode_prompts, unknown_words
 
     keep_freed_memory()
     prompts = [] if config.interactive else _prompts(config)

@@ -174,7 +174,7 @@ def _entropies(logits: Tensor) -> Tensor:
 class _Output:
     """The output layer, with what may be drawn.
 
-    Where only the `top_k` likeliest count, a CPU with int8 units finds them, and `SPARE` more, with the weight in int8,
+    Where only the `top_k` likeliest count, a CPU with int8 units finds them, and some more, with the weight in int8,
     which is a quarter of the memory to read; their logits are then computed in fp32.
     """
 

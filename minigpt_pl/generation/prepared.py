@@ -15,7 +15,7 @@ from minigpt_pl.products import Product, RoughProduct, with_products
 def prepare(model: MiniGPT) -> "Prepared":
     """The network as its weights are now; the same again while they stay the same, bit for bit.
 
-    To compare them takes a millisecond at the seed's size, to prepare them twenty.
+    To compare them takes two milliseconds at the seed's size, to prepare them some twenty.
     """
     # The token embedding is read as it is.
     weights = [model.position_embedding.weight, *model.blocks.parameters(), *model.output.parameters()]

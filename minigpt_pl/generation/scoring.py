@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from minigpt_pl.generation.text import TextModel, encode_prompts
+from minigpt_pl.generation.text import TextModel
+from minigpt_pl.generation.words import encode_prompts
 from minigpt_pl.measures.likelihood import predictions
 from minigpt_pl.products import plain_inference
 from minigpt_pl.tokenizer import UNKNOWN_ID

@@ -13,13 +13,13 @@ from minigpt_pl.config import CONTROLS
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids, stream_ids
+from minigpt_pl.generation.words import NOT_KNOWN, encode_prompts, forced_ids_of, unknown_words, word_ids
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.runs import find_checkpoint, load_network
 from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID, load_tokenizer
 
 BATCH_TEXTS = 256  # written at once; bounds the memory for a thousand prompts
 MOST_SAMPLES = 100_000  # of a prompt in one call
-NOT_KNOWN = "not in the model's vocabulary; use words that it knows"
 # The controls that are the same for words and for ids.
 NUMBERS = tuple(name for name in CONTROLS if not name.endswith("_words"))
 
@@ -229,69 +229,6 @@ def stream_records(
     return (record for batch in batches for record in _records(model, batch, on_ids, settings, with_probabilities))
 
 
-def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
-    """The prompt's words, as typed, that are not in the vocabulary."""
-    encoding = tokenizer.encode(prompt)
-    return [
-        prompt[slice(*place)] for id_, place in zip(encoding.ids, encoding.offsets, strict=True) if id_ == UNKNOWN_ID
-    ]
-
-
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = "prompt") -> list[list[int]]:
-    """The prompts' ids.
-
-    Args:
-        setting: named in the error.
-
-    Raises:
-        InputError: one line for each prompt that has no word, or none that the model knows.
-    """
-    all_ids, problems = [], []
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            problems.append(f"{setting}={prompt!r}: must be a text; give it in quotes")
-            continue
-        try:
-            all_ids.append(tokenizer.encode(prompt).ids)
-        except (UnicodeEncodeError, TypeError):  # half a surrogate pair: bytes that were no UTF-8
-            problems.append(f"{setting}={prompt!r}: is not Unicode text; give it in UTF-8")
-            continue
-        if not all_ids[-1]:
-            problems.append(f"{setting}={prompt!r}: has no words; give the beginning of a text")
-        elif all(id_ == UNKNOWN_ID for id_ in all_ids[-1]):
-            problems.append(f"{setting}={prompt!r}: none of its words is in the model's vocabulary; use commoner words")
-    if problems:
-        raise InputError(*problems)
-    return all_ids
-
-
-def _word_ids(tokenizer: Tokenizer, word: str) -> list[int]:
-    try:
-        return tokenizer.encode(word).ids
-    except (UnicodeEncodeError, TypeError):  # half a surrogate pair: no text has it
-        return [UNKNOWN_ID]
-
-
-def _forced_ids(tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int) -> tuple[dict[int, int], list[str]]:
-    """Place -> id, and a line for each that cannot be."""
-    forced, problems = {}, []
-    for place, text in words.items():
-        ids = _word_ids(tokenizer, text)
-        name = f"forced_words={{{place}: {text!r}}}"
-        if not ids or UNKNOWN_ID in ids:
-            problems.append(f"{name}: {NOT_KNOWN}")
-        elif taken := [at for at in range(place, place + len(ids)) if at in forced]:
-            problems.append(f"{name}: place {taken[0]} is taken by another; leave room for {len(ids)} tokens")
-        elif place < 0:
-            problems.append(f"{name}: places are counted from 0, the first new token; give 0 or more")
-        elif place + len(ids) > num_tokens:
-            last = place + len(ids) - 1
-            problems.append(f"{name}: place {last} is beyond the last, {num_tokens - 1}; raise num_tokens={num_tokens}")
-        else:
-            forced |= dict(enumerate(ids, place))
-    return forced, problems
-
-
 def _prepare(
     model: TextModel,
     prompts: Sequence[str],
@@ -331,7 +268,7 @@ def _prepare(
         problems.append(f"max_tokens={max_tokens}: is another name for num_tokens={num_tokens}; give one of them")
     given = [count for count in (num_tokens, max_tokens) if count is not None]
     num_tokens = given[0] if given else Controls.num_tokens
-    banned, stops = ([_word_ids(tokenizer, word) for word in words] for words in (banned_words, stop_words))
+    banned, stops = ([word_ids(tokenizer, word) for word in words] for words in (banned_words, stop_words))
     problems += [
         f"stop_words={[word]}: {NOT_KNOWN}"
         for word, ids in zip(stop_words, stops, strict=True)
@@ -342,7 +279,7 @@ def _prepare(
         for word, ids in zip(stop_words, stops, strict=True)
         if ids in banned
     ]
-    forced_ids, impossible = _forced_ids(tokenizer, forced_words or {}, num_tokens)
+    forced_ids, impossible = forced_ids_of(tokenizer, forced_words or {}, num_tokens)
     problems += impossible
     problems += [
         f"banned_words={[word]}: stands in forced_words too; leave it out of one"

@@ -23,7 +23,7 @@ from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside, write_figure
-from minigpt_pl.generation.text import encode_prompts
+from minigpt_pl.generation.words import encode_prompts
 from minigpt_pl.memory import keep_freed_memory
 from minigpt_pl.runs import IMPORTED_FROM
 from minigpt_pl.tokenizer import END, UNKNOWN_ID, load_tokenizer
