@@ -196,6 +196,7 @@ class TestEngine:
     def test_a_stream_may_be_left(self):
         stream = stream_ids(network(), [[5]], Controls(vocab_size=SIZE), [0])
         next(stream)
+        assert not torch.is_inference_mode_enabled(), "between the steps the reader's own work goes on"
         stream.close()
         assert not torch.is_inference_mode_enabled()
 

@@ -248,6 +248,7 @@ class TestInteractive:
         ]
         beginning = "\n".join(expected) + "\n"
         assert out.startswith(beginning) and "the dog" not in out[len(beginning) :]
+        assert "  top_k=null\n" in out
         rest = out[len(beginning) :]
         assert "  temperature=0.8\n" in rest and "  stop_words=['dog', 'king']\n" in rest
         assert "  temperature: randomness" in rest and errors.count("error") == 0
