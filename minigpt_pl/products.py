@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from minigpt_pl.errors import DIVERGED
 from minigpt_pl.model import MiniGPT
 
+SMALL = 2**18  # values of a weight, 1 MB, that one thread reads about as fast as several
+BLOCK = 512  # oneDNN sums so many values in turn, then the sums
+
 
 class Product(nn.Module):
     """x @ weight.T + bias, with the weight laid out once for oneDNN, which is called as `torch.compile` calls it.
@@ -20,7 +23,12 @@ class Product(nn.Module):
     in fp32, which on CPUs that are not Intel's reaches half the rate (benchmarks/training_step.py).
 
     In generation a row is the same beside any others, bit for bit: MKL adds up in another order for the rows that are
-    left over from its tiles. oneDNN's were equal for 1 to 256 rows, on 1 and 2 threads.
+    left over from its tiles. oneDNN's were equal for 2 to 256 rows, on 1 to 16 threads. One row of over 1,024 values
+    was not, so that one gets a second, of zeros.
+
+    A call of oneDNN takes 12 microseconds before it begins, which is most of the time of one row by a small matrix.
+    `embedding_bag`, the sum of the matrix's columns with the row's values for weights, takes 2, and adds up in the same
+    order. Where that is seen on this machine, it multiplies single rows.
 
     Where there is no oneDNN, and on a GPU, it is PyTorch's product.
 
@@ -32,7 +40,7 @@ class Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: int | None = None):
         super().__init__()
-        self.weight, self.bias, self.rows, self.laid_out = weight, bias, rows, None
+        self.weight, self.bias, self.rows, self.laid_out, self.columns = weight, bias, rows, None, None
         self.by_onednn = by_onednn(weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,13 +48,30 @@ class Product(nn.Module):
         if not self.by_onednn:
             return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         if self.laid_out is None:  # not before: of a model's products some are never asked for
-            self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
+            self._lay_out()
         rows = x if x.dim() == 2 else x.flatten(0, -2)
-        count = len(rows)
-        if self.rows is None:
-            rows = _padded(rows)
-        result = torch.ops.mkldnn._linear_pointwise(rows, self.laid_out, self.bias, "none", [], "")
-        return result if len(rows) == count and x.dim() == 2 else result[:count].view(*x.shape[:-1], -1)
+        result = self._row(rows) if self.columns is not None and len(rows) == 1 else self._rows(rows)
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
+
+    def _lay_out(self) -> None:
+        self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
+        if self.rows is None and self.weight.dtype == torch.float32 and self.weight.numel() <= SMALL:
+            self.columns = self.weight.T.contiguous()  # (in, out)
+            self.all, self.blocks = torch.arange(len(self.columns)), torch.arange(0, len(self.columns), BLOCK)
+            row = torch.linspace(-1, 1, len(self.columns))[None]
+            if not torch.equal(self._row(row), self._rows(row)):
+                self.columns = None
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """By oneDNN."""
+        rows = _padded(x, 2) if self.rows is None else x
+        return torch.ops.mkldnn._linear_pointwise(rows, self.laid_out, self.bias, "none", [], "")[: len(x)]
+
+    def _row(self, x: Tensor) -> Tensor:
+        """By embedding_bag."""
+        sums = torch.embedding_bag(self.columns, self.all, self.blocks, False, 0, False, x[0], False)[0]
+        result = sums if len(sums) == 1 else sums.sum(dim=0, keepdim=True)  # (blocks, out) -> (1, out)
+        return result if self.bias is None else result + self.bias
 
 
 class RoughProduct:
@@ -72,7 +97,7 @@ class RoughProduct:
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
         """(rows, in) and (out,) -> (rows, out)."""
-        largest = float(torch.linalg.vector_norm(x, math.inf))
+        largest = float(x.abs().max())
         if not math.isfinite(largest):
             raise ValueError(DIVERGED)
         scale = max(largest, 1e-30) / 127
@@ -81,14 +106,14 @@ class RoughProduct:
         return torch.ops.onednn.qlinear_pointwise(rows, scale, 128, *args)[: len(x)]
 
 
-def _padded(x: Tensor) -> Tensor:
-    """(rows, in) with some rows more: 1, 2, 4, 8, 16, 32, 48, ... of them.
+def _padded(x: Tensor, least: int = 1) -> Tensor:
+    """(rows, in) with some rows more: 1, 2, 4, 8, 16, 32, 48, ... of them, and `least` at least.
 
     oneDNN makes a kernel for each number of rows, and keeps some MB with it.
     """
-    count = len(x)
+    count = max(len(x), least)
     size = 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16
-    return x if size == count else F.pad(x, (0, 0, 0, size - count))
+    return x if size == len(x) else F.pad(x, (0, 0, 0, size - len(x)))
 
 
 def by_onednn(weight: Tensor) -> bool:

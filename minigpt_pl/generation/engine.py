@@ -118,6 +118,7 @@ def _steps(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     chances = torch.stack([torch.rand(num_tokens, generator=own, dtype=torch.float32) for own in generators])
     chances = chances.to(device)  # (B, num_tokens)
+    read = controls.read_the_text or controls.stop_sequences  # else the texts need not be written
     running = list(range(len(prompts)))  # whose text each row is
     decoder, output = decoders.start(prepared, prompts), _Output(prepared, controls)
     for place in range(num_tokens):
@@ -130,7 +131,8 @@ def _steps(
             logits = filters.warp(logits, controls)
             choice = draw(logits, chances[:, place])
         drawn = ids.gather(-1, choice).squeeze(-1)  # (B,)
-        texts[:, end] = drawn
+        if read:
+            texts[:, end] = drawn
         step = Step(running, drawn.tolist())
         if with_probabilities:
             entropies = [0.0] * len(drawn) if controls.temperature == 0 else _entropies(logits).tolist()
@@ -227,7 +229,7 @@ class _Output:
             self.bias_for = wanted
         ids = _largest(self.screen(hidden, self.bias), self.screened)  # (B, S), from (B, V)
         rows = F.embedding(ids, self.layer.weight)  # (B, S, D)
-        logits = (rows * hidden[:, None]).sum(dim=-1) + self.bias[ids]
+        logits = rows.mul_(hidden[:, None]).sum(dim=-1) + self.bias[ids]
         best = logits.topk(self.count, sorted=False).indices  # (B, C)
         ids, order = ids.gather(-1, best).sort()
         return logits.gather(-1, best.gather(-1, order)), ids
@@ -241,7 +243,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
         return logits.topk(count, sorted=False).indices
     # They are in the `count` groups with the largest maxima: id i is in group i % groups.
     columns = logits.view(len(logits), 20, groups)
-    best = columns.amax(dim=1).topk(count, sorted=False).indices[:, None]  # (B, 1, count)
-    members = columns.gather(2, best.expand(-1, 20, -1)).flatten(1)  # (B, 20 * count)
-    ids = (best + torch.arange(0, size, groups, device=best.device)[:, None]).flatten(1)
-    return ids.gather(1, members.topk(count, sorted=False).indices)
+    best = columns.amax(dim=1).topk(count, sorted=False).indices  # (B, count)
+    members = columns.gather(2, best[:, None].expand(-1, 20, -1)).flatten(1)  # (B, 20 * count)
+    found = members.topk(count, sorted=False).indices  # (B, count)
+    return found // count * groups + best.gather(1, found % count)
