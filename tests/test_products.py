@@ -1,7 +1,9 @@
 """The same bits for a row alone and beside others, in little memory."""
 
 import functools
+import math
 import resource
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from minigpt_pl.products import Product, RoughProduct, has_int8_units
+from minigpt_pl.products import FEW, Product, RoughProduct, has_int8_units
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 
@@ -61,6 +63,29 @@ def test_where_embedding_bag_adds_up_in_another_order(monkeypatch):
     assert torch.equal(ours(x[:1]), expected[:1])
     ours.columns, right = ours.weight.T.contiguous(), ours.columns
     assert right is None and not torch.equal(ours(x[:1]), expected[:1])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 33])
+@pytest.mark.parametrize("with_fbgemm", [True, False])
+def test_rough_products(rows, with_fbgemm, monkeypatch):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(300, 64) * torch.rand(300, 1), torch.randn(300), torch.randn(rows, 64)
+    if not has_int8_units(weight):
+        pytest.skip("no int8 units")
+    calls, name = [], "fbgemm_linear_int8_weight_fp32_activation"  # PyTorch says that it will be removed
+    if with_fbgemm:
+        monkeypatch.setattr(torch, name, _counted(getattr(torch, name), calls))
+    else:
+        monkeypatch.delattr(torch, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        error = RoughProduct(weight)(x, bias) - F.linear(x, weight, bias)
+    assert 0 < float(error.std() / F.linear(x, weight, bias).std()) < 0.02
+    assert bool(calls) is (with_fbgemm and rows <= FEW)
+    for bad in (math.nan, math.inf, -math.inf):
+        x[-1, 3] = bad
+        with pytest.raises(ValueError, match="NaN"):
+            RoughProduct(weight)(x, bias)
 
 
 @pytest.mark.parametrize("rough", [False, True])
