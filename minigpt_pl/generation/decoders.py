@@ -42,13 +42,14 @@ class LookupDecoder:
         self.tokens, self.positions = model.token_embedding.weight, model.position_embedding.weight  # (V, D), (W, D)
         self.size = model.max_length
         prompts = [prompt[-self.size :] for prompt in prompts]
-        # A text's window begins at slot `start` of its row, and with it position 0; beyond its length it is empty.
-        self.start, self.rows = 0, self.tokens.new_zeros(len(prompts), self.size + SLIDES, self.tokens.shape[1])
-        self.places = torch.arange(self.size, device=self.rows.device)
-        for row, prompt in zip(self.rows, prompts, strict=True):
-            row[: len(prompt)] = F.embedding(self.places.new_tensor(prompt), self.tokens)
         lengths = [len(prompt) for prompt in prompts]
+        self.places = torch.arange(self.size, device=self.tokens.device)
         self.lengths, self.shortest, self.longest = self.places.new_tensor(lengths), min(lengths), max(lengths)
+        # A text's window begins at slot `start` of its row, and with it position 0; beyond its length it is zero.
+        self.start, self.rows = 0, self.tokens.new_empty(len(prompts), self.size + SLIDES, self.tokens.shape[1])
+        ids = self.places.new_tensor([[*prompt] + [0] * (self.size - len(prompt)) for prompt in prompts])  # (B, W)
+        empty = (self.places >= self.lengths[:, None])[..., None]
+        self.rows[:, : self.size] = F.embedding(ids, self.tokens).masked_fill_(empty, 0)
 
     def append(self, ids: Tensor) -> None:
         """One more token for each text: ids (B,)."""
