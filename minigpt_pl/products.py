@@ -61,7 +61,7 @@ class Product(nn.Module):
         if self.rows is None and self.weight.dtype == torch.float32 and self.weight.numel() <= SMALL:
             self.columns = self.weight.T.contiguous()  # (in, out)
             self.all, self.blocks = torch.arange(len(self.columns)), torch.arange(0, len(self.columns), BLOCK)
-            row = torch.linspace(-1, 1, len(self.columns))[None]
+            row = torch.linspace(-1, 1, len(self.columns), dtype=torch.float32)[None]
             if not torch.equal(self._row(row), self._rows(row)):
                 self.columns = None
 
