@@ -60,7 +60,8 @@ class Product(nn.Module):
         self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
         if self.rows is None and self.weight.dtype == torch.float32 and self.weight.numel() <= SMALL:
             self.columns = self.weight.T.contiguous()  # (in, out)
-            self.all, self.blocks = torch.arange(len(self.columns)), torch.arange(0, len(self.columns), BLOCK)
+            self.inputs = torch.arange(len(self.columns))
+            self.block_starts = torch.arange(0, len(self.columns), BLOCK)
             row = torch.linspace(-1, 1, len(self.columns), dtype=torch.float32)[None]
             if not torch.equal(self._row(row), self._rows(row)):
                 self.columns = None
@@ -72,7 +73,7 @@ class Product(nn.Module):
 
     def _row(self, x: Tensor) -> Tensor:
         """By embedding_bag."""
-        sums = torch.embedding_bag(self.columns, self.all, self.blocks, False, 0, False, x[0], False)[0]
+        sums = torch.embedding_bag(self.columns, self.inputs, self.block_starts, False, 0, False, x[0], False)[0]
         result = sums if len(sums) == 1 else sums.sum(dim=0, keepdim=True)  # (blocks, out) -> (1, out)
         return result if self.bias is None else result + self.bias
 
