@@ -56,13 +56,14 @@ class LookupDecoder:
         if self.longest == self.size:
             self._slide()
         new = F.embedding(ids, self.tokens)  # (B, D)
-        if self.shortest == self.size:
-            self.rows[:, self.start + self.size - 1] = new
-            return
-        newest = self.lengths.clamp(max=self.size - 1)  # (B,)
-        self.rows[torch.arange(len(ids), device=ids.device), self.start + newest] = new
-        self.lengths = newest + 1
+        alike = self.shortest == self.longest
         self.shortest, self.longest = (min(length + 1, self.size) for length in (self.shortest, self.longest))
+        if alike:
+            self.rows[:, self.start + self.longest - 1] = new
+        else:
+            newest = self.lengths.clamp(max=self.size - 1)  # (B,)
+            self.rows[torch.arange(len(ids), device=ids.device), self.start + newest] = new
+            self.lengths = newest + 1
 
     def _slide(self) -> None:
         """The window leaves its oldest token; texts that do not fill it yet move along with it."""
@@ -81,16 +82,18 @@ class LookupDecoder:
     def hidden_states(self) -> Tensor:
         """The last block's output for the newest tokens: (B, D), as `MiniGPT.hidden_states(...)[:, -1]`."""
         window, width = self.rows[:, self.start : self.start + self.size], self.rows.shape[2]  # (B, W, D)
-        if self.shortest == self.size:  # all windows are full, which takes fewer steps
-            x = window[:, -1] + self.positions[-1]  # (B, D)
+        if self.shortest == self.longest:  # slices take fewer steps
+            x = window[:, self.longest - 1] + self.positions[self.longest - 1]  # (B, D)
         else:
             newest = self.lengths - 1
             x = window[torch.arange(len(window), device=newest.device), newest] + F.embedding(newest, self.positions)
         query, by_place = self.attention.query(x).view(len(x), self.num_heads, -1).split((width, self.size), dim=2)
         # (B, H, W) + (B, H, D) @ (B, D, W)
         scores = _two_heads_a_time(lambda places, queries: torch.baddbmm(places, queries, window.mT), by_place, query)
-        if self.shortest < self.size:
+        if self.shortest < self.longest:
             scores.masked_fill_((self.places >= self.lengths[:, None])[:, None], -math.inf)
+        elif self.longest < self.size:
+            scores[:, :, self.longest :] = -math.inf
         weights = scores.softmax(dim=-1)
         mixed = _two_heads_a_time(lambda part: part @ window, weights)  # (B, H, W) @ (B, W, D)
         mixed = torch.cat([mixed, weights], dim=2)  # (B, H, D + W)

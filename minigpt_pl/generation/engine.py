@@ -229,7 +229,7 @@ class _Output:
             self.bias_for = wanted
         ids = _largest(self.screen(hidden, self.bias), self.screened)  # (B, S), from (B, V)
         rows = F.embedding(ids, self.layer.weight)  # (B, S, D)
-        logits = rows.mul_(hidden[:, None]).sum(dim=-1) + self.bias[ids]
+        logits = rows.mul_(hidden[:, None]).sum(dim=-1) + self.bias.take(ids)
         best = logits.topk(self.count, sorted=False).indices  # (B, C)
         ids, order = ids.gather(-1, best).sort()
         return logits.gather(-1, best.gather(-1, order)), ids
