@@ -246,23 +246,9 @@ def _prepare(
     if not isinstance(model, TextModel):
         raise InputError(f"model={model!r:.60}: must be what minigpt_pl.load(RUN) gives")
     tokenizer, network = model.tokenizer, model.network
-    problems = [f"{name}={numbers[name]!r}: no such control; one of {', '.join(CONTROLS)}"
-                for name in numbers.keys() - set(NUMBERS)]  # fmt: skip
-    problems += [
-        f"{name}={words!r}: must be a list of words, as ['good', 'bad']"
-        for name, words in (("banned_words", banned_words), ("stop_words", stop_words))
-        if not isinstance(words, Sequence) or isinstance(words, str) or not all(isinstance(word, str) for word in words)
-    ]
-    problems += [
-        f"{name}={value!r}: must be a whole number"
-        for name, value in (("num_tokens", num_tokens), ("max_tokens", max_tokens), ("seed", seed))
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral))
-    ]
-    if not isinstance(forced_words or {}, Mapping) or not all(
-        isinstance(place, int) and isinstance(word, str) for place, word in (forced_words or {}).items()
-    ):
-        problems.append(f"forced_words={forced_words!r}: must be words by their places, as {{0: 'a', 5: 'film'}}")
-    if problems:
+    whole = {"num_tokens": num_tokens, "max_tokens": max_tokens, "seed": seed}
+    forced_words = {} if forced_words is None else forced_words
+    if problems := _wrong_types(numbers, whole, {"banned_words": banned_words, "stop_words": stop_words}, forced_words):
         raise InputError(*problems)
     if num_tokens is not None and max_tokens is not None:
         problems.append(f"max_tokens={max_tokens}: is another name for num_tokens={num_tokens}; give one of them")
@@ -279,7 +265,7 @@ def _prepare(
         for word, ids in zip(stop_words, stops, strict=True)
         if ids in banned
     ]
-    forced_ids, impossible = forced_ids_of(tokenizer, forced_words or {}, num_tokens)
+    forced_ids, impossible = forced_ids_of(tokenizer, forced_words, num_tokens)
     problems += impossible
     problems += [
         f"banned_words={[word]}: stands in forced_words too; leave it out of one"
@@ -318,8 +304,29 @@ def _prepare(
         for i in range(num_samples)
     ]
     settings = {name: _plain_number(getattr(controls, name)) for name in NUMBERS}
-    words = {"banned_words": [*banned_words], "stop_words": [*stop_words], "forced_words": dict(forced_words or {})}
+    words = {"banned_words": [*banned_words], "stop_words": [*stop_words], "forced_words": dict(forced_words)}
     return controls, settings | words, jobs
+
+
+def _wrong_types(numbers: dict[str, Any], whole: dict[str, Any], lists: dict[str, Any], forced_words: Any) -> list[str]:
+    """What a caller from Python, or YAML, gave that no later check could read."""
+    problems = [f"{name}={numbers[name]!r}: no such control; one of {', '.join(CONTROLS)}"
+                for name in numbers.keys() - set(NUMBERS)]  # fmt: skip
+    problems += [
+        f"{name}={words!r}: must be a list of words, as ['good', 'bad']"
+        for name, words in lists.items()
+        if not isinstance(words, Sequence) or isinstance(words, str) or not all(isinstance(word, str) for word in words)
+    ]
+    problems += [
+        f"{name}={value!r}: must be a whole number"
+        for name, value in whole.items()
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral))
+    ]
+    if not isinstance(forced_words, Mapping) or not all(
+        isinstance(place, int) and isinstance(word, str) for place, word in forced_words.items()
+    ):
+        problems.append(f"forced_words={forced_words!r}: must be words by their places, as {{0: 'a', 5: 'film'}}")
+    return problems
 
 
 def _plain_number(value: Any) -> int | float | None:
