@@ -1,6 +1,6 @@
 """The one exception that stands for bad input."""
 
-DIVERGED = "the network's values are not numbers (NaN); its training has diverged"  # of a ValueError
+DIVERGED = "the network's values are NaN or infinite; its training has diverged"  # of a ValueError
 
 
 class InputError(ValueError):

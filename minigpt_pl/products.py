@@ -15,7 +15,7 @@ from minigpt_pl.errors import DIVERGED
 from minigpt_pl.model import MiniGPT
 
 SMALL = 2**18  # values of a weight, 1 MB, that one thread reads about as fast as several
-BLOCK = 512  # oneDNN sums so many values in turn, then the sums
+BLOCK = 512  # of up to 1,024 values, oneDNN sums so many in turn, then the sums
 FEW = 8  # rows for which FBGEMM's 8-bit products are faster than oneDNN's
 
 
@@ -29,9 +29,9 @@ class Product(nn.Module):
     left over from its tiles. oneDNN's were equal for 2 to 256 rows, on 1 to 16 threads. One row of over 1,024 values
     was not, so that one gets a second, of zeros.
 
-    A call of oneDNN takes 12 microseconds before it begins, which is most of the time of one row by a small matrix.
-    `embedding_bag`, the sum of the matrix's columns with the row's values for weights, takes 2, and adds up in the same
-    order. Where that is seen on this machine, it multiplies single rows.
+    A call of oneDNN takes some 12 microseconds before it begins, which is most of the time of one row by a small
+    matrix. `embedding_bag` takes 2, and adds up in the same order. Where eight random rows, on first use, are the same
+    by both, bit for bit, it multiplies single rows.
 
     Where there is no oneDNN, and on a GPU, it is PyTorch's product.
 
@@ -43,7 +43,7 @@ class Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: int | None = None):
         super().__init__()
-        self.weight, self.bias, self.rows, self.laid_out, self.columns = weight, bias, rows, None, None
+        self.weight, self.bias, self.rows, self.laid_out, self.by_row = weight, bias, rows, None, None
         self.by_onednn = by_onednn(weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,35 +53,48 @@ class Product(nn.Module):
         if self.laid_out is None:  # not before: of a model's products some are never asked for
             self._lay_out()
         rows = x if x.dim() == 2 else x.flatten(0, -2)
-        result = self._row(rows) if self.columns is not None and len(rows) == 1 else self._rows(rows)
+        if self.by_row is not None and len(rows) == 1:
+            result = self.by_row(rows, self.bias)
+        else:
+            padded = _padded(rows, 2) if self.rows is None else rows
+            result = _by_onednn(padded, self.laid_out, self.bias)[: len(rows)]
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     def _lay_out(self) -> None:
-        self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), self.rows or 64)
         if self.rows is None and self.weight.dtype == torch.float32 and self.weight.numel() <= SMALL:
-            self.columns = self.weight.T.contiguous()  # (in, out)
-            self.inputs = torch.arange(len(self.columns))
-            self.block_starts = torch.arange(0, len(self.columns), BLOCK)
-            row = torch.linspace(-1, 1, len(self.columns), dtype=torch.float32)[None]
-            if not torch.equal(self._row(row), self._rows(row)):
-                self.columns = None
+            by_row, random = _RowProduct(self.weight), torch.Generator("cpu").manual_seed(0)
+            rows = torch.randn(8, self.weight.shape[1], generator=random, dtype=torch.float32, device="cpu")
+            if torch.equal(torch.cat([by_row(x, None) for x in rows.split(1)]), _by_onednn(rows, laid_out, None)):
+                self.by_row = by_row
+        self.laid_out = laid_out  # last: another thread may wait for it
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """By oneDNN."""
-        rows = _padded(x, 2) if self.rows is None else x
-        return torch.ops.mkldnn._linear_pointwise(rows, self.laid_out, self.bias, "none", [], "")[: len(x)]
 
-    def _row(self, x: Tensor) -> Tensor:
-        """By embedding_bag."""
+class _RowProduct:
+    """One row by `embedding_bag`: the sum of the weight's columns, each as often as the row's value for it says."""
+
+    def __init__(self, weight: Tensor):
+        self.columns = weight.T.contiguous()  # (in, out)
+        self.inputs = torch.arange(len(self.columns), device="cpu")
+        self.block_starts = torch.arange(0, len(self.columns), BLOCK, device="cpu")
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(1, in) -> (1, out)."""
         sums = torch.embedding_bag(self.columns, self.inputs, self.block_starts, False, 0, False, x[0], False)[0]
         result = sums if len(sums) == 1 else sums.sum(dim=0, keepdim=True)  # (blocks, out) -> (1, out)
-        return result if self.bias is None else result + self.bias
+        return result if bias is None else result + bias
+
+
+def _by_onednn(x: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
+    """(rows, in) -> (rows, out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
 
 
 class RoughProduct:
     """x @ weight.T + bias to within 2 % or so of the spread of the result, from 8-bit integers.
 
-    A row of the weight has a scale of its own, x one for all of it ("dynamic quantization"); the sums are exact.
+    A row of the weight has a scale of its own, all rows of x have one ("dynamic quantization"); the sums are exact.
+    Where a few of the inputs are far larger than the others, it is a lot less exact.
 
     Of 20,000 x 256 it takes 55 % of the time of bf16 for 64 rows, by oneDNN. For one row FBGEMM takes half of oneDNN's
     time; it is used as long as PyTorch has it, which says that it will not be for ever.
@@ -97,7 +110,7 @@ class RoughProduct:
         self.scales = weight.abs().amax(dim=1).clamp_(min=1e-30).div_(127)  # (out,)
         if not self.scales.isfinite().all():
             raise ValueError(DIVERGED)
-        self.integers = (weight / self.scales[:, None]).round_().char()  # (out, in)
+        self.integers = (weight / self.scales[:, None]).round_().char().contiguous()  # (out, in)
         self.few = FEW if hasattr(torch, "fbgemm_linear_int8_weight_fp32_activation") else 0
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -125,7 +138,7 @@ class RoughProduct:
     @functools.cached_property
     def _for_onednn(self) -> tuple[Tensor, Tensor, Tensor]:
         packed = torch.ops.onednn.qlinear_prepack(self.integers, None)
-        return packed, self.scales, torch.zeros(len(self.scales), dtype=torch.int64)
+        return packed, self.scales, torch.zeros(len(self.scales), dtype=torch.int64, device="cpu")
 
 
 def _padded(x: Tensor, least: int = 1) -> Tensor:

@@ -2,7 +2,10 @@
 
 import gc
 import math
+import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from minigpt_pl.generation import decoders, engine, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import draw, generate_ids, stream_ids
 from minigpt_pl.generation.prepared import prepare
+from minigpt_pl.products import has_int8_units
 
 SIZE, WINDOW = 2000, 12  # enough tokens that the likeliest are screened in 8 bits, and looked for in groups
 
@@ -111,13 +115,14 @@ class TestEngine:
         assert generate_ids(model, prompts, controls, seeds) == expected
 
     @pytest.mark.parametrize(
-        ("num_blocks", "num_heads", "threads"), [(1, 2, 1), (1, 2, 2), (1, 6, 2), (1, 6, 8), (2, 2, 1), (2, 2, 2)]
-    )
-    def test_bit_equal_alone_and_in_any_batch(self, num_blocks, num_heads, threads):
+        ("num_blocks", "num_heads", "threads", "width", "length"),
+        [(1, 2, 1, 256, WINDOW), (1, 2, 2, 256, WINDOW), (1, 6, 2, 256, WINDOW), (1, 6, 8, 256, WINDOW),
+         (1, 2, 1, 256, 81), (1, 2, 1, 102, 80), (1, 3, 2, 50, 9), (2, 2, 1, 256, WINDOW), (2, 2, 2, 256, WINDOW)],
+    )  # fmt: skip
+    def test_bit_equal_alone_and_in_any_batch(self, num_blocks, num_heads, threads, width, length):
         """Hidden states, not only draws: one in a million draws would show a difference in the last bits."""
-        width = 256  # the seed's: smaller products have other kernels
         sizes = {"embed_dim": width, "num_heads": num_heads, "head_dim": width, "feed_forward_dim": 5 * width}
-        prepared = prepare(network(num_blocks, **sizes))
+        prepared = prepare(network(num_blocks, max_length=length, **sizes))
         prompts = random_prompts(*(1 + i % (2 * WINDOW) for i in range(70)))
         torch.set_num_threads(threads)
         try:
@@ -206,7 +211,7 @@ class TestEngine:
     def test_screening_in_8_bits_finds_the_likeliest_and_their_exact_logits(self, top_k, rows):
         prepared = prepare(network())
         output = engine._Output(prepared, Controls(vocab_size=SIZE, top_k=top_k))
-        if not output.screens:
+        if output.screen is None:
             pytest.skip("no int8 units")
         hidden = torch.randn(500, 32)
         with torch.inference_mode():
@@ -221,15 +226,24 @@ class TestEngine:
         ("changes", "screens"), [({"top_k": 100}, True), ({"top_k": 101}, False), ({"top_k": None}, False),
                                  ({"repetition_penalty": 1.1}, False), ({"temperature": 0, "top_k": None}, True)],
     )  # fmt: skip
-    def test_what_is_not_looked_for_in_8_bits(self, changes, screens, monkeypatch):
-        monkeypatch.setattr(engine, "has_int8_units", lambda _: True)
-        assert engine._Output(prepare(network()), Controls(vocab_size=SIZE, **changes)).screens is screens
+    def test_what_is_not_looked_for_in_8_bits(self, changes, screens):
+        if not has_int8_units(network().output.weight):
+            pytest.skip("no int8 units")
+        assert (engine._Output(prepare(network()), Controls(vocab_size=SIZE, **changes)).screen is not None) is screens
+
+    @pytest.mark.parametrize("part", ["blocks.0.feed_forward_norm.weight", "output.weight"])
+    def test_what_8_bits_would_miss_is_computed_in_full(self, part):
+        model = network()
+        model.get_parameter(part).data[..., 3] *= 1000  # one channel leaves the others no room in 8 bits
+        assert prepare(model).rough_output is None
+        expected = [plainly(model, [2, 3], Controls(vocab_size=SIZE, num_tokens=20), seed) for seed in range(5)]
+        assert generate_ids(model, [[2, 3]] * 5, Controls(vocab_size=SIZE, num_tokens=20), range(5)) == expected
 
     @pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"banned_ids": range(500)}], ids=str)
     def test_a_text_is_the_same_without_int8_units(self, changes, monkeypatch):
         prompts, controls = random_prompts(*range(1, 30)), Controls(vocab_size=SIZE, num_tokens=30, **changes)
         here = generate_ids(network(), prompts, controls, range(29))
-        monkeypatch.setattr(engine, "has_int8_units", lambda _: False)
+        monkeypatch.setattr("minigpt_pl.generation.prepared.has_int8_units", lambda _: False)
         assert generate_ids(network(), prompts, controls, range(29)) == here
 
     def test_nothing_left_to_draw(self):
@@ -245,11 +259,13 @@ class TestEngine:
             generate_ids(model, [[2]], Controls(vocab_size=SIZE, temperature=temperature), [0])
 
     @pytest.mark.parametrize("part", ["blocks.0.attention.value.bias", "token_embedding.weight", "output.bias"])
-    def test_a_network_that_diverged_within_is_named(self, part):
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("top_k", [20, None])
+    def test_a_network_that_diverged_within_is_named(self, part, value, top_k):
         model = network()
-        model.get_parameter(part).data[...] = float("nan")
+        model.get_parameter(part).data[...] = value
         with pytest.raises(ValueError, match="NaN"):
-            generate_ids(model, [[2]], Controls(vocab_size=SIZE), [0])
+            generate_ids(model, [[2]], Controls(vocab_size=SIZE, top_k=top_k), [0])
 
     def test_the_model_is_left_as_it_was(self):
         model = network()
@@ -270,6 +286,42 @@ class TestEngine:
         assert changed > 0.7 * len(list(model.parameters()))
         model.double()
         assert prepare(model).model.output.weight.dtype == torch.float64
+
+    def test_another_embedding_is_seen(self):
+        model, controls = network(), Controls(vocab_size=SIZE, num_tokens=10)
+        before = generate_ids(model, [[2, 3]], controls, [0])
+        model.token_embedding.weight = torch.nn.Parameter(model.token_embedding.weight.detach().flip(0))
+        assert generate_ids(model, [[2, 3]], controls, [0]) == [plainly(model, [2, 3], controls, 0)] != before
+
+    def test_weights_in_another_order_of_memory(self):
+        model, controls = network(), Controls(vocab_size=SIZE, num_tokens=10)
+        expected = generate_ids(model, [[2, 3]] * 9, controls, range(9))
+        model.output.weight.data = model.output.weight.data.T.contiguous().T
+        assert generate_ids(model, [[2, 3]] * 9, controls, range(9)) == expected
+
+    def test_half_precision_draws_in_full(self):
+        hidden, controls = torch.zeros(1, 32, dtype=torch.bfloat16), Controls(vocab_size=SIZE, top_k=None)
+        output = engine._Output(prepare(network().bfloat16()), controls)
+        assert output.candidates(hidden, torch.zeros(1, 0, dtype=torch.long), 0)[0].dtype == torch.float32
+
+    def test_threads_may_share_a_network(self):
+        controls, before, ready = Controls(vocab_size=SIZE, num_tokens=1), sys.getswitchinterval(), threading.Barrier(2)
+
+        def write(model):
+            ready.wait()
+            return generate_ids(model, [[2]], controls, [0])
+
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                for _ in range(300):
+                    model = network()
+                    with torch.inference_mode():
+                        prepare(model)
+                    texts = list(pool.map(write, [model, model]))
+                    assert texts[0] == texts[1]
+        finally:
+            sys.setswitchinterval(before)
 
     def test_a_network_is_prepared_for_use_and_let_go(self):
         model = network(dropout=0.5).train()

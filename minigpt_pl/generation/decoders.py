@@ -40,16 +40,19 @@ class LookupDecoder:
     def __init__(self, model: MiniGPT, attention: AbsorbedAttention, prompts: Sequence[Sequence[int]]):
         self.block, self.num_heads, self.attention = model.blocks[0], model.blocks[0].attention.num_heads, attention
         self.tokens, self.positions = model.token_embedding.weight, model.position_embedding.weight  # (V, D), (W, D)
-        self.size = model.max_length
+        self.size, self.width = self.positions.shape
         prompts = [prompt[-self.size :] for prompt in prompts]
         lengths = [len(prompt) for prompt in prompts]
-        self.places = torch.arange(self.size, device=self.tokens.device)
-        self.lengths, self.shortest, self.longest = self.places.new_tensor(lengths), min(lengths), max(lengths)
-        # A text's window begins at slot `start` of its row, and with it position 0; beyond its length it is zero.
-        self.start, self.rows = 0, self.tokens.new_empty(len(prompts), self.size + SLIDES, self.tokens.shape[1])
+        self.shortest, self.longest = min(lengths), max(lengths)
+        self.places = torch.arange(attention.size, device=self.tokens.device)
+        self.lengths = self.places.new_tensor(lengths)  # kept up to date while they differ
+        # A text's window begins at slot `start` of its row, and with it position 0; what is beyond its length does not
+        # count, but is a number.
+        self.start, shape = 0, (len(prompts), attention.size + SLIDES, attention.width)
+        self.rows = self.tokens.new_zeros(shape)
         ids = self.places.new_tensor([[*prompt] + [0] * (self.size - len(prompt)) for prompt in prompts])  # (B, W)
-        empty = (self.places >= self.lengths[:, None])[..., None]
-        self.rows[:, : self.size] = F.embedding(ids, self.tokens).masked_fill_(empty, 0)
+        empty = (self.places[: self.size] >= self.lengths[:, None])[..., None]
+        self.rows[:, : self.size, : self.width] = F.embedding(ids, self.tokens).masked_fill_(empty, 0)
 
     def append(self, ids: Tensor) -> None:
         """One more token for each text: ids (B,)."""
@@ -59,16 +62,16 @@ class LookupDecoder:
         alike = self.shortest == self.longest
         self.shortest, self.longest = (min(length + 1, self.size) for length in (self.shortest, self.longest))
         if alike:
-            self.rows[:, self.start + self.longest - 1] = new
+            self.rows[:, self.start + self.longest - 1, : self.width] = new
         else:
             newest = self.lengths.clamp(max=self.size - 1)  # (B,)
-            self.rows[torch.arange(len(ids), device=ids.device), self.start + newest] = new
+            self.rows[torch.arange(len(ids), device=ids.device), self.start + newest, : self.width] = new
             self.lengths = newest + 1
 
     def _slide(self) -> None:
         """The window leaves its oldest token; texts that do not fill it yet move along with it."""
         if self.start == SLIDES:
-            self.rows[:, : self.size] = self.rows[:, self.start :].clone()
+            self.rows[:, : len(self.places)] = self.rows[:, self.start :].clone()
             self.start = 0
         if self.shortest < self.size:
             short = self.lengths < self.size
@@ -81,18 +84,19 @@ class LookupDecoder:
 
     def hidden_states(self) -> Tensor:
         """The last block's output for the newest tokens: (B, D), as `MiniGPT.hidden_states(...)[:, -1]`."""
-        window, width = self.rows[:, self.start : self.start + self.size], self.rows.shape[2]  # (B, W, D)
+        padded = self.attention.size, self.attention.width
+        window = self.rows[:, self.start : self.start + padded[0]]  # (B, W, D), both padded
         if self.shortest == self.longest:  # slices take fewer steps
-            x = window[:, self.longest - 1] + self.positions[self.longest - 1]  # (B, D)
+            x = window[:, self.longest - 1, : self.width] + self.positions[self.longest - 1]  # (B, D)
         else:
-            newest = self.lengths - 1
-            x = window[torch.arange(len(window), device=newest.device), newest] + F.embedding(newest, self.positions)
-        query, by_place = self.attention.query(x).view(len(x), self.num_heads, -1).split((width, self.size), dim=2)
+            texts, newest = torch.arange(len(window), device=window.device), self.lengths - 1
+            x = window[texts, newest, : self.width] + F.embedding(newest, self.positions)
+        query, by_place = self.attention.query(x).view(len(x), self.num_heads, -1).split(padded[::-1], dim=2)
         # (B, H, W) + (B, H, D) @ (B, D, W)
         scores = _two_heads_a_time(lambda places, queries: torch.baddbmm(places, queries, window.mT), by_place, query)
         if self.shortest < self.longest:
             scores.masked_fill_((self.places >= self.lengths[:, None])[:, None], -math.inf)
-        elif self.longest < self.size:
+        elif self.longest < padded[0]:
             scores[:, :, self.longest :] = -math.inf
         weights = scores.softmax(dim=-1)
         mixed = _two_heads_a_time(lambda part: part @ window, weights)  # (B, H, W) @ (B, W, D)
@@ -101,10 +105,10 @@ class LookupDecoder:
 
 
 def _two_heads_a_time(product: Callable[..., Tensor], *by_head: Tensor) -> Tensor:
-    """(B, H, ...) each -> (B, H, ...).
+    """The product of all heads, (B, H, ...) each -> (B, H, ...), by two of them at a time.
 
     MKL divides a matrix with more rows among threads, and not in the same way alone as in a batch, which shows in the
-    last bits. It did so on 2 to 16 threads with any of 5 to 19 rows, never with three or fewer.
+    last bits. It did so on 2 to 16 threads with any of 4 to 19 rows, not with one, two or three.
     """
     if by_head[0].shape[1] <= 2:
         return product(*by_head)

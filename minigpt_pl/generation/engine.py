@@ -11,14 +11,10 @@ from torch import Tensor
 
 from minigpt_pl.generation import beams, decoders, filters
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.prepared import Prepared, prepare
+from minigpt_pl.generation.prepared import Prepared, prepare, screened
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.products import has_int8_units, plain_inference
+from minigpt_pl.products import plain_inference
 
-# In 8 bits alone the ten likeliest tokens are others in up to 12 % of contexts, so more than `top_k` are looked for. In
-# 12,000 contexts of four trained networks, the deepest that one of the likeliest fell was 4 places beyond the others
-# for top_k=20, 26 for 100, 58 for 500, 124 for 1,000: SPARE + SPARE_SHARE * top_k are at hand.
-SPARE, SPARE_SHARE = 12, 1 / 4
 SCREENED_SHARE = 1 / 20  # of the vocabulary; more are not looked for in 8 bits
 
 
@@ -115,9 +111,9 @@ def _steps(
     )
     texts = F.pad(texts, (0, num_tokens))  # (B, T + num_tokens)
     # All of a text's chances are drawn ahead, from its own generator; on the CPU, so that they are the same anywhere.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    chances = torch.stack([torch.rand(num_tokens, generator=own, dtype=torch.float32) for own in generators])
-    chances = chances.to(device)  # (B, num_tokens)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    chances = [torch.rand(num_tokens, generator=own, dtype=torch.float32, device="cpu") for own in generators]
+    chances = torch.stack(chances).to(device)  # (B, num_tokens)
     read = controls.read_the_text or controls.stop_sequences  # else the texts need not be written
     running = list(range(len(prompts)))  # whose text each row is
     decoder, output = decoders.start(prepared, prompts), _Output(prepared, controls)
@@ -184,14 +180,9 @@ class _Output:
         self.layer, self.controls = prepared.model.output, controls
         vocab_size, top_k = prepared.model.vocab_size, 1 if controls.temperature == 0 else controls.top_k
         self.count = vocab_size if top_k is None else min(top_k, vocab_size)
-        self.screens = (
-            self.count <= vocab_size * SCREENED_SHARE
-            and not controls.read_the_text
-            and has_int8_units(self.layer.weight)
-        )
-        if self.screens:
-            self.screen, self.screened = prepared.rough_output, self.count + SPARE + int(self.count * SPARE_SHARE)
-            self.bias_for = None
+        self.screen = None
+        if self.count <= vocab_size * SCREENED_SHARE and not controls.read_the_text:
+            self.screen, self.screened, self.bias_for = prepared.rough_output, screened(self.count), None
 
     def candidates(self, hidden: Tensor, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """Logits after `filters.process`, and their token ids in ascending order.
@@ -204,9 +195,9 @@ class _Output:
         Returns:
             (B, C) twice: the `top_k` likeliest; C = V without it.
         """
-        if self.screens:
+        if self.screen is not None:
             return self._screened(hidden, texts, place)
-        logits = filters.process(self.layer(hidden), self.controls, texts, place)  # (B, V)
+        logits = filters.process(self._all_logits(hidden), self.controls, texts, place)  # (B, V)
         filters.require_a_choice(logits, place)
         if self.count == logits.shape[1]:
             return logits, torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
@@ -215,10 +206,14 @@ class _Output:
 
     def scores(self, hidden: Tensor, drawn: Tensor) -> dict[str, list]:
         """Probabilities and ranks of the drawn tokens, (B,), as `Step` has them; `hidden` (B, D)."""
-        logits = self.layer(hidden)  # (B, V)
+        logits = self._all_logits(hidden)  # (B, V)
         own = logits.gather(1, drawn[:, None])  # (B, 1)
         probabilities = (own - logits.logsumexp(dim=-1, keepdim=True)).exp().flatten()
         return {"probabilities": probabilities.tolist(), "ranks": (1 + (logits > own).sum(dim=-1)).tolist()}
+
+    def _all_logits(self, hidden: Tensor) -> Tensor:
+        logits = self.layer(hidden)  # (B, V)
+        return logits.float() if logits.dtype.itemsize < 4 else logits  # half precision is too coarse to draw from
 
     def _screened(self, hidden: Tensor, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:
         # What is banned or forced does not depend on the text here: the bias can hold it.

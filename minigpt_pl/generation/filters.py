@@ -201,7 +201,7 @@ def require_a_choice(logits: Tensor, place: int) -> None:
     """
     if logits.amax(dim=-1).isfinite().all():
         return
-    if logits.isnan().any():
+    if logits.isnan().any() or (logits == INFINITY).any():
         raise ValueError(DIVERGED)
     raise InputError(
         f"nothing is left to draw after {place} tokens: every token is banned, or would repeat an n-gram;"
