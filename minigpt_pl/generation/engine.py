@@ -62,8 +62,9 @@ def stream_ids(
     """Continue each prompt, one token at a time; the last `max_length` tokens are the context.
 
     A text depends on its own prompt and seed only: the same alone and in any batch, and with more `num_tokens` it
-    goes on where it ended. That holds bit for bit on one machine with one number of threads; other hardware adds up
-    in another order, and a draw that falls within the 1e-6 or so that this makes can go to the next token.
+    goes on where it ended. That holds bit for bit in fp32 on one machine with one number of threads; other hardware,
+    or precision, adds up in another order, and a draw that falls within the 1e-6 or so that this makes can go to the
+    next token. The model's weights must not change before the last step.
 
     Args:
         model: of one block or more; its dropout is left out.
@@ -189,7 +190,7 @@ class _Output:
 
         Args:
             hidden: (B, D).
-            texts: (B, T), filled up with -1 on the left.
+            texts: (B, T), filled up with -1 on the left; new tokens only where the controls read them.
             place: how many new tokens each has.
 
         Returns:
