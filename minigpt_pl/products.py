@@ -57,7 +57,7 @@ class Product(nn.Module):
             result = self.by_row(rows, self.bias)
         else:
             padded = _padded(rows, 2) if self.rows is None else rows
-            result = _by_onednn(padded, self.laid_out, self.bias)[: len(rows)]
+            result = _onednn_product(padded, self.laid_out, self.bias)[: len(rows)]
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     def _lay_out(self) -> None:
@@ -65,7 +65,7 @@ class Product(nn.Module):
         if self.rows is None and self.weight.dtype == torch.float32 and self.weight.numel() <= SMALL:
             by_row, random = _RowProduct(self.weight), torch.Generator("cpu").manual_seed(0)
             rows = torch.randn(8, self.weight.shape[1], generator=random, dtype=torch.float32, device="cpu")
-            if torch.equal(torch.cat([by_row(x, None) for x in rows.split(1)]), _by_onednn(rows, laid_out, None)):
+            if torch.equal(torch.cat([by_row(x, None) for x in rows.split(1)]), _onednn_product(rows, laid_out, None)):
                 self.by_row = by_row
         self.laid_out = laid_out  # last: another thread may wait for it
 
@@ -85,7 +85,7 @@ class _RowProduct:
         return result if bias is None else result + bias
 
 
-def _by_onednn(x: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn_product(x: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
     """(rows, in) -> (rows, out)."""
     return torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
 

@@ -47,12 +47,10 @@ class LookupDecoder:
         self.places = torch.arange(attention.size, device=self.tokens.device)
         self.lengths = self.places.new_tensor(lengths)  # kept up to date while they differ
         # A text's window begins at slot `start` of its row, and with it position 0; what is beyond its length does not
-        # count, but is a number.
-        self.start, shape = 0, (len(prompts), attention.size + SLIDES, attention.width)
-        self.rows = self.tokens.new_zeros(shape)
+        # count, but must be finite.
+        self.start, self.rows = 0, self.tokens.new_zeros(len(prompts), attention.size + SLIDES, attention.width)
         ids = self.places.new_tensor([[*prompt] + [0] * (self.size - len(prompt)) for prompt in prompts])  # (B, W)
-        empty = (self.places[: self.size] >= self.lengths[:, None])[..., None]
-        self.rows[:, : self.size, : self.width] = F.embedding(ids, self.tokens).masked_fill_(empty, 0)
+        self.rows[:, : self.size, : self.width] = F.embedding(ids, self.tokens)
 
     def append(self, ids: Tensor) -> None:
         """One more token for each text: ids (B,)."""
@@ -71,7 +69,7 @@ class LookupDecoder:
     def _slide(self) -> None:
         """The window leaves its oldest token; texts that do not fill it yet move along with it."""
         if self.start == SLIDES:
-            self.rows[:, : len(self.places)] = self.rows[:, self.start :].clone()
+            self.rows[:, : self.attention.size] = self.rows[:, self.start :].clone()
             self.start = 0
         if self.shortest < self.size:
             short = self.lengths < self.size
@@ -84,19 +82,19 @@ class LookupDecoder:
 
     def hidden_states(self) -> Tensor:
         """The last block's output for the newest tokens: (B, D), as `MiniGPT.hidden_states(...)[:, -1]`."""
-        padded = self.attention.size, self.attention.width
-        window = self.rows[:, self.start : self.start + padded[0]]  # (B, W, D), both padded
+        size, width = self.attention.size, self.attention.width  # W and D, padded
+        window = self.rows[:, self.start : self.start + size]  # (B, W, D)
         if self.shortest == self.longest:  # slices take fewer steps
             x = window[:, self.longest - 1, : self.width] + self.positions[self.longest - 1]  # (B, D)
         else:
             texts, newest = torch.arange(len(window), device=window.device), self.lengths - 1
             x = window[texts, newest, : self.width] + F.embedding(newest, self.positions)
-        query, by_place = self.attention.query(x).view(len(x), self.num_heads, -1).split(padded[::-1], dim=2)
+        query, by_place = self.attention.query(x).view(len(x), self.num_heads, -1).split((width, size), dim=2)
         # (B, H, W) + (B, H, D) @ (B, D, W)
         scores = _two_heads_a_time(lambda places, queries: torch.baddbmm(places, queries, window.mT), by_place, query)
         if self.shortest < self.longest:
             scores.masked_fill_((self.places >= self.lengths[:, None])[:, None], -math.inf)
-        elif self.longest < padded[0]:
+        elif self.longest < size:
             scores[:, :, self.longest :] = -math.inf
         weights = scores.softmax(dim=-1)
         mixed = _two_heads_a_time(lambda part: part @ window, weights)  # (B, H, W) @ (B, W, D)

@@ -115,7 +115,7 @@ def _steps(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     chances = [torch.rand(num_tokens, generator=own, dtype=torch.float32, device="cpu") for own in generators]
     chances = torch.stack(chances).to(device)  # (B, num_tokens)
-    read = controls.read_the_text or controls.stop_sequences  # else the texts need not be written
+    read = controls.read_the_text or bool(controls.stop_sequences)  # else the texts need not be written
     running = list(range(len(prompts)))  # whose text each row is
     decoder, output = decoders.start(prepared, prompts), _Output(prepared, controls)
     for place in range(num_tokens):
@@ -133,7 +133,8 @@ def _steps(
         step = Step(running, drawn.tolist())
         if with_probabilities:
             entropies = [0.0] * len(drawn) if controls.temperature == 0 else _entropies(logits).tolist()
-            step = step._replace(entropies=entropies, **output.scores(hidden, drawn))
+            probabilities, ranks = probabilities_and_ranks(output.all_logits(hidden), drawn)
+            step = step._replace(probabilities=probabilities, ranks=ranks, entropies=entropies)
         yield step
         over = {row for row, id_ in enumerate(step.ids) if id_ == controls.end_id}
         if place + 1 >= controls.min_tokens:
@@ -162,6 +163,13 @@ def draw(logits: Tensor, chances: Tensor) -> Tensor:
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, C); its end is 1 but for rounding
     return torch.searchsorted(cumulative, chances[:, None] * cumulative[:, -1:], right=True)
+
+
+def probabilities_and_ranks(logits: Tensor, ids: Tensor) -> tuple[list[float], list[int]]:
+    """What the network gave these tokens, as `Step` has it: all the logits (B, V), and ids (B,)."""
+    own = logits.gather(1, ids[:, None])  # (B, 1)
+    probabilities = (own - logits.logsumexp(dim=-1, keepdim=True)).exp().flatten()
+    return probabilities.tolist(), (1 + (logits > own).sum(dim=-1)).tolist()
 
 
 def _entropies(logits: Tensor) -> Tensor:
@@ -198,21 +206,15 @@ class _Output:
         """
         if self.screen is not None:
             return self._screened(hidden, texts, place)
-        logits = filters.process(self._all_logits(hidden), self.controls, texts, place)  # (B, V)
+        logits = filters.process(self.all_logits(hidden), self.controls, texts, place)  # (B, V)
         filters.require_a_choice(logits, place)
         if self.count == logits.shape[1]:
             return logits, torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
         ids = _largest(logits, self.count).sort().values
         return logits.gather(-1, ids), ids
 
-    def scores(self, hidden: Tensor, drawn: Tensor) -> dict[str, list]:
-        """Probabilities and ranks of the drawn tokens, (B,), as `Step` has them; `hidden` (B, D)."""
-        logits = self._all_logits(hidden)  # (B, V)
-        own = logits.gather(1, drawn[:, None])  # (B, 1)
-        probabilities = (own - logits.logsumexp(dim=-1, keepdim=True)).exp().flatten()
-        return {"probabilities": probabilities.tolist(), "ranks": (1 + (logits > own).sum(dim=-1)).tolist()}
-
-    def _all_logits(self, hidden: Tensor) -> Tensor:
+    def all_logits(self, hidden: Tensor) -> Tensor:
+        """As the network gives them: (B, D) -> (B, V)."""
         logits = self.layer(hidden)  # (B, V)
         return logits.float() if logits.dtype.itemsize < 4 else logits  # half precision is too coarse to draw from
 

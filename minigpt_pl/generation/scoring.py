@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minigpt_pl.generation.engine import probabilities_and_ranks
 from minigpt_pl.generation.text import TextModel
 from minigpt_pl.generation.words import encode_prompts
 from minigpt_pl.measures.likelihood import predictions
@@ -48,10 +49,9 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     with plain_inference(model.network):
         for hidden, targets in predictions(model.network, [ids], stride=1, show_progress=False):
             for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
-                logits = model.network.output(rows)  # (N, V)
-                own = logits.gather(1, wanted[:, None])  # (N, 1)
-                probabilities += (own - logits.logsumexp(dim=1, keepdim=True)).exp()[:, 0].tolist()
-                ranks += ((logits > own).sum(dim=1) + 1).tolist()
+                some_probabilities, some_ranks = probabilities_and_ranks(model.network.output(rows), wanted)
+                probabilities += some_probabilities
+                ranks += some_ranks
     # Whether a word takes a space depends on itself alone, but a text's first never has one.
     begin = model.tokenizer.decode(ids[:1])
     later = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
