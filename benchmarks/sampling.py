@@ -114,7 +114,7 @@ def main() -> None:
 
     import torch
 
-    from minigpt_pl.memory import keep_freed_memory
+    from minigpt_pl.cpu.allocator import keep_freed_memory
 
     keep_freed_memory()  # as `sample` does
     here = [backend for backend, packages in KERAS.items() if all(map(importlib.util.find_spec, packages))]

@@ -34,9 +34,9 @@ ENCODE = """
 import sys, time
 from minigpt_pl.tokenizer import load_tokenizer, split_words
 from pathlib import Path
-from minigpt_pl import command_line
+from minigpt_pl.cli import app
 from minigpt_pl.data.sources import open_source
-config = command_line.to_settings(command_line.compose("train", {arguments!r}))
+config = app.to_settings(app.compose("train", {arguments!r}))
 texts = [text for text, _ in zip(open_source(config.data).train(), range(10_000))]
 tokenizer = load_tokenizer(Path({tokenizer!r}))
 start = time.perf_counter()

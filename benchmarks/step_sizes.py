@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from minigpt_pl import MiniGPT
+from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.loss import linear_cross_entropy
-from minigpt_pl.memory import keep_freed_memory
 from minigpt_pl.training.optimizers import KerasAdam, record_squares_by_occurrence
 from minigpt_pl.training.trainer import precision
 

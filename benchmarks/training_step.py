@@ -56,7 +56,7 @@ def ours(turn: Turn, precision: str = "bf16-mixed") -> None:
 
     import numpy as np
 
-    from minigpt_pl import command_line
+    from minigpt_pl.cli import app
     from minigpt_pl.training import fit as fit_module
     from minigpt_pl.training import trainer as trainer_module
 
@@ -75,7 +75,7 @@ def ours(turn: Turn, precision: str = "bf16-mixed") -> None:
     options = ["data=text", f"data.path={folder / 'text.txt'}", "data.validation_share=0", "trainer=cpu"]
     options += [f"output_dir={folder}", "trainer.max_epochs=1000", "text_generator.every_n_epochs=0"]
     options += [f"trainer.precision={precision}"]
-    config = command_line.to_settings(command_line.compose("train", options))
+    config = app.to_settings(app.compose("train", options))
     fit_module.fit(config, "bench", [], None)
 
 
@@ -86,8 +86,8 @@ def ours_fp32(turn: Turn) -> None:
 
 def ours_without_lightning(turn: Turn) -> None:
     """The same model, loss and optimizer in a bare loop: what Lightning adds is the difference."""
+    from minigpt_pl.cpu.allocator import keep_freed_memory
     from minigpt_pl.loss import linear_cross_entropy
-    from minigpt_pl.memory import keep_freed_memory
     from minigpt_pl.training.optimizers import KerasAdam, record_squares_by_occurrence
 
     keep_freed_memory()

@@ -5,7 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from minigpt_pl import command_line, runs
+from minigpt_pl import runs
+from minigpt_pl.cli import app
 from minigpt_pl.config import ConvertConfig, TrainConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    command_line.run("convert", ConvertConfig, convert)
+    app.run("convert", ConvertConfig, convert)
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -80,7 +81,7 @@ def _import(config: ConvertConfig) -> Path:
 
     # The command line that a resumed run goes on with: the seed's way of training, at this model's sizes.
     overrides = ["experiment=keras", *(f"model.{name}={value}" for name, value in model.arguments.items())]
-    settings = command_line.to_settings(command_line.compose("train", overrides))
+    settings = app.to_settings(app.compose("train", overrides))
     folder = runs.make_run_folder(output_dir, config.run_name, "keras")
     build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     _save_checkpoint(folder / "checkpoints" / "last.ckpt", settings, model.state_dict)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minigpt_pl import command_line, runs
+from minigpt_pl import runs
+from minigpt_pl.cli import app
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside, write_figure
@@ -22,7 +23,7 @@ NETWORK = "network"
 
 
 def main() -> None:
-    command_line.run("evaluate", EvaluateConfig, evaluate)
+    app.run("evaluate", EvaluateConfig, evaluate)
 
 
 def evaluate(config: EvaluateConfig) -> None:

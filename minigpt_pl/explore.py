@@ -5,10 +5,11 @@ import logging
 import re
 from pathlib import Path
 
-from minigpt_pl import command_line, runs
+from minigpt_pl import runs
+from minigpt_pl.cli import app
 from minigpt_pl.config import GRID, ExploreConfig
+from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.errors import InputError
-from minigpt_pl.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ NEEDED = ("matplotlib", "sklearn", "sacrebleu", "vaderSentiment")  # the extra `
 
 
 def main() -> None:
-    command_line.run("explore", ExploreConfig, explore, _as_lists)
+    app.run("explore", ExploreConfig, explore, _as_lists)
 
 
 def explore(config: ExploreConfig) -> Path:
@@ -37,7 +38,7 @@ def explore(config: ExploreConfig) -> Path:
     from minigpt_pl.files import make_folder
     from minigpt_pl.generation.text import load
 
-    prompts = samples.read_prompts(Path(config.prompts or Path(command_line.CONFIG_DIR) / "prompts.yaml"))
+    prompts = samples.read_prompts(Path(config.prompts or Path(app.CONFIG_DIR) / "prompts.yaml"))
     if config.compare is not None:
         folder = Path(config.output_dir) / "compare" if config.folder is None else Path(config.folder)
         compare.compare(config, prompts, folder)

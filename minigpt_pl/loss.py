@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minigpt_pl.products import Product, by_onednn
+from minigpt_pl.cpu.linear import PackedLinear, by_onednn
 
 # Bytes and rows of a chunk of logits, at most. On a CPU 512 rows of the seed's in bf16 stay in a last-level cache; what
 # a GPU likes best is not measured yet.
 CPU_CHUNK = 21 * 2**20, 512
 GPU_CHUNK = 512 * 2**20, 2**14
 # Where Python may look at a tensor's values for nothing; on a GPU it would wait for all that is queued before.
-LOOKS = ("cpu",)
+READ_IS_FREE = ("cpu",)
 
 
 def linear_cross_entropy(
@@ -40,7 +40,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, D), (N,)
     counted = torch.ones_like(targets) if ignore_index is None else targets != ignore_index  # (N,)
-    if device in LOOKS and ignore_index is not None:
+    if device in READ_IS_FREE and ignore_index is not None:
         hidden, targets, counted = hidden[counted], targets[counted], counted[counted]
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, counted.to(hidden.dtype), product_dtype)
@@ -84,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 F.pad(counted, (0, missing)),
             )  # fmt: skip
             weight_ = weight.to(product_dtype)
-            output, output_transposed = Product(weight_, bias, rows), Product(weight_.T, rows=rows)
+            output, output_transposed = PackedLinear(weight_, bias, rows), PackedLinear(weight_.T, rows=rows)
             loss = hidden.new_zeros(())
             if need_gradients:
                 grad_hidden = hidden.new_empty(hidden_.shape)
@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     x[start : start + rows] for x in (hidden_, targets, counted)
                 )  # (C, D), (C,) twice
                 logits = output(chunk)  # (C, V)
-                if hidden.device.type in LOOKS:
+                if hidden.device.type in READ_IS_FREE:
                     probabilities = torch.softmax(logits, dim=-1, out=logits)
                     losses = _losses(probabilities, ids, chunk, weight_, bias)
                     probabilities[count - start :] = 0

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt_pl import command_line, runs
+from minigpt_pl import runs
+from minigpt_pl.cli import app
 from minigpt_pl.config import CONTROLS, SampleConfig
+from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.errors import InputError
-from minigpt_pl.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from minigpt_pl.generation.text import TextModel
@@ -19,24 +20,24 @@ if TYPE_CHECKING:
 
 def main() -> None:
     sys.argv[1:] = [_take_prompt_literally(argument) for argument in sys.argv[1:]]
-    command_line.run("sample", SampleConfig, sample)
+    app.run("sample", SampleConfig, sample)
 
 
 def sample(config: SampleConfig) -> None:
     """Write texts to standard output; to standard error which checkpoint wrote them, and unknown words."""
-    from minigpt_pl.generation import show
+    from minigpt_pl.cli import display
+    from minigpt_pl.generation.prompts import encode_prompts, unknown_words
     from minigpt_pl.generation.text import load
-    from minigpt_pl.generation.words import encode_prompts, unknown_words
 
     keep_freed_memory()
     prompts = [] if config.interactive else _prompts(config)
     variants = _variants(config)
     model = load(_checkpoint(config))
     print(f"checkpoint: {model.checkpoint}", file=sys.stderr)
-    if config.show and show.has_colours(sys.stdout):
-        print(show.LEGEND, file=sys.stderr)
+    if config.show and display.has_colours(sys.stdout):
+        print(display.LEGEND, file=sys.stderr)
     if config.interactive:
-        from minigpt_pl.interactive import Session
+        from minigpt_pl.cli.session import Session
 
         Session(model, config).run()
         return
@@ -47,14 +48,14 @@ def sample(config: SampleConfig) -> None:
             print(f"not in the vocabulary: {' '.join(unknown)}{where}", file=sys.stderr)
     if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
         controls = {name: getattr(config, name) for name in CONTROLS}
-        show.print_words(model, prompts[0], config.show is not None, seed=config.seed, **controls)
+        display.print_words(model, prompts[0], config.show is not None, seed=config.seed, **controls)
     else:
         _print_all(model, prompts, config, variants)
 
 
 def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, variants: list[dict[str, Any]]) -> None:
     """Every text under every variant of the settings; where settings are compared, the table of their measures."""
-    from minigpt_pl.generation import show
+    from minigpt_pl.cli import display
     from minigpt_pl.generation.text import BATCH_TEXTS, stream_records
 
     seed = secrets.randbelow(2**31 - config.num_samples) if config.seed is None else config.seed
@@ -72,21 +73,25 @@ def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, var
     for variant, records in zip(variants, texts, strict=True):
         rows.append((variant, []))
         for record in records:
-            measures = show.measure(record) if variant else {}
+            measures = display.measure(record) if variant else {}
             rows[-1][1].append(measures)
             done += 1
             if done % BATCH_TEXTS == 0:
                 left = (time.monotonic() - started) * (total - done) / done
                 print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
             if config.format == "jsonl":
-                print(show.as_json(record, measures))
+                print(display.as_json(record, measures))
                 continue
-            title = show.settings_text(variant)
-            text = show.as_markdown(record) if config.format == "markdown" else show.as_text(record, bool(config.show))
+            title = display.settings_text(variant)
+            text = (
+                display.as_markdown(record)
+                if config.format == "markdown"
+                else display.as_text(record, bool(config.show))
+            )
             print(between + (f"[{title}]\n" if title else "") + text)
             between = "\n"
     if config.compare is not None and config.format != "jsonl":
-        print("\n" + show.as_table(rows))
+        print("\n" + display.as_table(rows))
 
 
 def _variants(config: SampleConfig) -> list[dict[str, Any]]:
@@ -96,7 +101,7 @@ def _variants(config: SampleConfig) -> list[dict[str, Any]]:
     variants = [
         dict(zip(config.compare, values, strict=True)) for values in itertools.product(*config.compare.values())
     ]
-    changed = [command_line.change(config, **variant) for variant in variants]
+    changed = [app.change(config, **variant) for variant in variants]
     return [{name: getattr(config, name) for name in config.compare} for config in changed]
 
 

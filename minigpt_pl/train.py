@@ -5,25 +5,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minigpt_pl import command_line, runs
+from minigpt_pl import runs
+from minigpt_pl.cli import app
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.errors import InputError
 
 
 def main() -> None:
-    command_line.run("train", TrainConfig, train, prepare=_settings_of_the_run)
+    app.run("train", TrainConfig, train, prepare=_settings_of_the_run)
 
 
 def train(config: TrainConfig) -> None:
     """Train as the settings say, from the start or (`resume`) from a checkpoint."""
-    if command_line.in_sweep():
+    if app.in_sweep():
         _refuse_in_sweep(config)
 
     from minigpt_pl.training.callbacks import Interrupted  # Lightning: three seconds, once the settings are right
     from minigpt_pl.training.fit import fit, rank_zero_only
 
-    name_prefix = command_line.group_choice("experiment") or command_line.group_choice("data")
-    overrides = [override for override in command_line.overrides_given() if _name(override) != "resume"]
+    name_prefix = app.group_choice("experiment") or app.group_choice("data")
+    overrides = [override for override in app.overrides_given() if _name(override) != "resume"]
     try:
         fit(config, name_prefix, overrides, _checkpoint_to_resume(config))
     except Interrupted:
@@ -49,7 +50,7 @@ def _settings_of_the_run(arguments: list[str]) -> list[str]:
     place = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
     if not any(argument.startswith("resume=") for argument in place) or {"-m", "--multirun"} & set(arguments):
         return arguments
-    config = command_line.to_settings(command_line.compose("train", place))
+    config = app.to_settings(app.compose("train", place))
     checkpoint = _checkpoint_to_resume(config)
     if checkpoint is None:
         return arguments

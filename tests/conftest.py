@@ -130,7 +130,7 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(story: Path, tmp_path: Path):
     """Composes train settings for the small text, with more overrides."""
-    from minigpt_pl import command_line
+    from minigpt_pl.cli import app
 
     def compose(*overrides: str):
         base = [
@@ -139,6 +139,6 @@ def tiny_config(story: Path, tmp_path: Path):
             f"output_dir={tmp_path / 'outputs'}",
             "text_generator.every_n_epochs=0",
         ]
-        return command_line.to_settings(command_line.compose("train", base + list(overrides)))
+        return app.to_settings(app.compose("train", base + list(overrides)))
 
     return compose

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import PROMPTS, TINY_RUN, records, run_module, train
 
-from minigpt_pl import MiniGPT, command_line, load
+from minigpt_pl import MiniGPT, load
+from minigpt_pl.cli import app
 from minigpt_pl.data.corpus import open_run_corpus
 from minigpt_pl.exploration.compare import _by_context
 from minigpt_pl.exploration.scaling import power_law, word_losses
@@ -30,7 +31,7 @@ def compared(trained, story, tmp_path_factory):
     }.items():  # fmt: skip
         given = [*TINY_RUN, f"data.path={story}", f"output_dir={cwd / 'outputs'}", f"run_name={name}", change]
         given += ["trainer.max_epochs=2", "text_generator.every_n_epochs=0"]
-        train(command_line.to_settings(command_line.compose("train", given)))
+        train(app.to_settings(app.compose("train", given)))
     done = run_module("explore", *COMPARE, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from minigpt_pl import command_line
+from minigpt_pl.cli import app
 from minigpt_pl.config import ConvertConfig, ExploreConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig
 from minigpt_pl.errors import InputError
 
-CONF = Path(command_line.CONFIG_DIR)
+CONF = Path(app.CONFIG_DIR)
 CHOICES = [
     f"{group.name}={path.stem}"
     for group in CONF.iterdir()
@@ -19,7 +19,7 @@ CHOICES = [
 
 
 def settings(*overrides: str) -> TrainConfig:
-    return command_line.to_settings(command_line.compose("train", overrides))
+    return app.to_settings(app.compose("train", overrides))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -50,7 +50,7 @@ def changed(*overrides: str) -> set[str]:
 
         return dict(walk(OmegaConf.to_container(config), ""))
 
-    before, after = flat(command_line.compose("train", [])), flat(command_line.compose("train", overrides))
+    before, after = flat(app.compose("train", [])), flat(app.compose("train", overrides))
     return {name for name in after if after[name] != before.get(name)}
 
 

@@ -323,6 +323,6 @@ def test_a_file_that_cannot_be_written(keras_file, vocabulary, tmp_path):
     ],
 )
 def test_settings_that_do_not_go_together(settings, match):
-    from minigpt_pl.command_line import compose, to_settings
+    from minigpt_pl.cli.app import compose, to_settings
 
     fails(match, lambda: to_settings(compose("convert", settings)))

@@ -12,11 +12,11 @@ import torch
 from torch.testing import assert_close
 
 from minigpt_pl import InputError, MiniGPT
+from minigpt_pl.cpu.linear import has_int8_units
 from minigpt_pl.generation import decoders, engine, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import draw, generate_ids, stream_ids
 from minigpt_pl.generation.prepared import prepare
-from minigpt_pl.products import has_int8_units
 
 SIZE, WINDOW = 2000, 12  # enough tokens that the likeliest are screened in 8 bits, and looked for in groups
 

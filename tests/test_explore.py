@@ -8,7 +8,8 @@ import pytest
 from conftest import HOSTILE, PROMPTS, records, run_module
 from scipy import stats
 
-from minigpt_pl import InputError, command_line, load
+from minigpt_pl import InputError, load
+from minigpt_pl.cli import app
 from minigpt_pl.exploration import samples as samples_
 from minigpt_pl.exploration import summary
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
@@ -25,7 +26,7 @@ SMALL = [
 
 
 def settings(*overrides: str):
-    return command_line.to_settings(command_line.compose("explore", overrides))
+    return app.to_settings(app.compose("explore", overrides))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ class TestGrid:
 
 class TestPrompts:
     def test_the_default_set(self):
-        prompts = read_prompts(samples_.Path(command_line.CONFIG_DIR) / "prompts.yaml")
+        prompts = read_prompts(samples_.Path(app.CONFIG_DIR) / "prompts.yaml")
         assert len(prompts) >= 12
         lengths = {kind: [len(p.split()) for k, p in prompts if k == kind] for kind, _ in prompts}
         assert {"short", "medium", "long", "ambiguous", "incomplete", "out_of_domain"} <= set(lengths)
@@ -168,10 +169,10 @@ class TestCommand:
         assert "| real text | " in report and f" {real:.2f} [" in report[report.index("| real text |") :][:80]
 
     def test_measures_of_a_sample_are_those_of_its_words(self, explored):
-        from minigpt_pl.measures import texts
+        from minigpt_pl.measures import repetition
 
         for sample in records(explored):
-            assert sample["metrics"]["distinct_2"] == pytest.approx(texts.distinct(sample["ids"], 2))
+            assert sample["metrics"]["distinct_2"] == pytest.approx(repetition.distinct(sample["ids"], 2))
             assert sample["metrics"]["tokens"] == len(sample["words"])
 
     def test_reports_name_no_place_of_this_machine(self, explored, story):

@@ -13,8 +13,8 @@ from minigpt_pl import InputError, MiniGPT, TextModel, generate, generate_text, 
 from minigpt_pl.generation import filters, text
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids
+from minigpt_pl.generation.prompts import unknown_words
 from minigpt_pl.generation.text import BATCH_TEXTS
-from minigpt_pl.generation.words import unknown_words
 from minigpt_pl.tokenizer import build_tokenizer
 
 WORDS = ["", "[UNK]", *["the", "a", "cat", "dog", "sees", "likes", ",", ".", "'s", "-known", "well", "it"], "[END]"]

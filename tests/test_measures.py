@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt_pl import MiniGPT
-from minigpt_pl.measures import copying, network, texts
+from minigpt_pl.measures import copying, probes, repetition
 from minigpt_pl.measures.failures import FALSE_ALARMS, KINDS, Detectors, Topics, brackets, loops, skeleton
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import build_tokenizer, build_vocabulary, count_words, split_words
@@ -17,22 +17,22 @@ from minigpt_pl.tokenizer import build_tokenizer, build_vocabulary, count_words,
 class TestTexts:
     def test_distinct_counts_different_ngrams(self):
         ids = [1, 2, 1, 2, 1]  # pairs 12 21 12 21, triples 121 212 121
-        assert texts.distinct(ids, 1) == 2 / 5
-        assert texts.distinct(ids, 2) == 2 / 4
-        assert texts.distinct(ids, 3) == 2 / 3
-        assert math.isnan(texts.distinct([1, 2], 3))
+        assert repetition.distinct(ids, 1) == 2 / 5
+        assert repetition.distinct(ids, 2) == 2 / 4
+        assert repetition.distinct(ids, 3) == 2 / 3
+        assert math.isnan(repetition.distinct([1, 2], 3))
 
     def test_recurring_follows_words_into_the_second_half(self):
         # second half 2 9 7 9 30; 9 stood in the text, 2 and 30 before it; 2 weighs nothing, 30 twice as much
         weights = np.array([0, 0, 0, *[1] * 27, 2])
-        assert texts.recurring([30, 2], [1, 9, 6, 3, 2, 9, 7, 9, 30], weights) == 4 / 5
-        assert texts.recurring([], [9, 8, 7, 6], weights) == 0
-        assert math.isnan(texts.recurring([9], [9, 9, 1, 2], weights))
+        assert repetition.recurring([30, 2], [1, 9, 6, 3, 2, 9, 7, 9, 30], weights) == 4 / 5
+        assert repetition.recurring([], [9, 8, 7, 6], weights) == 0
+        assert math.isnan(repetition.recurring([9], [9, 9, 1, 2], weights))
 
     def test_repeated_is_the_share_that_came_before(self):
         ids = [1, 2, 3, 4, 1, 2, 3, 4, 5]  # 1234 2341 3412 4123 1234 2345
-        assert texts.repeated(ids, 4) == pytest.approx(1 / 6)
-        assert texts.repeated(range(9), 4) == 0
+        assert repetition.repeated(ids, 4) == pytest.approx(1 / 6)
+        assert repetition.repeated(range(9), 4) == 0
 
     @pytest.mark.parametrize(
         ("ids", "loop"),
@@ -46,17 +46,17 @@ class TestTexts:
         ],
     )
     def test_longest_loop(self, ids, loop):
-        assert texts.longest_loop(ids) == loop
+        assert repetition.longest_loop(ids) == loop
 
     def test_self_bleu(self):
         one, other = split_words("the cat sees the dog and runs"), split_words("a king likes no ship at all")
-        assert texts.self_bleu([one, one]) == pytest.approx([100, 100])
-        assert max(texts.self_bleu([one, other])) < 10
-        assert math.isnan(texts.self_bleu([one])[0])
+        assert repetition.self_bleu([one, one]) == pytest.approx([100, 100])
+        assert max(repetition.self_bleu([one, other])) < 10
+        assert math.isnan(repetition.self_bleu([one])[0])
         # BLEU by hand: 6 of 7 words, 4 of 6 pairs, 2 of 5 triples, 1 of 4 fours; equal length.
         changed = split_words("the cat sees the king and runs")
         by_hand = 100 * math.prod([6 / 7, 4 / 6, 2 / 5, 1 / 4]) ** 0.25
-        assert texts.self_bleu([changed, one])[0] == pytest.approx(by_hand)
+        assert repetition.self_bleu([changed, one])[0] == pytest.approx(by_hand)
 
 
 class TestCopying:
@@ -240,7 +240,7 @@ def model(request) -> MiniGPT:
 class TestNetwork:
     def test_scores_equal_the_plain_forward_on_the_last_words(self, model):
         ids = torch.randint(2, 30, (20,)).tolist()  # longer than the model's 12
-        score, empty = network.score_texts(model, [(ids[:3], ids[3:]), (ids[:2], [])])
+        score, empty = probes.score_texts(model, [(ids[:3], ids[3:]), (ids[:2], [])])
         logits = torch.stack([model(torch.tensor([ids[max(0, i - 12) : i]]))[0][0, -1] for i in range(3, 20)])
         log_p = logits.log_softmax(-1)
         assert score.loss == pytest.approx(F.nll_loss(log_p, torch.tensor(ids[3:])).item(), rel=1e-5)
@@ -250,20 +250,20 @@ class TestNetwork:
 
     def test_windows_stay_within_documents(self):
         tokens, offsets = np.arange(30), np.array([0, 11, 14, 30])
-        windows = network.windows_of(tokens, offsets, 5, 100)
+        windows = probes.windows_of(tokens, offsets, 5, 100)
         assert windows.tolist() == [list(range(a, a + 5)) for a in (0, 5, 14, 19, 24)]
-        assert len(network.windows_of(tokens, offsets, 5, 2)) == 2
+        assert len(probes.windows_of(tokens, offsets, 5, 2)) == 2
 
     def test_loss_by_context_sees_the_last_words_only(self, model):
         windows = torch.randint(2, 30, (6, 11))
-        losses = network.loss_by_context(model, windows)
+        losses = probes.loss_by_context(model, windows)
         assert list(losses) == [1, 2, 5, 10]
         plain = F.cross_entropy(model(windows[:, 8:10])[0][:, -1], windows[:, 10], reduction="none")
         assert losses[2] == pytest.approx(plain.detach().numpy(), rel=1e-5)
 
     def test_copying_compares_the_same_words(self, model):
         words = torch.randint(2, 30, (4, 6))
-        losses = network.copying_losses(model, words)
+        losses = probes.copying_losses(model, words)
         assert {values.shape for values in losses.values()} == {(4, 5)}
         sequence = torch.cat([words[2], words[2]])
         plain = F.cross_entropy(model(sequence[None, :-1])[0][0, 6:], sequence[7:], reduction="none")
@@ -280,14 +280,14 @@ class TestNetwork:
             model.token_embedding.weight.copy_(torch.eye(30))
             model.position_embedding.weight.zero_()
             model.output.weight.copy_(10 * torch.eye(30))
-        losses = network.copying_losses(model, torch.full((4, 6), 7))
+        losses = probes.copying_losses(model, torch.full((4, 6), 7))
         assert losses["real, again"].mean() < 1 < losses["random, again"].mean()
 
     def test_attention_maps(self, model):
-        maps = network.attention_maps(model, [3, 4, 5, 6])
+        maps = probes.attention_maps(model, [3, 4, 5, 6])
         assert maps.shape == (len(model.blocks), 2, 4, 4)
         assert torch.allclose(maps.sum(-1), torch.ones(maps.shape[:-1]))
-        by_distance = network.attention_by_distance(model, torch.tensor([[3, 4, 5, 6]]))
+        by_distance = probes.attention_by_distance(model, torch.tensor([[3, 4, 5, 6]]))
         rows = [2, 3]
         for distance in (0, 1):
             expected = maps[:, :, rows, [row - distance for row in rows]].mean(-1)
@@ -297,7 +297,7 @@ class TestNetwork:
         from minigpt_pl.generation.controls import Controls
         from minigpt_pl.generation.engine import generate_ids
 
-        shorter = network.with_context(model, 3)
+        shorter = probes.with_context(model, 3)
         assert shorter.output.weight is model.output.weight and model.max_length == 12
         controls = Controls(vocab_size=30, num_tokens=8, temperature=0, top_k=None)
         new = generate_ids(shorter, [[5, 6, 7, 8]], controls, [0])[0]

@@ -18,10 +18,10 @@ from conftest import run_module
 from test_command_line import assert_refused
 
 import minigpt_pl
-from minigpt_pl import InputError, command_line
+from minigpt_pl import InputError
 from minigpt_pl import sample as entry_point
-from minigpt_pl.generation import show
-from minigpt_pl.measures.texts import distinct
+from minigpt_pl.cli import app, display
+from minigpt_pl.measures.repetition import distinct
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def sample(trained, monkeypatch, capsys):
 
     def call(*overrides: str, typed: str = "") -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode(errors="surrogateescape"))))
-        composed = command_line.compose("sample", ["top_k=5", *overrides])
-        entry_point.sample(command_line.to_settings(composed))
+        composed = app.compose("sample", ["top_k=5", *overrides])
+        entry_point.sample(app.to_settings(composed))
         return capsys.readouterr()
 
     return call
@@ -62,16 +62,16 @@ class TestOneText:
 
     def test_no_word_waits_for_the_next(self, model, monkeypatch):
         raw, arrived = io.BytesIO(), []
-        words = show.stream_words
+        words = display.stream_words
 
         def look(*arguments, **controls):
             for word in words(*arguments, **controls):
                 arrived.append(raw.getvalue().decode())
                 yield word
 
-        monkeypatch.setattr(show, "stream_words", look)
+        monkeypatch.setattr(display, "stream_words", look)
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
-        show.print_words(model, "the cat", False, num_tokens=5, min_tokens=5, top_k=5, seed=3)
+        display.print_words(model, "the cat", False, num_tokens=5, min_tokens=5, top_k=5, seed=3)
         new = minigpt_pl.generate(model, "the cat", 5, top_k=5, seed=3, min_tokens=5)[0].tokens
         assert arrived == ["the cat" + "".join(new[:count]) for count in range(5)]
 
@@ -123,13 +123,15 @@ class TestFormats:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.delenv("NO_COLOR", raising=False)
-        words = [show.with_probability(" cat", probability) for probability in (1.0, 0.5, 0.49, 0.1, 0.05, 0.001, 0.0)]
+        words = [
+            display.with_probability(" cat", probability) for probability in (1.0, 0.5, 0.49, 0.1, 0.05, 0.001, 0.0)
+        ]
         codes = [re.fullmatch(r"\x1b\[(\d+)m cat\x1b\[0m", word)[1] for word in words]
         assert codes == ["32", "32", "36", "36", "33", "31", "31"]
         for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
             with monkeypatch.context() as changed:
                 changed.setenv(name, value)
-                assert show.with_probability(" cat", 0.125) == " cat(0.12)"
+                assert display.with_probability(" cat", 0.125) == " cat(0.12)"
 
     def test_control_characters_of_a_prompt_do_not_reach_a_terminal(self, sample, monkeypatch):
         prompt = "the \x1b[2J\tcat\u00a0and \x9b1m"
@@ -244,7 +246,7 @@ class TestInteractive:
             minigpt_pl.generate_text(model, "the cat", 60, 0.8, 5, 3),
             minigpt_pl.generate_text(model, "the cat", 9, 3.0, None, 3),
             records[0].text,
-            "\n\n".join(show.as_text(record, True) for record in records),
+            "\n\n".join(display.as_text(record, True) for record in records),
         ]
         beginning = "\n".join(expected) + "\n"
         assert out.startswith(beginning) and "the dog" not in out[len(beginning) :]

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import imdb_config, text_config
 
-from minigpt_pl import command_line
+from minigpt_pl.cli import app
 from minigpt_pl.data import sources
 from minigpt_pl.errors import InputError
 
@@ -239,5 +239,5 @@ class TestText:
 
 def test_configs_open_the_source_they_name(tmp_path):
     (tmp_path / "my.txt").write_text("x")
-    composed = command_line.compose("train", ["data=text", f"data.path={tmp_path / 'my.txt'}"])
-    assert list(sources.open_source(command_line.to_settings(composed).data).train()) == ["x"]
+    composed = app.compose("train", ["data=text", f"data.path={tmp_path / 'my.txt'}"])
+    assert list(sources.open_source(app.to_settings(composed).data).train()) == ["x"]

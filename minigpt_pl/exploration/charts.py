@@ -22,7 +22,7 @@ BEHAVIOUR = {
     "entropy": "entropy of the model (bits)", "repeated_4grams": "repeated 4-word runs", "loop": "longest loop (words)",
     "distinct_2": "different pairs", "self_bleu": "self-BLEU", "failure: any": "texts with a failure",
 }  # fmt: skip
-PEOPLE = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+REAL_TEXT_LINE = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 GREEDY_COLOUR = "#a33"
 
 Summary = Sequence[dict[str, Estimate]]
@@ -50,7 +50,7 @@ def behaviour(summary: Summary, grid: Sequence[Setting], real: dict[str, Estimat
             if is_greedy(setting) and summary[i] and not np.isnan(summary[i][name].mean):
                 axis.axhline(summary[i][name].mean, color=GREEDY_COLOUR, linestyle="--", linewidth=1, label="greedy")
         if not np.isnan(real[name].mean):
-            axis.axhline(real[name].mean, **PEOPLE, label="real text")
+            axis.axhline(real[name].mean, **REAL_TEXT_LINE, label="real text")
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(ticks)), ["all" if tick is None else f"{tick:g}" for tick in ticks])
         axis.set_xlabel(x_name)
@@ -81,7 +81,7 @@ def trade_off(summary: Summary, grid: Sequence[Setting], real: dict[str, Estimat
     axis.plot(
         *zip(*(points[i] for i in edge), strict=True), color="#999", linewidth=1, label="no setting is better in both"
     )
-    axis.axvline(real["ngram_loss"].mean, **PEOPLE, label="real text")
+    axis.axvline(real["ngram_loss"].mean, **REAL_TEXT_LINE, label="real text")
     axis.plot([], [], "o", color="#1b7837", label="picked by the rule")
     axis.set(xlabel="n-gram loss, nats (lower: more usual)", ylabel=title)
     axis.legend(frameon=False)

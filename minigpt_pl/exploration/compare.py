@@ -22,9 +22,9 @@ from minigpt_pl.exploration.samples import Sample, Setting, label, without_nan, 
 from minigpt_pl.exploration.scaling import SIZES, Fit, Run, held_out_documents, open_runs, power_laws, word_losses
 from minigpt_pl.exploration.summary import MEASURES, Estimate, bootstrap, by_prompt, summarize_real
 from minigpt_pl.files import make_folder, write_aside
-from minigpt_pl.generation.words import encode_prompts
+from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.measures.likelihood import document_losses, summarise
-from minigpt_pl.measures.network import loss_by_context, windows_of
+from minigpt_pl.measures.probes import loss_by_context, windows_of
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import numpy as np
 from minigpt_pl.data.corpus import Corpus, Ids
 from minigpt_pl.exploration.samples import Sample, write_samples
 from minigpt_pl.generation.text import TextModel
-from minigpt_pl.measures import texts as measures
+from minigpt_pl.measures import repetition
 from minigpt_pl.measures.copying import longest_copies
 from minigpt_pl.measures.failures import KINDS, PHRASE, SKELETON, Detectors, Topics, skeleton
-from minigpt_pl.measures.network import score_texts
 from minigpt_pl.measures.ngrams import NGramModel
+from minigpt_pl.measures.probes import score_texts
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Judge:
         for sample in samples:
             groups[sample["prompt"], *sample["settings"].values()].append(sample)
         for group in groups.values():
-            for sample, bleu in zip(group, measures.self_bleu([s["words"] for s in group]), strict=True):
+            for sample, bleu in zip(group, repetition.self_bleu([s["words"] for s in group]), strict=True):
                 sample["metrics"]["self_bleu"] = bleu
 
     def real_texts(self, path: Path) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ class Judge:
         context, ids = text
         spans, worst = self.detectors.find(context, ids)
         nats = -self.ngrams.log_probabilities(np.array([*context, *ids]))[len(context) :]
-        loop = measures.longest_loop(ids)
+        loop = repetition.longest_loop(ids)
         metrics = {
             "tokens": len(ids),
             "loss": score.loss,
@@ -136,10 +136,10 @@ class Judge:
             "seen_4grams": copy.seen,
             "entropy": score.entropy,
             "unknown": score.unknown,
-            "repeated_4grams": measures.repeated(ids, 4),
+            "repeated_4grams": repetition.repeated(ids, 4),
             "loop": loop.length,
-            **{f"distinct_{n}": measures.distinct(ids, n) for n in (1, 2, 3)},
-            "recurring": measures.recurring(context, ids, self.detectors.topics.weights),
+            **{f"distinct_{n}": repetition.distinct(ids, n) for n in (1, 2, 3)},
+            "recurring": repetition.recurring(context, ids, self.detectors.topics.weights),
             "copied": copy.length,
             **worst,
         }

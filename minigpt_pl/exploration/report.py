@@ -40,7 +40,7 @@ from minigpt_pl.exploration.summary import (
 from minigpt_pl.files import write_aside
 from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures.failures import KINDS
-from minigpt_pl.measures.network import attention_maps
+from minigpt_pl.measures.probes import attention_maps
 
 WORST = 3  # examples of each failure
 COPIES = 10  # of the longest copied runs

@@ -14,8 +14,8 @@ from tqdm import tqdm  # comes with lightning
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside
+from minigpt_pl.generation.prompts import encode_prompts, unknown_words
 from minigpt_pl.generation.text import TextModel, generate_texts
-from minigpt_pl.generation.words import encode_prompts, unknown_words
 
 SAMPLES, PLAN = "samples.jsonl", "plan.json"
 GREEDY = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}

@@ -19,7 +19,7 @@ from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
 DOCUMENTS = 1_000  # held-out ones, the first
 SIZES = 4  # a power law has two unknowns; fewer different sizes leave too little to tell how sure it is
-OF_THE_PLACE = (
+NOT_COMPARED = (
     "run_name", "output_dir", "resume", "data.cache_dir", "data.source", "data.path", "logger.", "trainer.",
     "text_generator.",
 )  # fmt: skip
@@ -104,7 +104,7 @@ def _run(folder: Path, checkpoint: Path, model: TextModel, data: Any, corpus: Co
         sum(p.numel() for p in network.blocks.parameters()),
         int(sequences.target_counts[rows].sum()),
         steps * settings.get("trainer.accumulate_grad_batches", 1) * data.batch_size / len(rows),
-        {name: value for name, value in settings.items() if not name.startswith(OF_THE_PLACE)},
+        {name: value for name, value in settings.items() if not name.startswith(NOT_COMPARED)},
     )
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt_pl.generation import beams, decoders, filters
+from minigpt_pl.cpu.linear import inference_without_autocast
+from minigpt_pl.generation import beam_search, decoders, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.prepared import Prepared, prepare, screened
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.products import plain_inference
 
 SCREENED_SHARE = 1 / 20  # of the vocabulary; more are not looked for in 8 bits
 
@@ -44,7 +44,7 @@ def generate_ids(
     Arguments and errors are those of `stream_ids`.
     """
     new_ids: list[list[int]] = [[] for _ in prompts]
-    with plain_inference(model):
+    with inference_without_autocast(model):
         for step in _steps(model, prompts, controls, seeds):
             for text, id_ in zip(step.texts, step.ids, strict=True):
                 if id_ != controls.end_id:
@@ -81,7 +81,7 @@ def stream_ids(
     """
     steps = _steps(model, prompts, controls, seeds, with_probabilities)
     while True:
-        with plain_inference(model):  # not between the steps, where the reader's own work goes on
+        with inference_without_autocast(model):  # not between the steps, where the reader's own work goes on
             step = next(steps, None)
         if step is None:
             return
@@ -98,7 +98,7 @@ def _steps(
     prepared = prepare(model)
     if controls.num_beams > 1:
         for text, prompt in enumerate(prompts):
-            found = beams.search(prepared, prompt, controls)
+            found = beam_search.search(prepared, prompt, controls)
             # Written once more, each token forced: the steps, with what is asked for.
             forced = {"num_beams": 1, "length_penalty": 1.0, "num_tokens": len(found), "min_tokens": 0}
             again = replace(controls, **forced, stop_sequences=(), forced_ids=dict(enumerate(found)))

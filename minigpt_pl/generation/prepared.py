@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt_pl.cpu.linear import Int8Linear, PackedLinear, has_int8_units, with_packed_linears
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.products import Product, RoughProduct, has_int8_units, with_products
 
 # In 8 bits alone the ten likeliest tokens are others in up to 12 % of contexts, so more than `top_k` are looked for. In
 # 12,000 contexts of four trained networks, the deepest that one of the likeliest fell was 4 places beyond the others
@@ -45,21 +45,21 @@ class Prepared:
     """A `MiniGPT` in eval mode, its weights shared, and what the engine makes of them.
 
     Attributes:
-        model: with a `Product` in place of each `nn.Linear`.
+        model: with a `PackedLinear` in place of each `nn.Linear`.
         attention: that of the only block; None where there are more.
         rough_output: the output layer in 8 bits; None where it takes longer, or would miss the likeliest.
     """
 
     def __init__(self, model: MiniGPT):
-        self.model = with_products(model)
+        self.model = with_packed_linears(model)
         self.attention = AbsorbedAttention(self.model) if len(model.blocks) == 1 else None
 
     @functools.cached_property
-    def rough_output(self) -> RoughProduct | None:
+    def rough_output(self) -> Int8Linear | None:
         output, norm = self.model.output, self.model.blocks[-1].feed_forward_norm
         if not has_int8_units(output.weight) or screened(TRIED_FOR) > self.model.vocab_size:
             return None
-        rough = RoughProduct(output.weight.detach())
+        rough = Int8Linear(output.weight.detach())
         # Hidden states come from that norm, so what it makes of random numbers is like them.
         random = torch.Generator("cpu").manual_seed(0)
         hidden = norm(torch.randn(64, len(norm.weight), generator=random, dtype=torch.float32, device="cpu")).detach()
@@ -98,11 +98,11 @@ class AbsorbedAttention:
         weight = query.mT @ key * scale  # (H, D, D), from x_i to q_i
         bias = (attention.query.bias.view(heads)[:, None] @ key)[:, 0] * scale  # (H, D)
         weight, bias = (filled(x, x @ positions.T) for x in (weight, bias))  # (H, D, width + size), (H, width + size)
-        self.query = Product(weight.transpose(1, 2).flatten(0, 1), bias.flatten())
+        self.query = PackedLinear(weight.transpose(1, 2).flatten(0, 1), bias.flatten())
         weight = attention.output.weight.unflatten(1, heads).transpose(0, 1) @ value  # (D, H*K) -> (H, D, D)
         weight = filled(weight, weight @ positions.T)  # (H, D, width + size)
         bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)
-        self.value = Product(weight.transpose(0, 1).flatten(1), bias)
+        self.value = PackedLinear(weight.transpose(0, 1).flatten(1), bias)
 
 
 _latest: WeakKeyDictionary[MiniGPT, tuple[list[Tensor], Prepared]] = WeakKeyDictionary()

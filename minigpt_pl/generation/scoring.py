@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from minigpt_pl.cpu.linear import inference_without_autocast
 from minigpt_pl.generation.engine import probabilities_and_ranks
+from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.generation.text import TextModel
-from minigpt_pl.generation.words import encode_prompts
 from minigpt_pl.measures.likelihood import predictions
-from minigpt_pl.products import plain_inference
 from minigpt_pl.tokenizer import UNKNOWN_ID
 
 
@@ -46,7 +46,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     ids = encode_prompts(model.tokenizer, [text], "text")[0]
     probabilities: list[float | None] = [None]
     ranks: list[int | None] = [None]
-    with plain_inference(model.network):
+    with inference_without_autocast(model.network):
         for hidden, targets in predictions(model.network, [ids], stride=1, show_progress=False):
             for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
                 some_probabilities, some_ranks = probabilities_and_ranks(model.network.output(rows), wanted)

@@ -13,7 +13,7 @@ from minigpt_pl.config import CONTROLS
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids, stream_ids
-from minigpt_pl.generation.words import NOT_KNOWN, encode_prompts, forced_ids_of, unknown_words, word_ids
+from minigpt_pl.generation.prompts import UNKNOWN_WORD, encode_prompts, forced_ids_of, unknown_words, word_ids
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.runs import find_checkpoint, load_network
 from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID, load_tokenizer
@@ -256,7 +256,7 @@ def _prepare(
     num_tokens = given[0] if given else Controls.num_tokens
     banned, stops = ([word_ids(tokenizer, word) for word in words] for words in (banned_words, stop_words))
     problems += [
-        f"stop_words={[word]}: {NOT_KNOWN}"
+        f"stop_words={[word]}: {UNKNOWN_WORD}"
         for word, ids in zip(stop_words, stops, strict=True)
         if not ids or UNKNOWN_ID in ids
     ]

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from minigpt_pl.measures.texts import equal_at, recurring
+from minigpt_pl.measures.repetition import equal_at, recurring
 from minigpt_pl.tokenizer import UNKNOWN, UNKNOWN_ID
 
 KINDS = ("loop", "bracket", "grammar", "nonsense", "drift", "sentiment")

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt_pl.cpu.linear import inference_without_autocast, with_packed_linears
 from minigpt_pl.loss import token_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.products import plain_inference, with_products
 from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
 
 BATCH_TOKENS = 8192
@@ -38,7 +38,7 @@ def document_losses(network: MiniGPT, documents: Sequence[Sequence[int]], show_p
         (T,) fp32 losses in nats, document after document.
     """
     output = network.output
-    with plain_inference(network):
+    with inference_without_autocast(network):
         losses = [
             token_losses(hidden, output.weight, output.bias, targets).numpy(force=True)
             for hidden, targets in predictions(network, documents, max(network.max_length // 2, 1), show_progress)
@@ -66,7 +66,7 @@ def predictions(
     """
     from tqdm import tqdm  # comes with lightning
 
-    network, length = with_products(network), network.max_length
+    network, length = with_packed_linears(network), network.max_length
     windows = [(document, window) for document in documents for window in _windows(len(document), length, stride)]
     rows = max(BATCH_TOKENS // length, 1)
     device = network.output.weight.device

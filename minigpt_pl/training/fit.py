@@ -19,15 +19,15 @@ from tokenizers import Tokenizer
 
 from minigpt_pl import runs
 from minigpt_pl.config import ImdbConfig, TrainConfig
+from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside, write_figure
-from minigpt_pl.generation.words import encode_prompts
-from minigpt_pl.memory import keep_freed_memory
+from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.runs import IMPORTED_FROM
 from minigpt_pl.tokenizer import END, UNKNOWN_ID, load_tokenizer
-from minigpt_pl.training import curve
+from minigpt_pl.training import loss_curve
 from minigpt_pl.training.callbacks import Interrupted
 from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.trainer import build_trainer, precision, processes, validates
@@ -104,7 +104,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         if first_process:
             runs.update_record(folder, status=status, epochs=trainer.current_epoch, steps=trainer.global_step)
             if (folder / "metrics.csv").exists():
-                curve.draw(folder)
+                loss_curve.draw(folder)
             log.info("Run %s: %s after %s steps.", folder, status, trainer.global_step)
             lock.release()
     return folder

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig, TrainerConfig
+from minigpt_pl.cpu.linear import has_bf16_units
 from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.products import has_bf16_units
-from minigpt_pl.training import curve
+from minigpt_pl.training import loss_curve
 from minigpt_pl.training.callbacks import Ending, StopAtNaN, TextGenerator, Throughput
 from minigpt_pl.training.progress import Progress
 
@@ -116,7 +116,7 @@ def precision(wanted: str, accelerator: str) -> str:
 
 
 def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:
-    kept = [] if resume_from is None else curve.read_metrics(folder)
+    kept = [] if resume_from is None else loss_curve.read_metrics(folder)
     csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     steps_done = 0 if resume_from is None else runs.read_checkpoint(resume_from)["global_step"]
     for row in kept:  # the logger begins an empty file: give it what stands, up to where the run goes on

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from minigpt_pl.generation.text import Record, TextModel, stream_words
-from minigpt_pl.measures.texts import distinct, repeated
+from minigpt_pl.measures.repetition import distinct, repeated
 
 # The least probability of a colour, its name, and the terminal's code for it.
 COLOURS = ((0.5, "green", 32), (0.1, "cyan", 36), (0.01, "yellow", 33), (0.0, "red", 31))

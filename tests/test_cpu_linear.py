@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from minigpt_pl import products
-from minigpt_pl.products import FEW, Product, RoughProduct, has_int8_units
+from minigpt_pl.cpu import linear
+from minigpt_pl.cpu.linear import FEW, Int8Linear, PackedLinear, has_int8_units
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 
 
-def product(inside: int, outside: int, bias: bool = True) -> Product:
+def product(inside: int, outside: int, bias: bool = True) -> PackedLinear:
     torch.manual_seed(inside)
-    return Product(torch.randn(outside, inside), torch.randn(outside) if bias else None)
+    return PackedLinear(torch.randn(outside, inside), torch.randn(outside) if bias else None)
 
 
 @needs_onednn
@@ -62,7 +62,7 @@ def test_where_embedding_bag_adds_up_in_another_order(monkeypatch):
     monkeypatch.setattr(torch, "embedding_bag", otherwise)
     ours = product(256, 256)
     assert torch.equal(ours(x[:1]), expected[:1]) and ours.by_row is None
-    ours.by_row = products._RowProduct(ours.weight)
+    ours.by_row = linear._RowProduct(ours.weight)
     assert not torch.equal(ours(x[:1]), expected[:1])
 
 
@@ -83,13 +83,13 @@ def test_rough_products(rows, with_fbgemm, by_columns, monkeypatch):
         monkeypatch.delattr(torch, name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        error = RoughProduct(weight)(x, bias) - F.linear(x, weight, bias)
+        error = Int8Linear(weight)(x, bias) - F.linear(x, weight, bias)
     assert 0 < float(error.std() / F.linear(x, weight, bias).std()) < 0.02
     assert bool(calls) is (with_fbgemm and rows <= FEW)
     for bad in (math.nan, math.inf, -math.inf):
         x[-1, 3] = bad
         with pytest.raises(ValueError, match="NaN"):
-            RoughProduct(weight)(x, bias)
+            Int8Linear(weight)(x, bias)
 
 
 @pytest.mark.parametrize("rough", [False, True])
@@ -97,7 +97,7 @@ def test_batches_of_all_sizes_keep_little_memory(rough):
     weight, bias = torch.randn(20_000, 64), torch.zeros(20_000)
     if not has_int8_units(weight):
         pytest.skip("no int8 units")
-    ours = functools.partial(RoughProduct(weight), bias=bias) if rough else Product(weight)
+    ours = functools.partial(Int8Linear(weight), bias=bias) if rough else PackedLinear(weight)
     assert ours(torch.randn(160, 64)).shape == (160, 20_000)
     before = _resident()
     for rows in range(1, 161):

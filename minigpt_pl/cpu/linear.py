@@ -19,7 +19,7 @@ BLOCK = 512  # of up to 1,024 values, oneDNN sums so many in turn, then the sums
 FEW = 8  # rows for which FBGEMM's 8-bit products are faster than oneDNN's
 
 
-class Product(nn.Module):
+class PackedLinear(nn.Module):
     """x @ weight.T + bias, with the weight laid out once for oneDNN, which is called as `torch.compile` calls it.
 
     In training it is faster: PyTorch's own product lays a bf16 weight out anew each time, a tenth of it, and is MKL's
@@ -90,7 +90,7 @@ def _onednn_product(x: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
 
 
-class RoughProduct:
+class Int8Linear:
     """x @ weight.T + bias to within 2 % or so of the spread of the result, from 8-bit integers.
 
     A row of the weight has a scale of its own, all rows of x have one ("dynamic quantization"); the sums are exact.
@@ -171,17 +171,17 @@ def has_int8_units(weight: Tensor) -> bool:
 
 
 @contextmanager
-def plain_inference(model: MiniGPT) -> Iterator[None]:
-    """Without gradients, and in the weights' own precision, whatever autocast says: a `Product` has no other."""
+def inference_without_autocast(model: MiniGPT) -> Iterator[None]:
+    """Without gradients, and in the weights' own precision, whatever autocast says: a `PackedLinear` has no other."""
     with torch.inference_mode(), torch.autocast(model.output.weight.device.type, enabled=False):
         yield
 
 
-def with_products(model: MiniGPT) -> MiniGPT:
-    """The model in eval mode, its weights shared, with a `Product` in place of each `nn.Linear`."""
+def with_packed_linears(model: MiniGPT) -> MiniGPT:
+    """The model in eval mode, its weights shared, with a `PackedLinear` in place of each `nn.Linear`."""
     shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in list(shared.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, Product(child.weight, child.bias))
+                setattr(module, name, PackedLinear(child.weight, child.bias))
     return shared.eval()

@@ -6,12 +6,11 @@ from dataclasses import fields
 
 import yaml
 
-from minigpt_pl import command_line
+from minigpt_pl.cli import app, display
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.generation import show
+from minigpt_pl.generation.prompts import encode_prompts, unknown_words
 from minigpt_pl.generation.text import TextModel, stream_records
-from minigpt_pl.generation.words import encode_prompts, unknown_words
 from minigpt_pl.tokenizer import list_vocabulary
 
 HELP = """\
@@ -67,11 +66,11 @@ class Session:
                 print(f"  {setting.name}: {setting.metadata['doc']}")
         elif name == "settings":
             for setting in self.settings:
-                print(f"  {setting}={show.setting_text(getattr(self.config, setting))}")
+                print(f"  {setting}={display.setting_text(getattr(self.config, setting))}")
         elif name not in self.settings:
             raise InputError(f"/{name}: no such command; /help lists them")
         else:
-            changed = command_line.change(self.config, **{name: self._value(name, words)})
+            changed = app.change(self.config, **{name: self._value(name, words)})
             self._check(changed)
             self.config = changed
 
@@ -102,12 +101,12 @@ class Session:
         config, shown = self.config, self.config.show is not None
         options = {"seed": config.seed} | _controls(config)
         if config.num_samples == 1:
-            show.print_words(self.model, prompt, shown, **options)
+            display.print_words(self.model, prompt, shown, **options)
             return
         records = stream_records(
             self.model, [prompt], num_samples=config.num_samples, with_probabilities=shown, **options
         )
-        print("\n\n".join(show.as_text(record, shown) for record in records))
+        print("\n\n".join(display.as_text(record, shown) for record in records))
 
     def _edit_lines(self) -> None:
         """History, and completion with Tab, where Python has readline."""

@@ -1,10 +1,10 @@
 """What the seed's faults cost, measured on a model trained as the seed trains.
 
-    python benchmarks/seed_faults.py RUN REVIEWS [OTHER_RUN ...]
+    python benchmarks/notebook_faults.py RUN REVIEWS [OTHER_RUN ...]
 
-RUN is a run folder of `experiment=keras`, REVIEWS a folder of IMDB in the hub's layout; held-out reviews are the first
-1,000 of `unsupervised`. Each further run is evaluated on the same reviews. Prints one JSON object; docs/seed.md has the
-table. `write_as_the_seed` is the seed's own loop, each fault a switch.
+RUN is a run folder of `experiment=keras`. REVIEWS is a folder of IMDB in the hub's layout. The held-out reviews are the
+first 1,000 of `unsupervised`. Each further run is evaluated on the same reviews. The script prints one JSON object.
+docs/notebook_faults.md has the table. `write_as_the_seed` is the notebook's own loop, with a switch for each fault.
 """
 
 import json

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minigpt_pl.measures.texts import distinct, repeated
+from minigpt_pl.measures.repetition import distinct, repeated
 
 
 def test_distinct():

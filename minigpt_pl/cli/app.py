@@ -33,7 +33,7 @@ from minigpt_pl.config import (
 )
 from minigpt_pl.errors import InputError
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONFIG_DIR = str(next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()))
 _FULL_ERROR = "HYDRA_FULL_ERROR"

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from minigpt_pl.errors import InputError
 from minigpt_pl.tokenizer import UNKNOWN_ID
 
-NOT_KNOWN = "not in the model's vocabulary; use words that it knows"
+UNKNOWN_WORD = "not in the model's vocabulary; use words that it knows"
 
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
@@ -61,7 +61,7 @@ def forced_ids_of(tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: in
         ids = word_ids(tokenizer, text)
         name = f"forced_words={{{place}: {text!r}}}"
         if not ids or UNKNOWN_ID in ids:
-            problems.append(f"{name}: {NOT_KNOWN}")
+            problems.append(f"{name}: {UNKNOWN_WORD}")
         elif taken := [at for at in range(place, place + len(ids)) if at in forced]:
             problems.append(f"{name}: place {taken[0]} is taken by another; leave room for {len(ids)} tokens")
         elif place < 0:
