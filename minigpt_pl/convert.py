@@ -108,7 +108,7 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict) -> None:
 
     module = MiniGPTModule(
         model=dataclasses.asdict(settings.model),
-        optimizer=dataclasses.asdict(settings.optimizer),
+        optimizer=dataclasses.asdict(settings.optimizer) | {"second_moment": "by_occurrence"},
         schedule=dataclasses.asdict(settings.schedule),
         total_steps=1,  # a resumed run counts its own
         end_id=None,

@@ -55,20 +55,12 @@ def records(cwd, name="samples.jsonl", folder="outputs/tiny/explore"):
     return [json.loads(line) for line in (cwd / folder / name).read_text().split("\n")[:-1]]
 
 
-COMMON = {
-    "batch_size": 4, "cut": "truncate", "end_token": True, "loss_on_padding": False, "validation_share": 0.05,
-    "max_sequences": None, "cache_dir": "cache",
-}  # fmt: skip
-
-
 def imdb_config(source: str, **changes) -> ImdbConfig:
-    values = {"train_splits": ["train", "test"], "validation_split": "unsupervised", "validation_documents": 2500}
-    return ImdbConfig(**(COMMON | {"source": source} | values | changes))
+    return ImdbConfig(**({"source": source, "cache_dir": "cache"} | changes))
 
 
 def text_config(path, **changes) -> TextConfig:
-    values = {"validation_path": None, "text_column": "text", "document": "line"}
-    return TextConfig(**(COMMON | {"path": str(path)} | values | changes))
+    return TextConfig(**({"path": str(path), "cache_dir": "cache"} | changes))
 
 
 @pytest.fixture(scope="session")

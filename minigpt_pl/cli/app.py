@@ -29,6 +29,7 @@ from minigpt_pl.config import (
     SampleConfig,
     TextConfig,
     TrainConfig,
+    WandbConfig,
     check,
 )
 from minigpt_pl.errors import InputError
@@ -49,6 +50,7 @@ def register_schemas() -> None:
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(group="data", name="imdb_schema", node=ImdbConfig)
     store.store(group="data", name="text_schema", node=TextConfig)
+    store.store(group="logger", name="wandb_schema", node=WandbConfig)
 
 
 def run(

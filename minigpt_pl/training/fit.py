@@ -122,11 +122,15 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     steps_per_epoch = -(-datamodule.batches_per_epoch() // config.trainer.accumulate_grad_batches)
     total_steps = config.trainer.max_epochs * steps_per_epoch
     words = tokenizer.get_vocab_size()
+    second_moment = config.optimizer.second_moment
+    if second_moment is None:
+        fits = config.optimizer.name == "keras_adam" and not config.model.tie_embeddings
+        second_moment = "by_occurrence" if fits else "dense"
     if words < config.model.vocab_size:
         log.info("The text has %s different words, so the model has as many logits.", f"{words:,}")
     return MiniGPTModule(
         model=dataclasses.asdict(config.model) | {"vocab_size": words},
-        optimizer=dataclasses.asdict(config.optimizer),
+        optimizer=dataclasses.asdict(config.optimizer) | {"second_moment": second_moment},
         schedule=dataclasses.asdict(config.schedule),
         total_steps=min(total_steps, config.trainer.max_steps or total_steps),
         end_id=tokenizer.token_to_id(END) if config.data.end_token else None,
