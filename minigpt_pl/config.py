@@ -150,7 +150,7 @@ class TrainerConfig:
 
     accelerator: str = setting("auto", "hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: int = setting(1, "processes per node, one per device; torchrun's number wins", minimum=1)
-    num_nodes: int = setting(1, "nodes", minimum=1)
+    num_nodes: int = setting(1, "number of nodes", minimum=1)
     strategy: str = setting("auto", "how several processes train together", choices=("auto", "ddp"))
     precision: str = setting(
         "auto",
@@ -238,6 +238,10 @@ class WordControls(NumberControls):
         None, "words at given positions among the new tokens, as '{0: a, 5: film}'; 0 is the first"
     )
 
+    def arguments(self) -> dict[str, Any]:
+        """The controls as arguments of `generate_text`."""
+        return {control.name: getattr(self, control.name) for control in fields(WordControls)}
+
 
 NUMBER_CONTROLS = tuple(control.name for control in fields(NumberControls))
 CONTROLS = tuple(control.name for control in fields(WordControls))
@@ -317,18 +321,13 @@ class SampleConfig(WordControls):
     interactive: bool = setting(False, "ask for prompts and settings until /quit")
 
 
-_Grid = make_dataclass(
-    "_Grid",
-    [
-        (
-            control.name,
-            list[control.type],
-            field(default_factory=lambda c=control: [c.default], metadata=control.metadata),
-        )
-        for control in fields(NumberControls)
-        if control.name in GRID
-    ],
-)
+def _values_of(control: Any) -> tuple[str, Any, Any]:
+    """A list of values of a sampling control, as a field; the default is a list of its default alone."""
+    values = field(default_factory=lambda: [control.default], metadata=control.metadata)
+    return control.name, list[control.type], values
+
+
+_Grid = make_dataclass("_Grid", [_values_of(NumberControls.__dataclass_fields__[name]) for name in GRID])
 
 
 @dataclass
@@ -400,10 +399,8 @@ def check(config: Any) -> None:
     Raises:
         InputError: one line per problem, with the setting, its value and the remedy.
     """
-    problems = [*range_problems(config)]
-    if not problems and (rules := _RULES.get(type(config))):
-        problems += rules(config)
-    if problems:
+    rules = _RULES.get(type(config), lambda _: ())
+    if problems := [*range_problems(config), *rules(config)]:
         raise InputError(*problems)
 
 
@@ -413,18 +410,20 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
         value, name = getattr(config, setting_.name), f"{prefix}{setting_.name}"
         if is_dataclass(value):
             yield from range_problems(value, f"{name}.")
-        elif "doc" in setting_.metadata and (problem := _field_problem(value, setting_)):
+        elif "doc" not in setting_.metadata:
+            continue
+        elif not _has_type(value, setting_.type):
+            yield f"{name}={value!r}: must be {_type_words(setting_.type)}"
+        elif problem := _field_problem(value, setting_):
             yield f"{name}={value}: {problem}"
 
 
 def _field_problem(value: Any, setting_: Any) -> str | None:
     doc, limits, choices = (setting_.metadata[key] for key in ("doc", "limits", "choices"))
-    if value == REQUIRED:
-        return f"must be given ({doc})"
-    if not _has_type(value, setting_.type):
-        return f"must be {_type_words(setting_.type)}"
     if value is None:
         return None
+    if value == REQUIRED:
+        return f"must be given ({doc})"
     if value == "" and setting_.type is not Any:
         return f"must not be empty ({doc})"
     values = [item for item in (value if isinstance(value, list) else [value]) if item is not None]

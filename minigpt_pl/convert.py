@@ -134,8 +134,9 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict) -> None:
 
 
 def _export(config: ConvertConfig) -> Path:
-    from minigpt_pl.generation.text import load
+    from minigpt_pl.checkpoints import choose_checkpoint
     from minigpt_pl.keras_weights import write_keras
+    from minigpt_pl.text_model import load
 
     for name in ("to_keras", "vocabulary"):
         path = Path(getattr(config, name) or "")
@@ -144,7 +145,7 @@ def _export(config: ConvertConfig) -> Path:
         if not path.parent.is_dir():
             raise InputError(f"{name}={path}: there is no folder {path.parent}; make it first")
     target = Path(config.to_keras)
-    model = load(runs.choose_checkpoint(Path(config.output_dir), config.run))
+    model = load(choose_checkpoint(Path(config.output_dir), config.run))
     write_keras(target, model.network)
     if config.vocabulary is not None:
         words = list_vocabulary(model.tokenizer)[:-1]  # less [END], which Keras knows nothing of

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.errors import InputError
@@ -34,9 +33,10 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         InputError: a file is missing or unreadable, or there is nothing to evaluate on.
     """
-    from minigpt_pl.generation.text import load
+    from minigpt_pl.checkpoints import choose_checkpoint
+    from minigpt_pl.text_model import load
 
-    model = load(runs.choose_checkpoint(Path(config.output_dir), config.run))
+    model = load(choose_checkpoint(Path(config.output_dir), config.run))
     result = _measure(config, model)
     _print(result)
     parts = [config.text and Path(config.text).stem, config.num_documents]

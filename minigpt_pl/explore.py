@@ -5,7 +5,6 @@ import logging
 import re
 from pathlib import Path
 
-from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
@@ -33,10 +32,11 @@ def explore(config: ExploreConfig) -> Path:
     keep_freed_memory()
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise InputError(f"explore: {', '.join(missing)} is not installed; pip install 'minigpt_pl[explore]'")
+    from minigpt_pl.checkpoints import choose_checkpoint
     from minigpt_pl.data.corpus import open_run_corpus
     from minigpt_pl.exploration import compare, judging, network_study, report, samples
     from minigpt_pl.files import make_folder
-    from minigpt_pl.generation.text import load
+    from minigpt_pl.text_model import load
 
     prompts = samples.read_prompts(Path(config.prompts or Path(app.CONFIG_DIR) / "prompts.yaml"))
     if config.compare is not None:
@@ -44,7 +44,7 @@ def explore(config: ExploreConfig) -> Path:
         compare.compare(config, prompts, folder)
         log.info("Comparison: %s", folder / "compare.md")
         return folder
-    checkpoint = runs.choose_checkpoint(Path(config.output_dir), config.run)
+    checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
     run = checkpoint.parent.parent
     model = load(checkpoint)
     grid = samples.check_grid(config, model, prompts)

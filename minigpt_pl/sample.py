@@ -1,121 +1,165 @@
-"""python -m minigpt_pl.sample: write text with a trained model."""
+"""python -m minigpt_pl.sample: generate text with a trained model."""
 
 import itertools
+import json
+import math
 import re
 import secrets
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt_pl import runs
 from minigpt_pl.cli import app
-from minigpt_pl.config import CONTROLS, SampleConfig
-from minigpt_pl.cpu.allocator import keep_freed_memory
+from minigpt_pl.config import SampleConfig
 from minigpt_pl.errors import InputError
 
 if TYPE_CHECKING:
-    from minigpt_pl.generation.text import TextModel
+    from minigpt_pl.generation.text import Record
+    from minigpt_pl.text_model import TextModel
+
+Measures = dict[str, float]
 
 
 def main() -> None:
-    sys.argv[1:] = [_take_prompt_literally(argument) for argument in sys.argv[1:]]
-    app.run("sample", SampleConfig, sample)
+    app.run("sample", SampleConfig, sample, quote_prompts)
 
 
 def sample(config: SampleConfig) -> None:
-    """Write texts to standard output; to standard error which checkpoint wrote them, and unknown words."""
+    """Write texts to standard output. The checkpoint and unknown words go to standard error."""
+    from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint  # PyTorch, once the settings are right
     from minigpt_pl.cli import display
+    from minigpt_pl.cpu.allocator import keep_freed_memory
     from minigpt_pl.generation.prompts import encode_prompts, unknown_words
-    from minigpt_pl.generation.text import load
+    from minigpt_pl.text_model import load
 
     keep_freed_memory()
     prompts = [] if config.interactive else _prompts(config)
-    variants = _variants(config)
-    model = load(_checkpoint(config))
+    combinations = _combinations(config)
+    if config.checkpoint is not None and config.run is not None:
+        raise InputError(f"checkpoint={config.checkpoint}: run={config.run} chooses one, too; leave one of them out")
+    if config.checkpoint is not None:
+        model = load(find_checkpoint(config.checkpoint, setting="checkpoint"))
+    else:
+        model = load(choose_checkpoint(Path(config.output_dir), config.run))
     print(f"checkpoint: {model.checkpoint}", file=sys.stderr)
     if config.show and display.has_colours(sys.stdout):
         print(display.LEGEND, file=sys.stderr)
     if config.interactive:
         from minigpt_pl.cli.session import Session
 
-        Session(model, config).run()
-        return
+        return Session(model, config).run()
     encode_prompts(model.tokenizer, prompts, "prompt" if config.prompts_file is None else "prompts_file: prompt")
     for number, prompt in enumerate(prompts, 1):
         if unknown := unknown_words(model.tokenizer, prompt):
             where = f" (prompt {number})" if len(prompts) > 1 else ""
             print(f"not in the vocabulary: {' '.join(unknown)}{where}", file=sys.stderr)
     if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
-        controls = {name: getattr(config, name) for name in CONTROLS}
-        display.print_words(model, prompts[0], config.show is not None, seed=config.seed, **controls)
+        display.print_words(model, prompts[0], config.show is not None, seed=config.seed, **config.arguments())
     else:
-        _print_all(model, prompts, config, variants)
+        _print_all(model, prompts, config, combinations)
 
 
-def _print_all(model: "TextModel", prompts: list[str], config: SampleConfig, variants: list[dict[str, Any]]) -> None:
-    """Every text under every variant of the settings; where settings are compared, the table of their measures."""
+def _print_all(
+    model: "TextModel", prompts: list[str], config: SampleConfig, combinations: list[dict[str, Any]]
+) -> None:
+    """Print each text with each combination of settings. With `compare`, also a table of measures."""
     from minigpt_pl.cli import display
     from minigpt_pl.generation.text import BATCH_TEXTS, stream_records
 
     seed = secrets.randbelow(2**31 - config.num_samples) if config.seed is None else config.seed
-    controls = {name: getattr(config, name) for name in CONTROLS}
     with_probabilities = config.show is not None or config.format == "jsonl" or config.compare is not None
-    texts = [  # nothing is written before all of the settings are seen to be good
-        stream_records(
-            model, prompts, seed=seed, num_samples=config.num_samples, with_probabilities=with_probabilities,
-            **(controls | variant),
-        )
-        for variant in variants
-    ]  # fmt: skip
-    total = len(variants) * len(prompts) * config.num_samples
-    rows, between, done, started = [], "", 0, time.monotonic()
-    for variant, records in zip(variants, texts, strict=True):
-        rows.append((variant, []))
+    streams = [  # an error in any combination comes before the first text
+        stream_records(model, prompts, seed, config.num_samples, with_probabilities, **(config.arguments() | settings))
+        for settings in combinations
+    ]
+    total = len(combinations) * len(prompts) * config.num_samples
+    all_measures: list[list[Measures]] = [[] for _ in combinations]
+    separator, done, start = "", 0, time.monotonic()
+    for settings, records, measures in zip(combinations, streams, all_measures, strict=True):
         for record in records:
-            measures = display.measure(record) if variant else {}
-            rows[-1][1].append(measures)
+            if config.compare is not None:
+                measures.append(_measure(record))
             done += 1
             if done % BATCH_TEXTS == 0:
-                left = (time.monotonic() - started) * (total - done) / done
+                left = (time.monotonic() - start) * (total - done) / done
                 print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
             if config.format == "jsonl":
-                print(display.as_json(record, measures))
+                print(_as_json(record, measures[-1] if measures else {}))
                 continue
-            title = display.settings_text(variant)
-            text = (
-                display.as_markdown(record)
-                if config.format == "markdown"
-                else display.as_text(record, bool(config.show))
-            )
-            print(between + (f"[{title}]\n" if title else "") + text)
-            between = "\n"
+            title = f"[{display.settings_text(settings)}]\n" if settings else ""
+            markdown = config.format == "markdown"
+            text = display.as_markdown(record) if markdown else display.as_text(record, config.show is not None)
+            print(separator + title + text)
+            separator = "\n"
     if config.compare is not None and config.format != "jsonl":
-        print("\n" + display.as_table(rows))
+        print("\n" + "\n".join(_table(combinations, all_measures)))
 
 
-def _variants(config: SampleConfig) -> list[dict[str, Any]]:
-    """The settings to be compared: what differs from the others, every combination."""
+def _combinations(config: SampleConfig) -> list[dict[str, Any]]:
+    """Every combination of the values in `compare`; one empty combination without it."""
     if config.compare is None:
         return [{}]
-    variants = [
-        dict(zip(config.compare, values, strict=True)) for values in itertools.product(*config.compare.values())
+    names = list(config.compare)
+    changed = [
+        app.change(config, **dict(zip(names, values, strict=True)))
+        for values in itertools.product(*config.compare.values())
     ]
-    changed = [app.change(config, **variant) for variant in variants]
-    return [{name: getattr(config, name) for name in config.compare} for config in changed]
+    return [{name: getattr(settings, name) for name in names} for settings in changed]
 
 
-def _take_prompt_literally(argument: str) -> str:
-    """`prompt=it's a, b` as it stands; Hydra would read quotes, commas and brackets as grammar.
+def _measure(record: "Record") -> Measures:
+    """The effect of the settings on a text; NaN if the text is too short for a measure."""
+    from minigpt_pl.measures.repetition import distinct, repeated
 
-    A list (`prompt=[...]`), null and what is quoted as a whole stay Hydra's.
+    return {
+        "entropy": sum(record.entropies) / len(record.entropies) if record.entropies else math.nan,
+        **{f"distinct-{n}": distinct(record.tokens, n) for n in (1, 2, 3)},
+        "repeated-4": repeated(record.tokens),
+    }
+
+
+def _as_json(record: "Record", measures: Measures) -> str:
+    """One line. JSON has no NaN: null."""
+    values = asdict(record)
+    if measures:
+        values["measures"] = {name: None if math.isnan(value) else value for name, value in measures.items()}
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _table(combinations: Sequence[Mapping[str, Any]], all_measures: Sequence[list[Measures]]) -> Iterator[str]:
+    """A Markdown table: the mean of each measure for each combination, without texts that are too short."""
+    from minigpt_pl.cli.display import setting_text
+
+    rows = []
+    for settings, measures in zip(combinations, all_measures, strict=True):
+        columns = {name: [m[name] for m in measures if not math.isnan(m[name])] for name in measures[0]}
+        means = {name: f"{sum(values) / len(values):.3f}" if values else "-" for name, values in columns.items()}
+        rows.append({name: setting_text(value) for name, value in settings.items()} | means)
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    header = {name: name for name in widths}
+    rule = {name: "-" * (width - 1) + ":" for name, width in widths.items()}
+    for row in (header, rule, *rows):
+        yield "| " + " | ".join(row[name].rjust(width) for name, width in widths.items()) + " |"
+
+
+def quote_prompts(arguments: list[str]) -> list[str]:
+    """Take `prompt=it's a, b` literally: Hydra would read quotes, commas and brackets as its grammar.
+
+    Hydra still reads a list (`prompt=[...]`), null, and a value that is quoted as a whole.
     """
+    return [_quote_prompt(argument) for argument in arguments]
+
+
+def _quote_prompt(argument: str) -> str:
     name, _, value = argument.partition("=")
-    hydras = r"""null|\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'"""
-    if name != "prompt" or re.fullmatch(hydras, value, re.DOTALL):
+    hydra_value = r"""null|\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'"""
+    if name != "prompt" or re.fullmatch(hydra_value, value, re.DOTALL):
         return argument
-    # In Hydra's quotes a backslash is one, but before a quote mark or the end it escapes; ${ begins a reference.
-    escaped = re.sub(r'(\\*)("|\$\{|\Z)', lambda m: m[1] * 2 + (m[2] and "\\" + m[2]), value)
+    # Inside Hydra's quotes a backslash escapes a quote mark, ${ (a reference) and the end, and nothing else.
+    escaped = re.sub(r'(\\*)("|\$\{|\Z)', lambda match: match[1] * 2 + (match[2] and "\\" + match[2]), value)
     return f'prompt="{escaped}"'
 
 
@@ -123,40 +167,31 @@ def _prompts(config: SampleConfig) -> list[str]:
     if config.prompt is None and config.prompts_file is None:
         raise InputError("prompt=null: give prompt='this movie is', or prompts_file=FILE (- for standard input)")
     if config.prompt is not None and config.prompts_file is not None:
-        raise InputError(f"prompts_file={config.prompts_file}: give it or prompt={config.prompt}, and not both")
-    if config.prompts_file is None:
-        prompts = config.prompt if isinstance(config.prompt, list) else [config.prompt]
-    else:
-        # Not splitlines(): it cuts at U+0085 and U+2028 too, which a prompt may hold.
-        lines = _read_prompts(config.prompts_file).replace("\r\n", "\n").split("\n")
+        raise InputError(f"prompts_file={config.prompts_file}: prompt={config.prompt} is given, too; leave one out")
+    if config.prompts_file is not None:
+        # Not splitlines(): it also splits at U+0085 and U+2028, which a prompt may contain.
+        lines = _read(config.prompts_file).replace("\r\n", "\n").split("\n")
         prompts = [line for line in lines if line.strip()]
-    if not prompts and config.prompts_file is not None:
-        raise InputError(f"prompts_file={config.prompts_file}: holds no prompt; write one a line")
+        if not prompts:
+            raise InputError(f"prompts_file={config.prompts_file}: holds no prompt; write one per line")
+        return prompts
+    prompts = config.prompt if isinstance(config.prompt, list) else [config.prompt]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(
-            f"prompt={config.prompt}: must be a text, or a list of texts; quote what is none, as in ['10']"
-        )
+        raise InputError(f"prompt={config.prompt}: must be a text or a list of texts; quote numbers, as in ['10']")
     return prompts
 
 
-def _read_prompts(name: str) -> str:
+def _read(prompts_file: str) -> str:
     try:
-        if name == "-" and sys.stdin is None:
+        if prompts_file != "-":
+            return Path(prompts_file).read_text(encoding="utf-8-sig")
+        if sys.stdin is None:
             raise OSError("standard input is closed")
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-        return text.removeprefix("\ufeff")
+        return sys.stdin.read().removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"prompts_file={name}: cannot be read ({error}); give a UTF-8 file, or - for standard input"
+            f"prompts_file={prompts_file}: cannot be read ({error}); give a UTF-8 file, or - for standard input"
         ) from error
-
-
-def _checkpoint(config: SampleConfig) -> Path:
-    if config.checkpoint is not None and config.run is not None:
-        raise InputError(f"checkpoint={config.checkpoint}: give it or run={config.run}, and not both")
-    if config.checkpoint is not None:
-        return runs.find_checkpoint(config.checkpoint, setting="checkpoint")
-    return runs.choose_checkpoint(Path(config.output_dir), config.run)
 
 
 if __name__ == "__main__":

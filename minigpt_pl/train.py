@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_pl import runs
+from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.cli import app
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.errors import InputError
@@ -70,7 +71,7 @@ def _checkpoint_to_resume(config: Any) -> Path | None:
         return Path(os.environ[_RESUMED])
     output_dir = Path(config.output_dir)
     if config.resume != "auto":
-        checkpoint = runs.find_checkpoint(config.resume, output_dir, last=True, setting="resume").resolve()
+        checkpoint = find_checkpoint(config.resume, output_dir, last=True, setting="resume").resolve()
     elif config.run_name is not None:
         checkpoint = output_dir / config.run_name / runs.LAST
         if not checkpoint.exists():

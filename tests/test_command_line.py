@@ -269,7 +269,7 @@ def test_a_run_in_training_is_left_alone(trained, tmp_path):
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     folder = tmp_path / "outputs" / "tiny"
     runs.update_record(folder, status="running")  # killed, or at work: only the lock tells
-    lock = runs.hold(folder)
+    lock = runs.lock(folder)
     assert_refused(run_module("train", "resume=auto", cwd=tmp_path), "resume=auto: no unfinished run")
     options = ["resume=tiny", "trainer.max_epochs=3"]
     assert_refused(run_module("train", *options, cwd=tmp_path), "run_name=tiny: ")

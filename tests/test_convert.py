@@ -10,12 +10,13 @@ import torch
 from conftest import run_module
 
 import minigpt_pl
+from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.config import ConvertConfig
 from minigpt_pl.convert import convert, read_vocabulary
 from minigpt_pl.errors import InputError
 from minigpt_pl.keras_weights import read_keras, write_keras
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.runs import read_checkpoint, read_record
+from minigpt_pl.runs import read_record
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'minigpt_pl[keras]'")
 

@@ -135,7 +135,7 @@ class TestFormats:
 
     def test_control_characters_of_a_prompt_do_not_reach_a_terminal(self, sample, monkeypatch):
         prompt = "the \x1b[2J\tcat\u00a0and \x9b1m"
-        options = [entry_point._take_prompt_literally(f"prompt={prompt}"), "num_tokens=3", "seed=1"]
+        options = [*entry_point.quote_prompts([f"prompt={prompt}"]), "num_tokens=3", "seed=1"]
         for more in ([], ["num_samples=2"]):
             assert sample(*options, *more).out.startswith(prompt)
             with monkeypatch.context() as changed:
@@ -200,10 +200,10 @@ class TestCompare:
         [
             ("compare=[1]", "compare=[1]: must be lists of values by setting"),
             ("compare={}", "compare={}: must be lists"),
-            ("compare={length_penalty: [1.0, 2.0]}", "length_penalty=2.0: weighs beams"),
+            ("compare={length_penalty: [1.0, 2.0]}", "length_penalty=2.0: has no effect without beam search"),
             ("compare={temperature: 1}", "must be lists of values by setting"),
             ("compare={temperature: []}", "must be lists of values by setting"),
-            ("compare={seed: [1, 2]}", "seed cannot be compared; one of num_tokens"),
+            ("compare={seed: [1, 2]}", "cannot compare seed; choose from num_tokens"),
             ("compare={temperature: [1, warm]}", "temperature=warm: "),
             ("compare={temperature: [1, -1]}", "temperature=-1.0: must be at least 0"),
             ("compare={top_k: [1, 100]}", "top_k=100: must be 1 to 26"),
@@ -266,18 +266,18 @@ class TestInteractive:
             "/temperature null": "temperature=None: ",
             "/top_k 0": "top_k=0: must be at least 1",
             "/top_k 27": "top_k=27: must be 1 to 26",
-            "/min_tokens 61": "min_tokens=61: must be 0 to num_tokens=60",
-            "/num_beams 2": "num_beams=2: beams look for the likeliest",
+            "/min_tokens 61": "min_tokens=61: must be at most num_tokens=60",
+            "/num_beams 2": "num_beams=2: beam search draws nothing",
             "/show colours": "show=colours: must be one of probabilities",
             "/seed -1": "seed=-1: must be at least 0",
             "/stop_words zebra": "stop_words=['zebra']: not in the model's vocabulary",
-            "/forced_words 0": "/forced_words 0: give places and words in turn: /forced_words 0 good 5 bad",
-            "/forced_words x cat": "/forced_words x cat: give places and words in turn",
-            "/forced_words {x: cat}": "forced_words={'x': 'cat'}: must be words by their places",
-            "/stop_words [dog": "/stop_words [dog: cannot be read; close the bracket, or quote",
-            "/forced_words 99 cat": "forced_words={99: 'cat'}: place 99 is beyond the last",
+            "/forced_words 0": "/forced_words 0: give positions and words in turn: /forced_words 0 good 5 bad",
+            "/forced_words x cat": "/forced_words x cat: give positions and words in turn",
+            "/forced_words {x: cat}": "forced_words={'x': 'cat'}: must be words by position",
+            "/stop_words [dog": "/stop_words [dog: cannot be read; close the bracket, or quote the words",
+            "/forced_words 99 cat": "forced_words={99: 'cat'}: position 99 must be below num_tokens=60",
             "/run other": "/run: no such command",
-            "zebra": "prompt='zebra': none of its words",
+            "zebra": "prompt='zebra': the model knows none of its words",
             "the \udcff": "prompt='the \\udcff': is not Unicode text",
         }
         out, errors = sample("interactive=true", "seed=3", typed="\n".join([*bad, "the cat"]))
@@ -357,18 +357,18 @@ class TestBadInput:
             (["format=html"], ["format=html: must be one of text, jsonl, markdown"]),
             (["show=colours"], ["show=colours: must be one of probabilities"]),
             (["format=jsonl", "show=probabilities"], ["show=probabilities: needs format=text"]),
-            (["forced_words=[cat]"], ["forced_words=['cat']: must be words by their places"]),
-            (["forced_words={a: cat}"], ["forced_words={'a': 'cat'}: must be words by their places"]),
-            (["forced_words={0: 10}"], ["forced_words={0: 10}: must be words by their places"]),
+            (["forced_words=[cat]"], ["forced_words=['cat']: must be words by position"]),
+            (["forced_words={a: cat}"], ["forced_words={'a': 'cat'}: must be words by position"]),
+            (["forced_words={0: 10}"], ["forced_words={0: 10}: must be words by position"]),
             (["forced_words={0: zebra}"], ["forced_words={0: 'zebra'}: not in the model's vocabulary"]),
             (["stop_words=[zebra, the]"], ["stop_words=['zebra']: not in the model's vocabulary"]),
             (["num_beams=0"], ["num_beams=0: must be at least 1"]),
-            (["num_beams=3"], ["num_beams=3: beams look for the likeliest text"]),
-            (["num_beams=14", "temperature=0"], ["num_beams=14: must be 1 to 13"]),
+            (["num_beams=3"], ["num_beams=3: beam search draws nothing"]),
+            (["num_beams=14", "temperature=0"], ["num_beams=14: must be at most 13"]),
             (["length_penalty=inf"], ["length_penalty=inf: must be a finite number"]),
-            (["num_samples=2", "temperature=0"], ["num_samples=2: with temperature=0 all would be the same"]),
-            (["num_samples=2", "top_k=1"], ["num_samples=2: with top_k=1 all would be the same"]),
-            (["interactive=true"], ["prompt=the cat: not with interactive=true"]),
+            (["num_samples=2", "temperature=0"], ["num_samples=2: all texts are the same with temperature=0"]),
+            (["num_samples=2", "top_k=1"], ["num_samples=2: all texts are the same with top_k=1"]),
+            (["interactive=true"], ["prompt=the cat: has no effect with interactive=true"]),
         ],
         ids=str,
     )

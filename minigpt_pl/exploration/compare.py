@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt_pl import runs
+from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.errors import InputError
@@ -38,7 +38,7 @@ def compare(config: ExploreConfig, prompts: Sequence[tuple[str, str]], folder: P
         InputError: the runs have other words or other held-out text, or no texts can be written.
     """
     setting = _one_setting(config)
-    checkpoints = [runs.find_checkpoint(name, Path(config.output_dir), setting="compare") for name in config.compare]
+    checkpoints = [find_checkpoint(name, Path(config.output_dir), setting="compare") for name in config.compare]
     corpus, compared = open_runs(checkpoints, config.source)
     encode_prompts(compared[0].model.tokenizer, [prompt for _, prompt in prompts], "prompts: prompt")
     make_folder(folder, "folder")

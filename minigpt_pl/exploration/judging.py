@@ -12,12 +12,12 @@ import numpy as np
 
 from minigpt_pl.data.corpus import Corpus, Ids
 from minigpt_pl.exploration.samples import Sample, write_samples
-from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures import repetition
 from minigpt_pl.measures.copying import longest_copies
 from minigpt_pl.measures.failures import KINDS, PHRASE, SKELETON, Detectors, Topics, skeleton
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.measures.probes import score_texts
+from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
 log = logging.getLogger(__name__)

@@ -38,9 +38,9 @@ from minigpt_pl.exploration.summary import (
     summarize_real,
 )
 from minigpt_pl.files import write_aside
-from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures.failures import KINDS
 from minigpt_pl.measures.probes import attention_maps
+from minigpt_pl.text_model import TextModel
 
 WORST = 3  # examples of each failure
 COPIES = 10  # of the longest copied runs

@@ -10,11 +10,12 @@ import numpy as np
 from scipy import stats  # comes with scikit-learn
 
 from minigpt_pl import runs
+from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, open_run_corpus
 from minigpt_pl.errors import InputError
 from minigpt_pl.exploration.summary import CONFIDENCE, RESAMPLES, Estimate
-from minigpt_pl.generation.text import TextModel, load
+from minigpt_pl.text_model import TextModel, load
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
 DOCUMENTS = 1_000  # held-out ones, the first
@@ -87,7 +88,7 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> tuple[Corpus, 
 
 
 def _run(folder: Path, checkpoint: Path, model: TextModel, data: Any, corpus: Corpus) -> Run:
-    contents, groups = runs.read_checkpoint(checkpoint), runs.read_settings(folder)
+    contents, groups = read_checkpoint(checkpoint), runs.read_settings(folder)
     settings = {name: value for name, value in groups.items() if not isinstance(value, dict)} | {
         f"{group}.{name}": value for group, values in groups.items() if isinstance(values, dict)
         for name, value in values.items()

@@ -115,7 +115,7 @@ def _steps(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     chances = [torch.rand(num_tokens, generator=own, dtype=torch.float32, device="cpu") for own in generators]
     chances = torch.stack(chances).to(device)  # (B, num_tokens)
-    read = controls.read_the_text or bool(controls.stop_sequences)  # else the texts need not be written
+    read = controls.depend_on_text or bool(controls.stop_sequences)  # else the texts need not be written
     running = list(range(len(prompts)))  # whose text each row is
     decoder, output = decoders.start(prepared, prompts), _Output(prepared, controls)
     for place in range(num_tokens):
@@ -190,7 +190,7 @@ class _Output:
         vocab_size, top_k = prepared.model.vocab_size, 1 if controls.temperature == 0 else controls.top_k
         self.count = vocab_size if top_k is None else min(top_k, vocab_size)
         self.screen = None
-        if self.count <= vocab_size * SCREENED_SHARE and not controls.read_the_text:
+        if self.count <= vocab_size * SCREENED_SHARE and not controls.depend_on_text:
             self.screen, self.screened, self.bias_for = prepared.rough_output, screened(self.count), None
 
     def candidates(self, hidden: Tensor, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:

@@ -1,74 +1,141 @@
-"""Words to ids: prompts, and the controls that name words."""
+"""From words to token ids: prompts, and the controls that name words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from minigpt_pl.config import CONTROLS, NumberControls, WordControls, range_problems
 from minigpt_pl.errors import InputError
-from minigpt_pl.tokenizer import UNKNOWN_ID
+from minigpt_pl.generation.controls import Controls
+from minigpt_pl.text_model import TextModel
+from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID
 
-UNKNOWN_WORD = "not in the model's vocabulary; use words that it knows"
+NOT_IN_VOCABULARY = "not in the model's vocabulary; use words that it knows"
 
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
-    """The prompt's words, as typed, that are not in the vocabulary."""
+    """The words of the prompt, as typed, that are not in the vocabulary."""
     encoding = tokenizer.encode(prompt)
-    return [
-        prompt[slice(*place)] for id_, place in zip(encoding.ids, encoding.offsets, strict=True) if id_ == UNKNOWN_ID
-    ]
+    return [prompt[slice(*span)] for id_, span in zip(encoding.ids, encoding.offsets, strict=True) if id_ == UNKNOWN_ID]
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = "prompt") -> list[list[int]]:
-    """The prompts' ids.
+    """The ids of the prompts.
 
     Args:
-        setting: named in the error.
+        setting: name of the setting, for the errors.
 
     Raises:
-        InputError: one line for each prompt that has no word, or none that the model knows.
+        InputError: one line per prompt without a known word.
     """
     all_ids, problems = [], []
     for prompt in prompts:
-        if not isinstance(prompt, str):
-            problems.append(f"{setting}={prompt!r}: must be a text; give it in quotes")
-            continue
-        try:
-            all_ids.append(tokenizer.encode(prompt).ids)
-        except (UnicodeEncodeError, TypeError):  # half a surrogate pair: bytes that were no UTF-8
-            problems.append(f"{setting}={prompt!r}: is not Unicode text; give it in UTF-8")
-            continue
-        if not all_ids[-1]:
-            problems.append(f"{setting}={prompt!r}: has no words; give the beginning of a text")
-        elif all(id_ == UNKNOWN_ID for id_ in all_ids[-1]):
-            problems.append(f"{setting}={prompt!r}: none of its words is in the model's vocabulary; use commoner words")
+        ids = _encode(tokenizer, prompt) if isinstance(prompt, str) else None
+        if ids is None:
+            reason = "is not Unicode text; give it in UTF-8" if isinstance(prompt, str) else "must be a text; quote it"
+            problems.append(f"{setting}={prompt!r}: {reason}")
+        elif not ids:
+            problems.append(f"{setting}={prompt!r}: has no words; give the start of a text")
+        elif set(ids) == {UNKNOWN_ID}:
+            problems.append(f"{setting}={prompt!r}: the model knows none of its words; use more common words")
+        else:
+            all_ids.append(ids)
     if problems:
         raise InputError(*problems)
     return all_ids
 
 
-def word_ids(tokenizer: Tokenizer, word: str) -> list[int]:
-    """The ids of a word of the controls; none for a text without words."""
-    try:
-        return tokenizer.encode(word).ids
-    except (UnicodeEncodeError, TypeError):  # half a surrogate pair: no text has it
-        return [UNKNOWN_ID]
+def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Controls, dict[str, Any]]:
+    """Translate controls that name words into controls on token ids.
 
+    Args:
+        values: sampling controls by name, as `generate_text` takes them; `max_tokens` is an alias of `num_tokens`.
 
-def forced_ids_of(tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int) -> tuple[dict[int, int], list[str]]:
-    """The `forced_words` by place, as place -> id, and a line for each that cannot be."""
-    forced, problems = {}, []
-    for place, text in words.items():
-        ids = word_ids(tokenizer, text)
-        name = f"forced_words={{{place}: {text!r}}}"
+    Returns:
+        The controls on ids, and all controls by name, ready for JSON.
+
+    Raises:
+        InputError: one line per control that is unknown, has a wrong type, is out of range or names unknown words.
+    """
+    values = {
+        name: value for name, value in values.items() if value is not None or name not in ("num_tokens", "max_tokens")
+    }
+    problems = []
+    if "max_tokens" in values:  # the name in the notebook's code
+        if "num_tokens" in values:
+            problems.append(f"max_tokens={values['max_tokens']}: is an alias of num_tokens; give one of them")
+        values["num_tokens"] = values.pop("max_tokens")
+    if unknown := [name for name in values if name not in CONTROLS]:
+        choices = ", ".join(CONTROLS)
+        raise InputError(*(f"{name}={values[name]!r}: no such control; choose from {choices}" for name in unknown))
+    given = WordControls(**values)
+    if problems := problems + [*range_problems(given)]:
+        raise InputError(*problems)
+    tokenizer, forced_words = model.tokenizer, given.forced_words or {}
+    banned, stops = (
+        {word: _encode(tokenizer, word) or [] for word in words} for words in (given.banned_words, given.stop_words)
+    )
+    forced_ids: dict[int, int] = {}
+    problems += _forced_problems(tokenizer, forced_words, given.num_tokens, forced_ids)
+    for word, ids in stops.items():
         if not ids or UNKNOWN_ID in ids:
-            problems.append(f"{name}: {UNKNOWN_WORD}")
-        elif taken := [at for at in range(place, place + len(ids)) if at in forced]:
-            problems.append(f"{name}: place {taken[0]} is taken by another; leave room for {len(ids)} tokens")
-        elif place < 0:
-            problems.append(f"{name}: places are counted from 0, the first new token; give 0 or more")
-        elif place + len(ids) > num_tokens:
-            last = place + len(ids) - 1
-            problems.append(f"{name}: place {last} is beyond the last, {num_tokens - 1}; raise num_tokens={num_tokens}")
+            problems.append(f"stop_words={[word]}: {NOT_IN_VOCABULARY}")
+        elif ids in banned.values():
+            problems.append(f"stop_words={[word]}: banned_words has it too; leave it out of one of them")
+    for word, ids in banned.items():
+        if len(ids) == 1 and ids[0] in forced_ids.values():
+            problems.append(f"banned_words={[word]}: forced_words has it too; leave it out of one of them")
+    # A network trained without [END] would generate it at random.
+    never = [PADDING_ID, UNKNOWN_ID] + ([] if model.end_id is not None else [tokenizer.get_vocab()[END]])
+    numbers = {control.name: getattr(given, control.name) for control in fields(NumberControls)}
+    try:
+        controls = Controls(
+            **numbers,
+            vocab_size=model.network.vocab_size,
+            end_id=model.end_id,
+            banned_ids=[*never, *(ids[0] for ids in banned.values() if len(ids) == 1)],
+            banned_sequences=[ids for ids in banned.values() if len(ids) > 1 and UNKNOWN_ID not in ids],
+            stop_sequences=[ids for ids in stops.values() if ids],
+            forced_ids=forced_ids,
+        )
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    settings = {name: getattr(controls, name) for name in numbers}
+    settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy's
+    words = {"banned_words": [*banned], "stop_words": [*stops], "forced_words": dict(forced_words)}
+    return controls, settings | words
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """The ids of a text; None for a lone surrogate, which stands for bytes that are not UTF-8."""
+    try:
+        return list(tokenizer.encode(text).ids)
+    except (UnicodeEncodeError, TypeError):
+        return None
+
+
+def _forced_problems(tokenizer: Tokenizer, words: Any, num_tokens: int, forced_ids: dict[int, int]) -> Iterator[str]:
+    """Fill `forced_ids` (position -> id), and give a line for each entry that is impossible."""
+    if not isinstance(words, Mapping) or not all(
+        isinstance(position, int) and isinstance(word, str) for position, word in words.items()
+    ):
+        yield f"forced_words={words!r}: must be words by position, as {{0: 'a', 5: 'film'}}"
+        return
+    for position, word in words.items():
+        ids = _encode(tokenizer, word) or []
+        positions = range(position, position + len(ids))
+        name = f"forced_words={{{position}: {word!r}}}"
+        if not ids or UNKNOWN_ID in ids:
+            yield f"{name}: {NOT_IN_VOCABULARY}"
+        elif position < 0:
+            yield f"{name}: positions start at 0, the first new token; give 0 or more"
+        elif positions[-1] >= num_tokens:
+            yield f"{name}: position {positions[-1]} must be below num_tokens={num_tokens}; raise num_tokens"
+        elif taken := [at for at in positions if at in forced_ids]:
+            yield f"{name}: position {taken[0]} is taken; leave room for {len(ids)} tokens"
         else:
-            forced |= dict(enumerate(ids, place))
-    return forced, problems
+            forced_ids |= dict(zip(positions, ids, strict=True))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from minigpt_pl.cpu.linear import inference_without_autocast
 from minigpt_pl.generation.engine import probabilities_and_ranks
 from minigpt_pl.generation.prompts import encode_prompts
-from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures.likelihood import predictions
+from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import UNKNOWN_ID
 
 

@@ -1,59 +1,39 @@
-"""Text in, text out: `load` a run, `generate_text` from it; with `generate` and `stream_text` more than the string."""
+"""Text in, text out: `generate_text` and its variants for many prompts, for streams, and for records."""
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from minigpt_pl.config import CONTROLS
+from minigpt_pl.config import NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids, stream_ids
-from minigpt_pl.generation.prompts import UNKNOWN_WORD, encode_prompts, forced_ids_of, unknown_words, word_ids
-from minigpt_pl.model import MiniGPT
-from minigpt_pl.runs import find_checkpoint, load_network
-from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID, load_tokenizer
+from minigpt_pl.generation.prompts import controls_on_ids, encode_prompts, unknown_words
+from minigpt_pl.text_model import TextModel
 
-BATCH_TEXTS = 256  # written at once; bounds the memory for a thousand prompts
-MOST_SAMPLES = 100_000  # of a prompt in one call
-# The controls that are the same for words and for ids.
-NUMBERS = tuple(name for name in CONTROLS if not name.endswith("_words"))
-
-
-@dataclass
-class TextModel:
-    """A network with its words: what `load` gives and `generate_text` takes.
-
-    Attributes:
-        end_id: the token that ends a text; None: the network was trained without one.
-        checkpoint: where it was read from.
-    """
-
-    network: MiniGPT
-    tokenizer: Tokenizer
-    end_id: int | None
-    checkpoint: Path | None = None
+BATCH_TEXTS = 256  # generated at once; limits the memory for a thousand prompts
+MAX_SAMPLES = 100_000  # per prompt and call
 
 
 @dataclass(frozen=True)
 class Record:
-    """A text and all that is known of it.
+    """A generated text with all details.
 
     Attributes:
         prompt: as given.
-        text: the prompt, less white space at its end, and its continuation: `tokens`, joined.
+        text: the prompt without trailing white space, then `tokens`, joined.
         tokens: the new words, each with the space before it, if it has one.
-        probabilities: what the network itself gave each token: temperature 1, no controls, over the whole vocabulary.
-        ranks: 1 where the token was the network's likeliest.
-        entropies: of the distribution that each was drawn from, after the controls; bits, 0 where nothing was drawn.
-        unknown_words: the prompt's words that are not in the vocabulary.
-        settings: every control.
-        seed: with which this text comes again.
-        checkpoint: what wrote it; None: a network that was not loaded.
+        probabilities: of each token in the network's own distribution: temperature 1, no controls, all words.
+        ranks: of each token in the same distribution; 1 is the likeliest.
+        entropies: of the distribution after the controls, from which each token was drawn; in bits.
+        unknown_words: words of the prompt that are not in the vocabulary.
+        settings: all controls by name.
+        seed: the random seed that gives this text again.
+        checkpoint: path of the weights; None if the network was not loaded from a file.
     """
 
     prompt: str
@@ -68,57 +48,34 @@ class Record:
     checkpoint: str | None
 
 
-def load(path: str | Path) -> TextModel:
-    """Load a trained model.
-
-    Args:
-        path: a run folder (its best checkpoint, else its last), or a checkpoint inside one.
-
-    Raises:
-        InputError: there is none, or it is not one of ours.
-    """
-    checkpoint = find_checkpoint(Path(path))
-    network, end_id = load_network(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json")
-    if tokenizer.get_vocab_size() != network.vocab_size:
-        raise InputError(
-            f"{checkpoint}: {network.vocab_size} logits, but the tokenizer.json beside it has"
-            f" {tokenizer.get_vocab_size()} entries; copy both from the same run"
-        )
-    return TextModel(network.eval(), tokenizer, end_id, checkpoint)
-
-
 def generate_text(
     model: TextModel,
     prompt: str,
     num_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = 20,
+    temperature: float = NumberControls.temperature,
+    top_k: int | None = NumberControls.top_k,
     seed: int | None = None,
-    **controls,
+    **controls: Any,
 ) -> str:
-    """Continue a prompt: the seed homework's call.
+    """Continue a prompt. This is the call of the notebook's homework.
 
     Args:
         model: from `load`.
-        prompt: any text; it is split into words as the training text was.
-        num_tokens: new tokens, 60 unless given; fewer only where the model ends the text itself. The seed's own code
-            calls it `max_tokens`, which is taken too.
-        temperature: 0 (greedy) or above; under 1 is safer, over 1 is bolder.
-        top_k: draw from this many likeliest words, 1 to the vocabulary's size; None: from all.
-        seed: 0 to 2**31 - 1; the same seed gives the same text; None: a new one each time.
-        controls: `banned_words`: never written; one of several tokens, as "it's", is never written as a whole
-            (`[UNK]` is always banned). `stop_words`: each ends the text once `min_tokens` stand, and is its last.
-            `forced_words`: place among the new tokens (0 the first) -> the word or words that begin there, whatever
-            `no_repeat_ngram_size` says. And those of `generation.controls.Controls`, which gives their ranges:
-            `min_tokens`, `top_p`, `min_p`, `typical_p`, `repetition_penalty`, `no_repeat_ngram_size`, `num_beams`,
-            `length_penalty`.
+        prompt: any text. It is split into words as the training text was.
+        num_tokens: number of new tokens, 60 by default. Fewer only if the model ends the text. `max_tokens`, the name
+            in the notebook's code, is an alias.
+        temperature: 0 (greedy) or above. Below 1 the text is safer, above 1 it is bolder.
+        top_k: draw from the k likeliest words, 1 to the size of the vocabulary; None: from all words.
+        seed: random seed, 0 to 2**31 - 1. The same seed gives the same text. None: a new text each time.
+        controls: all other fields of `config.WordControls`: `min_tokens`, `top_p`, `min_p`, `typical_p`,
+            `repetition_penalty`, `no_repeat_ngram_size`, `num_beams`, `length_penalty`, `banned_words`, `stop_words`
+            and `forced_words`.
 
     Returns:
-        The prompt as given, less white space at its end, and its continuation.
+        The prompt without trailing white space, and its continuation.
 
     Raises:
-        InputError: a value out of range, or a prompt without a word that the model knows.
+        InputError: a value is out of range, or the model knows no word of the prompt.
 
     Example:
         >>> model = minigpt_pl.load("outputs/quick-001")
@@ -129,51 +86,41 @@ def generate_text(
 
 def generate_texts(
     model: TextModel,
-    prompts: Sequence[str],
+    prompts: str | Iterable[str],
     num_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = 20,
+    temperature: float = NumberControls.temperature,
+    top_k: int | None = NumberControls.top_k,
     seed: int | None = None,
     num_samples: int = 1,
-    **controls,
+    **controls: Any,
 ) -> list[list[str]]:
-    """`generate_text` for many prompts at once: `num_samples` texts for each, in the prompts' order.
+    """`num_samples` texts for each prompt: a list of texts per prompt, in the order of the prompts.
 
-    Sample i of any prompt is drawn with seed + i, so a text is the same alone and in company. The other arguments are
-    those of `generate_text`, and so are the errors.
+    Sample i of each prompt has the random seed `seed + i`. Other arguments and errors: `generate_text`.
     """
     controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    on_ids, _, jobs = _prepare(model, prompts, seed, num_samples, **controls)
-    new_ids: list[list[int]] = []
-    for start in range(0, len(jobs), BATCH_TEXTS):
-        _, ids, seeds = zip(*jobs[start : start + BATCH_TEXTS], strict=True)
-        new_ids += generate_ids(model.network, ids, on_ids, seeds)
-    texts = [
-        prompt.rstrip() + _written(model.tokenizer, new) for (prompt, _, _), new in zip(jobs, new_ids, strict=True)
-    ]
+    request = _prepare(model, prompts, seed, num_samples, controls)
+    texts: list[str] = []
+    for jobs in request.batches():
+        new_ids = generate_ids(model.network, [job.ids for job in jobs], request.controls, [job.seed for job in jobs])
+        texts += [
+            job.prompt.rstrip() + decode_continuation(model.tokenizer, ids)
+            for job, ids in zip(jobs, new_ids, strict=True)
+        ]
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
 
 def generate(
     model: TextModel,
-    prompts: str | Sequence[str],
+    prompts: str | Iterable[str],
     num_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = 20,
+    temperature: float = NumberControls.temperature,
+    top_k: int | None = NumberControls.top_k,
     seed: int | None = None,
     num_samples: int = 1,
-    **controls,
+    **controls: Any,
 ) -> list[Record]:
-    """The texts of `generate_texts`, which has the same arguments and errors, with all that is known of each.
-
-    Args:
-        prompts: one, or many.
-
-    Returns:
-        The records, prompt by prompt.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    """The texts of `generate_texts` as a flat list of records with all details."""
     controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
     return list(stream_records(model, prompts, seed, num_samples, **controls))
 
@@ -182,176 +129,116 @@ def stream_text(
     model: TextModel,
     prompt: str,
     num_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int | None = 20,
+    temperature: float = NumberControls.temperature,
+    top_k: int | None = NumberControls.top_k,
     seed: int | None = None,
-    **controls,
+    **controls: Any,
 ) -> Iterator[str]:
-    """The new words as they are made, each with the space before it, if it has one.
-
-    Arguments and errors are those of `generate_text`, whose text this is: `prompt.rstrip()` and the words, joined.
+    """The new words of `generate_text`, one by one. Each comes with the space before it, if it has one.
 
     Example:
         >>> for word in stream_text(model, "this movie is"):
         ...     print(word, end="", flush=True)
     """
-    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
-    return (word for word, _ in stream_words(model, prompt, **controls))
+    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+    return (word for word, _ in stream_words(model, prompt, seed, **controls))
 
 
 def stream_words(
-    model: TextModel, prompt: str, seed: int | None = None, with_probabilities: bool = False, **controls
+    model: TextModel, prompt: str, seed: int | None = None, with_probabilities: bool = False, **controls: Any
 ) -> Iterator[tuple[str, float | None]]:
-    """`stream_text` with the probability of each word, as in `Record`; None unless asked for."""
-    on_ids, _, [(_, ids, seed)] = _prepare(model, [prompt], seed, 1, **controls)
-    steps = stream_ids(model.network, [ids], on_ids, [seed], with_probabilities)
+    """`stream_text` with the probability of each word as in `Record`. It is None unless requested."""
+    request = _prepare(model, [prompt], seed, 1, controls)
+    [job] = request.jobs
+    steps = stream_ids(model.network, [job.ids], request.controls, [job.seed], with_probabilities)
     return (
-        (_written(model.tokenizer, step.ids), step.probabilities[0] if with_probabilities else None)
+        (decode_continuation(model.tokenizer, step.ids), step.probabilities[0] if with_probabilities else None)
         for step in steps
-        if step.ids != [on_ids.end_id]
+        if step.ids != [request.controls.end_id]
     )
 
 
 def stream_records(
     model: TextModel,
-    prompts: Sequence[str],
+    prompts: str | Iterable[str],
     seed: int | None = None,
     num_samples: int = 1,
     with_probabilities: bool = True,
-    **controls,
+    **controls: Any,
 ) -> Iterator[Record]:
-    """`generate` for texts too many to wait for: `BATCH_TEXTS` are made at once. Errors come before the first.
+    """The records of `generate`, in batches of `BATCH_TEXTS`. Errors come before the first record.
 
-    Without `with_probabilities` their `probabilities`, `ranks` and `entropies` stay empty, and they take less time.
+    Without `with_probabilities` the fields `probabilities`, `ranks` and `entropies` stay empty, which is faster.
     """
-    on_ids, settings, jobs = _prepare(model, prompts, seed, num_samples, **controls)
-    batches = (jobs[start : start + BATCH_TEXTS] for start in range(0, len(jobs), BATCH_TEXTS))
-    return (record for batch in batches for record in _records(model, batch, on_ids, settings, with_probabilities))
+    request = _prepare(model, prompts, seed, num_samples, controls)
+    return (record for jobs in request.batches() for record in _records(model, jobs, request, with_probabilities))
+
+
+class _Job(NamedTuple):
+    """One text to generate."""
+
+    prompt: str
+    ids: list[int]
+    seed: int
+
+
+class _Request(NamedTuple):
+    controls: Controls
+    settings: dict[str, Any]  # all controls by name, for the records
+    jobs: list[_Job]
+
+    def batches(self) -> Iterator[list[_Job]]:
+        return (self.jobs[start : start + BATCH_TEXTS] for start in range(0, len(self.jobs), BATCH_TEXTS))
 
 
 def _prepare(
-    model: TextModel,
-    prompts: Sequence[str],
-    seed: int | None,
-    num_samples: int,
-    *,
-    num_tokens: int | None = None,
-    max_tokens: int | None = None,
-    banned_words: Sequence[str] = (),
-    stop_words: Sequence[str] = (),
-    forced_words: Mapping[int, str] | None = None,
-    **numbers,
-) -> tuple[Controls, dict[str, Any], list[tuple[str, list[int], int]]]:
-    """The controls on ids, all of them as a person reads them, and the prompt, its ids and the seed of each text."""
+    model: TextModel, prompts: str | Iterable[str], seed: int | None, num_samples: int, controls: dict[str, Any]
+) -> _Request:
+    """Check everything, and translate words to ids."""
     if not isinstance(model, TextModel):
-        raise InputError(f"model={model!r:.60}: must be what minigpt_pl.load(RUN) gives")
-    tokenizer, network = model.tokenizer, model.network
-    whole = {"num_tokens": num_tokens, "max_tokens": max_tokens, "seed": seed}
-    forced_words = {} if forced_words is None else forced_words
-    if problems := _wrong_types(numbers, whole, {"banned_words": banned_words, "stop_words": stop_words}, forced_words):
-        raise InputError(*problems)
-    if num_tokens is not None and max_tokens is not None:
-        problems.append(f"max_tokens={max_tokens}: is another name for num_tokens={num_tokens}; give one of them")
-    given = [count for count in (num_tokens, max_tokens) if count is not None]
-    num_tokens = given[0] if given else Controls.num_tokens
-    banned, stops = ([word_ids(tokenizer, word) for word in words] for words in (banned_words, stop_words))
-    problems += [
-        f"stop_words={[word]}: {UNKNOWN_WORD}"
-        for word, ids in zip(stop_words, stops, strict=True)
-        if not ids or UNKNOWN_ID in ids
-    ]
-    problems += [
-        f"stop_words={[word]}: stands in banned_words too, so it never comes; leave it out of one"
-        for word, ids in zip(stop_words, stops, strict=True)
-        if ids in banned
-    ]
-    forced_ids, impossible = forced_ids_of(tokenizer, forced_words, num_tokens)
-    problems += impossible
-    problems += [
-        f"banned_words={[word]}: stands in forced_words too; leave it out of one"
-        for word, ids in zip(banned_words, banned, strict=True)
-        if len(ids) == 1 and ids[0] in forced_ids.values()
-    ]
-    # A network that was trained without [END] knows nothing of it, and would write it at random.
-    never = (PADDING_ID, UNKNOWN_ID, *([tokenizer.token_to_id(END)] if model.end_id is None else []))
-    if not 1 <= num_samples <= MOST_SAMPLES:
-        problems.append(f"num_samples={num_samples}: must be 1 to {MOST_SAMPLES:,}; other seeds give more")
-    for name, value in (("temperature", 0), ("top_k", 1)):
-        if num_samples > 1 and numbers.get(name) == value:
-            problems.append(f"num_samples={num_samples}: with {name}={value} all would be the same text; give 1")
-    largest_seed = 2**31 - max(num_samples, 1)  # so that each sample's own can be given again
-    if seed is not None and not 0 <= seed <= largest_seed:
-        problems.append(f"seed={seed}: must be 0 to {largest_seed}, as num_samples={num_samples} take one each")
+        raise InputError(f"model={model!r:.60}: must be the result of minigpt_pl.load(RUN)")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    problems: list[str] = []
     try:
-        controls = Controls(
-            vocab_size=network.vocab_size,
-            num_tokens=num_tokens,
-            end_id=model.end_id,
-            banned_ids=(*never, *(ids[0] for ids in banned if len(ids) == 1)),
-            banned_sequences=[ids for ids in banned if len(ids) > 1 and UNKNOWN_ID not in ids],
-            stop_sequences=[ids for ids in stops if ids],
-            forced_ids=forced_ids,
-            **numbers,
-        )
+        on_ids, settings = controls_on_ids(model, controls)
     except InputError as error:
         problems += error.problems
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        problems.append(f"num_samples={num_samples}: must be 1 to {MAX_SAMPLES:,}; use other seeds for more")
+    elif num_samples > 1:
+        problems += [
+            f"num_samples={num_samples}: all texts are the same with {name}={value}; set num_samples=1"
+            for name, value in (("temperature", 0), ("top_k", 1))
+            if controls.get(name) == value
+        ]
+    largest_seed = 2**31 - max(num_samples, 1)  # each sample has a seed of its own
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+        problems.append(f"seed={seed!r}: must be a whole number")
+    elif seed is not None and not 0 <= seed <= largest_seed:
+        problems.append(f"seed={seed}: must be 0 to {largest_seed}, because each of num_samples={num_samples} adds 1")
     if problems:
         raise InputError(*problems)
-    seed = secrets.randbelow(largest_seed + 1) if seed is None else int(seed)
+    first_seed = secrets.randbelow(largest_seed + 1) if seed is None else int(seed)
     jobs = [
-        (prompt, ids, seed + i)
-        for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True)
-        for i in range(num_samples)
+        _Job(prompt, ids, first_seed + sample)
+        for prompt, ids in zip(prompts, encode_prompts(model.tokenizer, prompts), strict=True)
+        for sample in range(num_samples)
     ]
-    settings = {name: _plain_number(getattr(controls, name)) for name in NUMBERS}
-    words = {"banned_words": [*banned_words], "stop_words": [*stop_words], "forced_words": dict(forced_words)}
-    return controls, settings | words, jobs
+    return _Request(on_ids, settings, jobs)
 
 
-def _wrong_types(numbers: dict[str, Any], whole: dict[str, Any], lists: dict[str, Any], forced_words: Any) -> list[str]:
-    """What a caller from Python, or YAML, gave that no later check could read."""
-    problems = [f"{name}={numbers[name]!r}: no such control; one of {', '.join(CONTROLS)}"
-                for name in numbers.keys() - set(NUMBERS)]  # fmt: skip
-    problems += [
-        f"{name}={words!r}: must be a list of words, as ['good', 'bad']"
-        for name, words in lists.items()
-        if not isinstance(words, Sequence) or isinstance(words, str) or not all(isinstance(word, str) for word in words)
-    ]
-    problems += [
-        f"{name}={value!r}: must be a whole number"
-        for name, value in whole.items()
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral))
-    ]
-    if not isinstance(forced_words, Mapping) or not all(
-        isinstance(place, int) and isinstance(word, str) for place, word in forced_words.items()
-    ):
-        problems.append(f"forced_words={forced_words!r}: must be words by their places, as {{0: 'a', 5: 'film'}}")
-    return problems
-
-
-def _plain_number(value: Any) -> int | float | None:
-    """NumPy's as Python's, which JSON takes."""
-    return value.item() if hasattr(value, "item") else value
-
-
-def _records(
-    model: TextModel,
-    jobs: Sequence[tuple[str, list[int], int]],
-    controls: Controls,
-    settings: dict[str, Any],
-    with_probabilities: bool,
-) -> Iterator[Record]:
-    prompts, ids, seeds = zip(*jobs, strict=True)
+def _records(model: TextModel, jobs: Sequence[_Job], request: _Request, with_probabilities: bool) -> Iterator[Record]:
     checkpoint = None if model.checkpoint is None else str(model.checkpoint)
     records = [
-        Record(prompt, "", [], [], [], [], unknown_words(model.tokenizer, prompt), settings, seed, checkpoint)
-        for prompt, seed in zip(prompts, seeds, strict=True)
+        Record(prompt, "", [], [], [], [], unknown_words(model.tokenizer, prompt), request.settings, seed, checkpoint)
+        for prompt, _, seed in jobs
     ]
-    for step in stream_ids(model.network, ids, controls, seeds, with_probabilities):
+    prompts, seeds = [job.ids for job in jobs], [job.seed for job in jobs]
+    for step in stream_ids(model.network, prompts, request.controls, seeds, with_probabilities):
         for row, (text, id_) in enumerate(zip(step.texts, step.ids, strict=True)):
-            if id_ != controls.end_id:
+            if id_ != request.controls.end_id:
                 record = records[text]
-                record.tokens.append(_written(model.tokenizer, [id_]))
+                record.tokens.append(decode_continuation(model.tokenizer, [id_]))
                 if with_probabilities:
                     record.probabilities.append(step.probabilities[row])
                     record.ranks.append(step.ranks[row])
@@ -360,7 +247,9 @@ def _records(
         yield replace(record, text=record.prompt.rstrip() + "".join(record.tokens))
 
 
-def _written(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The words as they stand after others."""
-    # Each word brings its own space; only at the beginning of a text it is left out.
-    return tokenizer.decode([*ids[:1], *ids])[len(tokenizer.decode(ids[:1])) :]
+def decode_continuation(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of tokens that follow others.
+
+    Whether a word takes a space before it depends on the word alone. Only the first word of a text has none.
+    """
+    return str(tokenizer.decode([*ids[:1], *ids]))[len(tokenizer.decode(ids[:1])) :]

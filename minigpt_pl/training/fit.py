@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
 
 from minigpt_pl import runs
+from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.config import ImdbConfig, TrainConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data.corpus import Corpus
@@ -84,7 +85,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, begin_again)
     else:
         folder = Path(config.output_dir)  # ModelCheckpoint takes the first process's; nothing else writes here
-    lock = runs.hold(folder) if first_process else None
+    lock = runs.lock(folder) if first_process else None
     trainer = build_trainer(config, folder, datamodule, prompts, resume_from)
     if first_process:
         datamodule.corpus.tokenizer.save(str(folder / "tokenizer.json"))
@@ -204,7 +205,7 @@ def _first_known_words(corpus: Corpus) -> str:
 
 def _steps_done(checkpoint: Path, folder: Path, module: MiniGPTModule, datamodule: TextDataModule) -> int:
     """Steps behind a checkpoint that these settings can go on with; InputError if they cannot."""
-    contents = runs.read_checkpoint(checkpoint)
+    contents = read_checkpoint(checkpoint)
     before, now = contents["hyper_parameters"]["model"], module.hparams["model"]
     problems = [
         f"model.{name}={now[name]}: the checkpoint has {before[name]}; keep it, or begin a new run"

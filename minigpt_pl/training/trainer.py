@@ -10,7 +10,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.utilities import rank_zero_only
 
-from minigpt_pl import runs
+from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.config import TrainConfig, TrainerConfig
 from minigpt_pl.cpu.linear import has_bf16_units
 from minigpt_pl.data.datamodule import TextDataModule
@@ -118,7 +118,7 @@ def precision(wanted: str, accelerator: str) -> str:
 def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:
     kept = [] if resume_from is None else loss_curve.read_metrics(folder)
     csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    steps_done = 0 if resume_from is None else runs.read_checkpoint(resume_from)["global_step"]
+    steps_done = 0 if resume_from is None else read_checkpoint(resume_from)["global_step"]
     for row in kept:  # the logger begins an empty file: give it what stands, up to where the run goes on
         step = int(row.pop("step"))
         if step < steps_done:

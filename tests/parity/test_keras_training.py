@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import run_module
 
+from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.cli.app import compose, to_settings
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.keras_weights import read_keras, write_keras
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.runs import read_checkpoint
 from minigpt_pl.tokenizer import build_vocabulary, count_words, load_tokenizer
 from minigpt_pl.training.loss_curve import read_metrics
 

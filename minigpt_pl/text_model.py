@@ -1,0 +1,48 @@
+"""A trained model: a network and its tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from minigpt_pl.checkpoints import find_checkpoint, load_network
+from minigpt_pl.errors import InputError
+from minigpt_pl.model import MiniGPT
+from minigpt_pl.tokenizer import load_tokenizer
+
+
+@dataclass
+class TextModel:
+    """What `load` returns and `generate_text` takes.
+
+    Attributes:
+        network: in eval mode.
+        tokenizer: as many entries as the network has logits.
+        end_id: the token that ends a text; None: the network was trained without one.
+        checkpoint: the file of the weights; None: the weights come from elsewhere.
+    """
+
+    network: MiniGPT
+    tokenizer: Tokenizer
+    end_id: int | None = None
+    checkpoint: Path | None = None
+
+
+def load(path: str | Path) -> TextModel:
+    """Load a trained model.
+
+    Args:
+        path: a run folder (its best checkpoint, else its last), or a checkpoint inside one.
+
+    Raises:
+        InputError: there is no checkpoint, or it is not one of ours.
+    """
+    checkpoint = find_checkpoint(path)
+    network, end_id = load_network(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json")
+    if tokenizer.get_vocab_size() != network.vocab_size:
+        raise InputError(
+            f"{checkpoint}: {network.vocab_size} logits, but the tokenizer.json beside it has"
+            f" {tokenizer.get_vocab_size()} entries; copy both from the same run"
+        )
+    return TextModel(network.eval(), tokenizer, end_id, checkpoint)
