@@ -92,6 +92,20 @@ def test_how_far_many_texts_are(sample):
     assert told == ["256 of 600 texts", "512 of 600 texts"]
 
 
+def test_a_terminal_gets_lines_that_break_between_words(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "40")
+    record = minigpt_pl.generate(model, "the cat\nand the dog", 60, top_k=5, seed=3, min_tokens=60)[0]
+    text = display.as_text(record, False)
+    assert all(len(line) <= 40 for line in text.split("\n")) and len(text.split("\n")) > 4
+    assert text.replace("\n", " ") == record.text.replace("\n", " ")
+    display.print_words(model, record.prompt, False, seed=3, **record.settings)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert display.as_text(record, False) == record.text
+
+
 class TestFormats:
     def test_jsonl(self, sample, model):
         lines = sample("prompt=[the cat, zebra the]", "num_samples=2", "seed=3", "format=jsonl", "stop_words=[a]").out

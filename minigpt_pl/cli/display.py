@@ -1,9 +1,12 @@
 """Texts and records for people: in a terminal, coloured by probability, and as Markdown."""
 
+import itertools
+import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 from minigpt_pl.generation.text import Record, stream_words
@@ -36,18 +39,19 @@ def print_words(model: TextModel, prompt: str, show_probabilities: bool, **contr
         controls: arguments of `generate_text`. An error comes before any output.
     """
     words = stream_words(model, prompt, with_probabilities=show_probabilities, **controls)
-    print(_printable(prompt), end="", flush=True)
+    new = ((word, word if p is None else with_probability(word, p)) for word, p in words)
     try:
-        for word, probability in words:
-            print(word if probability is None else with_probability(word, probability), end="", flush=True)
+        for text in _wrap(itertools.chain(_printable_words(prompt), new)):
+            print(text, end="", flush=True)
     finally:  # after Ctrl-C, too
         print(flush=True)
 
 
 def as_text(record: Record, show_probabilities: bool) -> str:
     """The text, or the prompt and each new word with its probability."""
-    words = map(with_probability, record.tokens, record.probabilities) if show_probabilities else record.tokens
-    return _printable(record.prompt) + "".join(words)
+    shown = map(with_probability, record.tokens, record.probabilities) if show_probabilities else record.tokens
+    new = zip(record.tokens, shown, strict=True)
+    return "".join(_wrap(itertools.chain(_printable_words(record.prompt), new)))
 
 
 def as_markdown(record: Record) -> str:
@@ -69,13 +73,31 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={setting_text(value)}" for name, value in settings.items())
 
 
-def _printable(prompt: str) -> str:
-    """The prompt without trailing white space. In a terminal, marks replace control characters.
+def _printable_words(prompt: str) -> Iterator[tuple[str, str]]:
+    """The words of the prompt, twice each, as `_wrap` takes them. In a terminal, marks replace control characters.
 
     A control character could move the cursor or change the terminal's settings.
     """
-    prompt = prompt.rstrip()
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", prompt) if sys.stdout.isatty() else prompt
+    if sys.stdout.isatty():
+        prompt = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", prompt)
+    return ((word, word) for word in re.findall(r"\s*\S+", prompt))
+
+
+def _wrap(words: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Start a new line before a word that does not fit. A terminal would break the line inside the word.
+
+    Args:
+        words: each word with the space before it, first plain, then with its colour or probability.
+    """
+    columns = shutil.get_terminal_size().columns - 3 if sys.stdout.isatty() else math.inf  # 3: marks after the word
+    column = 0
+    for plain, shown in words:
+        width = len(shown) if shown.endswith(")") else len(plain)  # a colour code has no width
+        if plain.startswith(" ") and column + width > columns:
+            yield "\n"
+            shown, column = shown.replace(" ", "", 1), -1
+        column = len(plain.rpartition("\n")[2]) if "\n" in plain else column + width
+        yield shown
 
 
 def _escape(text: str) -> str:
