@@ -131,10 +131,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_module(module: str, *arguments: str, cwd: Path, timeout: float = 300, **options) -> subprocess.CompletedProcess:
     """Runs `python -m minigpt_pl.<module> ...` in a new process that cannot reach the hub."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    return subprocess.run(
-        [sys.executable, "-m", f"minigpt_pl.{module}", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options,
-    )  # fmt: skip
+    command = [sys.executable, "-m", f"minigpt_pl.{module}", *arguments]
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": timeout} | options
+    return subprocess.run(command, cwd=cwd, **options)
 
 
 @pytest.fixture(scope="session")
