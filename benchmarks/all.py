@@ -1,9 +1,9 @@
-"""All the benchmarks, one after the other: their tables on the screen, their JSON in a folder.
+"""Runs all benchmarks: prints their tables and writes their results to one JSON file.
 
     python benchmarks/all.py RUN [--source FOLDER] [--rounds N] [--json benchmarks.json]
 
-RUN is a trained run folder; FOLDER holds IMDB in the hub's layout (default: the packaged reviews). About half an hour;
-with --rounds 1, for a first look, a third of that.
+RUN is a trained run folder. FOLDER holds IMDB in the hub's layout (default: the packaged reviews). Takes about half an
+hour, or a third of that with --rounds 1.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--source")
-    parser.add_argument("--rounds", type=int, help="of each; default: as many as each has by itself")
+    parser.add_argument("--rounds", type=int, help="rounds of each benchmark; default: its own number")
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"))
     arguments = parser.parse_args()
     rounds = ["--rounds", str(arguments.rounds)] if arguments.rounds else []

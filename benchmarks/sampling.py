@@ -1,11 +1,11 @@
-"""Tokens per second of writing at the seed's sizes: this project's engine, full forwards, and the seed's own loop.
+"""Time per generated token at the notebook's sizes: our engine, full forward passes, and the notebook's own loop.
 
     python benchmarks/sampling.py [--rounds 5] [--only one,many] [--json FILE]
 
-Random weights: the cost does not depend on them, nor does the length, as nothing ends a text. In each round all write
-the same prompts in turn, so that a busy machine slows all alike; the first round is not counted. Prints medians, and
-the median over the rounds of each one's time a token over the engine's. Threads: OMP_NUM_THREADS.
-Keras's loop calls `model.predict` for each token of one text, as the seed does; it is left out where Keras is missing.
+The weights are random, because the cost does not depend on them. No text ends early. In each round all contenders
+continue the same prompts in turn, so a busy machine slows all of them. The first round is not counted. Prints median
+times, and the median over the rounds of each time divided by the engine's. OMP_NUM_THREADS sets the threads.
+As in the notebook, Keras's loop calls `model.predict` for each token of one text. Without Keras it is left out.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from pathlib import Path
 
 PROMPT, TEMPERATURE, TOP_K = 40, 0.8, 20
 CASES = {"one": (1, 60), "one-long": (1, 500), "many": (64, 60), "many-long": (64, 200)}  # texts, new tokens
-LOOP_TOKENS = 4  # what the loops write: each costs the same
+LOOP_TOKENS = 4  # tokens that the slow loops generate; each token costs the same
 SIZES = {"vocab_size": 20_000, "max_length": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
 KERAS = {"tensorflow": ("keras", "tensorflow"), "torch": ("keras",)}  # backend -> packages
 
-Write = Callable[[list[list[int]], int], float]  # prompts and new tokens -> seconds a token
+Write = Callable[[list[list[int]], int], float]  # prompts and number of new tokens -> seconds per token
 
 
 def engine(prompts: list[list[int]], num_tokens: int) -> float:
@@ -40,7 +40,7 @@ def engine(prompts: list[list[int]], num_tokens: int) -> float:
 
 
 def full_forward(prompts: list[list[int]], num_tokens: int) -> float:
-    """As the seed does it: all positions, filled up with padding, and the logits of each, for one more token."""
+    """The notebook's way: for each new token, the logits of all positions of the padded window."""
     import torch
 
     model, texts, start = _network(), torch.tensor(prompts), time.perf_counter()  # texts (B, L)
@@ -66,7 +66,7 @@ def _network():
 
 
 def keras_loop(backend: str) -> Write:
-    """The seed's loop in a process of its own, since Keras takes its backend once."""
+    """The notebook's loop in a process of its own, because Keras chooses its backend once per process."""
     worker = subprocess.Popen(
         [sys.executable, __file__, "--keras", backend],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -81,12 +81,12 @@ def keras_loop(backend: str) -> Write:
 
 
 def work(backend: str) -> None:
-    """Keras's process: a prompt comes in on each line, the seconds a token go out."""
+    """Keras's process: reads one prompt per line and prints the seconds per token."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    os.dup2(2, 1)  # output of the libraries goes to standard error
     sys.argv[1:] = [backend]
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
-    import keras_side  # first: it sets the backend
+    import keras_side  # before Keras: it sets the backend
     import numpy as np
 
     keras, ops = keras_side.keras, keras_side.ops
@@ -119,7 +119,7 @@ def main() -> None:
     keep_freed_memory()  # as `sample` does
     here = [backend for backend, packages in KERAS.items() if all(map(importlib.util.find_spec, packages))]
     if missing := set(KERAS) - set(here):
-        print(f"left out, for want of a package: Keras on {', '.join(sorted(missing))}")
+        print(f"left out, because a package is missing: Keras on {', '.join(sorted(missing))}")
     loops: dict[str, Write] = {"engine": engine, "full_forward": full_forward}
     for_one_text = {f"keras_{backend}": keras_loop(backend) for backend in here}
     result = {"threads": torch.get_num_threads(), "cases": {}}

@@ -1,9 +1,9 @@
-"""How long the commands take to begin, and how fast text becomes ids.
+"""Start-up time of the commands, and speed of encoding text.
 
     python benchmarks/start_up.py RUN [--source FOLDER] [--rounds 5] [--json FILE]
 
-RUN is a trained run folder; FOLDER holds IMDB in the hub's layout (default: the packaged reviews). What is compared is
-interleaved; medians. Each measurement is a process of its own.
+RUN is a trained run folder. FOLDER holds IMDB in the hub's layout (default: the packaged reviews). Each measurement is
+a process of its own. The commands run in turn, and the figures are medians.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# From the end of `import lightning` to the first step of a run whose text is in the cache.
+# From the end of `import lightning` to the first step. The text is already encoded.
 TO_THE_FIRST_STEP = """
 import os, sys, time
 import lightning.pytorch
@@ -83,7 +83,7 @@ def main() -> None:
     by_words, by_pipeline = map(float, run_python("-c", encode, cwd=folder)[1].split())
     for name, seconds in medians.items():
         print(f"{name:60}{seconds:6.2f} s")
-    print(f"{'split_words, what encodes a corpus (one core)':60}{by_words / 1e6:6.2f} million words/s")
+    print(f"{'split_words, which encodes the corpus (one core)':60}{by_words / 1e6:6.2f} million words/s")
     print(f"{'the tokenizers pipeline, in a batch (all cores)':60}{by_pipeline / 1e6:6.2f} million words/s")
     if options.json:
         rates = {"split_words_per_second": by_words, "pipeline_words_per_second": by_pipeline}

@@ -1,10 +1,10 @@
-"""The seconds of a training step as the model and the batch grow: one size changes, the others are the seed's.
+"""Time of a training step by size: one size changes, the others are the notebook's.
 
     python benchmarks/step_sizes.py [--rounds 3] [--json FILE]
 
-The model, loss and optimizer of this project in a bare loop (what Lightning adds is in training_step.py), bf16 where
-the CPU has units for it. In each round every size takes three steps, of which the last two count, and the first of all
-makes ready. Prints medians over the rounds, tokens a second, and GFLOP/s of the matrix products.
+Runs this project's model, loss and optimizer in a bare loop (training_step.py measures the cost of Lightning), in bf16
+if the CPU has units for it. In each round every size takes three steps, and the last two count. The first round is a
+warm-up. Prints medians over the rounds, tokens per second, and GFLOP/s of the matrix products.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from minigpt_pl.loss import linear_cross_entropy
 from minigpt_pl.training.optimizers import KerasAdam, record_squares_by_occurrence
 from minigpt_pl.training.trainer import precision
 
-SEED = {"batch_size": 128, "max_length": 80, "embed_dim": 256, "vocab_size": 20_000, "num_blocks": 1}
+NOTEBOOK = {"batch_size": 128, "max_length": 80, "embed_dim": 256, "vocab_size": 20_000, "num_blocks": 1}
 VALUES = {
     "batch_size": (16, 32, 64, 128, 256),
     "max_length": (20, 40, 80, 160, 320),
@@ -33,7 +33,7 @@ VALUES = {
 
 
 def gigaflop(batch_size: int, max_length: int, embed_dim: int, vocab_size: int, num_blocks: int) -> float:
-    """Of a step's matrix products, forward and twice backward; attention's scores are left out, as in training_step."""
+    """GFLOP of a step's matrix products: forward once, backward twice. Leaves out the attention scores."""
     block = 4 * embed_dim * 2 * embed_dim + 2 * embed_dim**2
     return 6 * batch_size * max_length * (vocab_size * embed_dim + num_blocks * block) / 1e9
 
@@ -67,15 +67,15 @@ def main() -> None:
     cases = [(name, value) for name, values in VALUES.items() for value in values]
     seen: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for _, (name, value) in itertools.product(range(arguments.rounds + 1), cases):
-        seen[name, value].append(step_seconds(SEED | {name: value}, bf16))
+        seen[name, value].append(step_seconds(NOTEBOOK | {name: value}, bf16))
     table = []
     print(f"{torch.get_num_threads()} threads, {'bf16' if bf16 else 'fp32'}")
-    print(f"{'':12}{'':>8}{'s a step':>10}{'tokens/s':>10}{'GFLOP/s':>9}")
+    print(f"{'':12}{'':>8}{'s per step':>11}{'tokens/s':>10}{'GFLOP/s':>9}")
     for name, value in cases:
-        sizes, seconds = SEED | {name: value}, statistics.median(seen[name, value][1:])
+        sizes, seconds = NOTEBOOK | {name: value}, statistics.median(seen[name, value][1:])
         tokens = sizes["batch_size"] * sizes["max_length"] / seconds
         table.append({**sizes, "seconds": seconds, "tokens_per_second": tokens})
-        print(f"{name:12}{value:8,}{seconds:10.3f}{tokens:10,.0f}{gigaflop(**sizes) / seconds:9,.0f}")
+        print(f"{name:12}{value:8,}{seconds:11.3f}{tokens:10,.0f}{gigaflop(**sizes) / seconds:9,.0f}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"bf16": bf16, "table": table}, indent=2) + "\n")
 

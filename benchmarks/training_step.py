@@ -1,11 +1,11 @@
-"""The seconds of one training step at the seed's sizes: this project, plain PyTorch, Keras, and the machine's floor.
+"""Time of one training step at the notebook's sizes: this project, plain PyTorch, Keras, and a lower bound.
 
     python benchmarks/training_step.py [--rounds 7] [--only ours,keras_tensorflow] [--json FILE]
 
-Each contender is a process of its own that has warmed up and waits; in each round every one takes four steps in turn,
-so that a busy machine slows all alike. The first of the four is not counted: the others have had the caches. Prints
-medians, and the median over the rounds of each one's ratio to `ours`.
-Contenders whose package is missing are left out, and named. Token ids are random: the cost does not depend on them.
+Each contender is a process of its own that warms up and then waits. In each round all contenders take four steps in
+turn, so a busy machine slows all of them. The first of the four is not counted, because the caches hold the data of
+others. Prints medians, and the median over the rounds of each one's ratio to `ours`.
+Contenders with a missing package are left out and listed. Token ids are random: the cost does not depend on them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 SIZES = {"vocab_size": 20_000, "max_length": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
 BATCH = 128
 WARM_UP, STEPS = 3, 4
-# Multiply-adds of all matrix products of a step, forward and twice backward: output layer, attention, feed-forward.
+# GFLOP of all matrix products of a step, forward once and backward twice: output layer, attention, feed-forward.
 GFLOP = 6 * BATCH * 80 * (20_000 * 256 + 4 * 256 * 512 + 2 * 256 * 256) / 1e9
 
 
@@ -34,13 +34,13 @@ def random_ids(count: int) -> "np.ndarray":  # noqa: F821
 
 
 # ------------------------------------------------------------------------------------------------- contenders
-# Each takes one step after the other, and calls `turn` with the seconds of the last one, which waits for its next turn.
+# Each one trains in a loop. It calls `turn` with the seconds of the last step, and `turn` waits for its next turn.
 
 Turn = Callable[[float | None], None]
 
 
 class Stopwatch:
-    """Seconds from one step's start to the next one's, waiting left out: all that a loop does belongs to the step."""
+    """Seconds from the start of one step to the start of the next, without the waiting."""
 
     def __init__(self, turn: Turn):
         self.turn, self.begin = turn, None
@@ -51,7 +51,7 @@ class Stopwatch:
 
 
 def ours(turn: Turn, precision: str = "bf16-mixed") -> None:
-    """The product: what `python -m minigpt_pl.train` runs, Lightning's loop and logging included."""
+    """`python -m minigpt_pl.train`, with Lightning's loop and logging."""
     import tempfile
 
     import numpy as np
@@ -80,12 +80,12 @@ def ours(turn: Turn, precision: str = "bf16-mixed") -> None:
 
 
 def ours_fp32(turn: Turn) -> None:
-    """The same in fp32, as on a CPU without bf16 units."""
+    """`ours` in fp32, as on a CPU without bf16 units."""
     ours(turn, "32-true")
 
 
 def ours_without_lightning(turn: Turn) -> None:
-    """The same model, loss and optimizer in a bare loop: what Lightning adds is the difference."""
+    """The same model, loss and optimizer in a bare loop. The difference to `ours` is the cost of Lightning."""
     from minigpt_pl.cpu.allocator import keep_freed_memory
     from minigpt_pl.loss import linear_cross_entropy
     from minigpt_pl.training.optimizers import KerasAdam, record_squares_by_occurrence
@@ -104,17 +104,17 @@ def ours_without_lightning(turn: Turn) -> None:
 
 
 def plain_pytorch_fp32(turn: Turn) -> None:
-    """All the logits, `F.cross_entropy`, torch's Adam."""
+    """All logits at once, `F.cross_entropy`, torch's Adam."""
     _bare_loop(turn, _plain_loss, _plain_adam, bf16=False)
 
 
 def plain_pytorch_bf16(turn: Turn) -> None:
-    """The same under autocast."""
+    """`plain_pytorch_fp32` under bf16 autocast."""
     _bare_loop(turn, _plain_loss, _plain_adam, bf16=True)
 
 
 def torch_linear_cross_entropy(turn: Turn) -> None:
-    """PyTorch's own loss without the logits (2.13, fp32)."""
+    """PyTorch's own loss that never holds all logits (new in 2.13, fp32)."""
     import torch.nn.functional as F
     from torch.nn import LinearCrossEntropyOptions
 
@@ -159,19 +159,19 @@ def _bare_loop(turn: Turn, loss: Callable, make_optimizer: Callable, bf16: bool)
 
 
 def keras_torch(turn: Turn) -> None:
-    """The seed's model and `fit` on Keras's torch backend."""
+    """The notebook's model and `fit` on Keras's torch backend."""
     _keras(turn, "torch")
 
 
 def keras_tensorflow(turn: Turn) -> None:
-    """The seed's model and `fit` on Keras's TensorFlow backend."""
+    """The notebook's model and `fit` on Keras's TensorFlow backend."""
     _keras(turn, "tensorflow")
 
 
 def _keras(turn: Turn, backend: str) -> None:
     sys.argv[1:] = [backend]
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
-    import keras_side  # first: it sets the backend
+    import keras_side  # before Keras: it sets the backend
 
     keras = keras_side.keras
     watch = Stopwatch(turn)
@@ -187,7 +187,7 @@ def _keras(turn: Turn, backend: str) -> None:
 
 
 def floor(turn: Turn) -> None:
-    """No step at all: its matrix products' arithmetic at the rate of the three of the output layer, in bf16."""
+    """A lower bound: the arithmetic of all matrix products of a step, at the bf16 rate of the output layer's three."""
     import torch
 
     hidden, weight = torch.randn(512, 256).bfloat16(), torch.randn(20_000, 256).bfloat16()
@@ -221,9 +221,9 @@ NEEDS = {"keras_tensorflow": ("keras", "tensorflow"), "keras_torch": ("keras",)}
 
 
 def work(name: str) -> None:
-    """A contender's process: one step for each line that comes in; its seconds and the peak memory go out."""
+    """A contender's process: takes a step for each input line, and prints its seconds and the peak memory in bytes."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    os.dup2(2, 1)  # output of the libraries goes to standard error
 
     def turn(seconds: float | None) -> None:
         if seconds is not None:
@@ -236,9 +236,9 @@ def work(name: str) -> None:
 
 
 def contest(names: list[str], rounds: int) -> dict:
-    """Medians and ratios of the contenders, and what each round saw."""
+    """Medians and ratios of the contenders, and the seconds of each round."""
     workers = {}
-    for name in names:  # one after the other, so that none warms up in another's way
+    for name in names:  # one after the other, so that no warm-up disturbs another
         command = [sys.executable, __file__, "--work", name]
         workers[name] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -286,11 +286,11 @@ def main() -> None:
         name for name in arguments.only if not all(importlib.util.find_spec(package) for package in NEEDS.get(name, ()))
     }
     if missing:
-        print(f"left out, for want of a package: {', '.join(sorted(missing))}")
+        print(f"left out, because a package is missing: {', '.join(sorted(missing))}")
     result = contest([name for name in arguments.only if name not in missing], arguments.rounds)
-    print(f"{'':28}{'s a step':>10}{'ratio':>8}{'peak memory':>14}")
+    print(f"{'':28}{'s per step':>11}{'ratio':>8}{'peak memory':>14}")
     for name, row in result["table"].items():
-        print(f"{name:28}{row['seconds']:10.3f}{row['ratio']:8.2f}{row['peak_memory_bytes'] / 1e9:11.2f} GB")
+        print(f"{name:28}{row['seconds']:11.3f}{row['ratio']:8.2f}{row['peak_memory_bytes'] / 1e9:11.2f} GB")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: a small text of our own, the real reviews where they are, one small trained run."""
+"""Shared by all tests: a small text, the real reviews if present, one small trained run, the marker `slow`."""
 
 import csv
 import json
@@ -13,7 +13,34 @@ import torch
 
 from minigpt_pl.config import ImdbConfig, TextConfig
 
-torch.set_num_threads(1)  # the models here are too small to share out
+torch.set_num_threads(1)  # the models here are too small to gain from threads
+
+SLOW_FIXTURES = {"imdb", "imdb_texts", "trained"}  # the real reviews, and a run that the command line trains
+STARTS_A_PROCESS = {"run_module", "subprocess", "multiprocessing"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow: the tests in parity/, those with a slow fixture, and those that start a process.
+
+    Other slow tests carry `@pytest.mark.slow` themselves.
+    """
+    for item in items:
+        if (
+            "parity" in item.path.parts
+            or SLOW_FIXTURES & set(item.fixturenames)
+            or STARTS_A_PROCESS & _names_used(item.function)
+        ):
+            item.add_marker(pytest.mark.slow)
+
+
+def _names_used(function) -> set[str]:
+    """Global names that a test uses, and those that its helpers in the same module use."""
+    names = set(function.__code__.co_names)
+    for helper in [function.__globals__.get(name) for name in names]:
+        if getattr(helper, "__module__", None) == function.__module__ and hasattr(helper, "__code__"):
+            names.update(helper.__code__.co_names)
+    return names
+
 
 TINY_MODEL = [
     "model.vocab_size=200",
@@ -29,7 +56,7 @@ EVERY_STEP = "trainer.log_every_n_steps=1"
 
 
 def train(config, resume_from: Path | None = None) -> Path:
-    """Train in this process; returns the run folder."""
+    """Trains in this process and returns the run folder."""
     from minigpt_pl.training.fit import fit
 
     return fit(config, "test", [], resume_from)
@@ -45,13 +72,13 @@ def losses(folder: Path, name: str = "train/loss") -> dict[int, float]:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
 
 
-# Of an exploration.
+# For the tests of explore.
 HOSTILE = "the </script><img src=none.png> cat"
 PROMPTS = f"short: [the cat, a dog]\nincomplete:\n  - the king sees\nout_of_domain:\n  - '{HOSTILE}'\n"
 
 
 def records(cwd, name="samples.jsonl", folder="outputs/tiny/explore"):
-    """The lines of an exploration's file."""
+    """The records of a JSON-lines file that explore wrote."""
     return [json.loads(line) for line in (cwd / folder / name).read_text().split("\n")[:-1]]
 
 
@@ -65,7 +92,7 @@ def text_config(path, **changes) -> TextConfig:
 
 @pytest.fixture(scope="session")
 def imdb() -> Path:
-    """The real reviews in the hub's layout."""
+    """The folder of the real reviews, in the hub's layout."""
     folder = os.environ.get("MINIGPT_IMDB")
     if not folder:
         pytest.skip("no real reviews: set MINIGPT_IMDB to a folder in the hub's layout")
@@ -74,7 +101,7 @@ def imdb() -> Path:
 
 @pytest.fixture(scope="session")
 def imdb_texts(imdb: Path):
-    """Reads one split of the real reviews."""
+    """A function that reads one split of the real reviews."""
     import pyarrow.parquet as parquet
 
     return lambda split: [
@@ -86,7 +113,7 @@ def imdb_texts(imdb: Path):
 
 @pytest.fixture(scope="session")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 made-up sentences, a document a line, some of them twice."""
+    """A file with 300 made-up sentences, one document per line; 20 of them occur twice."""
     rng = random.Random(0)
     nouns = ["cat", "dog", "king", "ship", "moon", "door", "river", "letter"]
     verbs = ["sees", "likes", "finds", "loses", "keeps", "paints"]
@@ -102,17 +129,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_module(module: str, *arguments: str, cwd: Path, timeout: float = 300, **options) -> subprocess.CompletedProcess:
-    """`python -m minigpt_pl.<module> ...` in a process of its own, with no hub in reach."""
+    """Runs `python -m minigpt_pl.<module> ...` in a new process that cannot reach the hub."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    return subprocess.run(
-        [sys.executable, "-m", f"minigpt_pl.{module}", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options,
-    )  # fmt: skip
+    command = [sys.executable, "-m", f"minigpt_pl.{module}", *arguments]
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": timeout} | options
+    return subprocess.run(command, cwd=cwd, **options)
 
 
 @pytest.fixture(scope="session")
 def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a small run has been trained by the command line; the run is outputs/tiny."""
+    """A folder with a small run, outputs/tiny, that the command line trained."""
     cwd = tmp_path_factory.mktemp("trained")
     done = run_module("train", *TINY_RUN, f"data.path={story}", "run_name=tiny", "trainer.max_epochs=2", cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -121,7 +147,7 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(story: Path, tmp_path: Path):
-    """Composes train settings for the small text, with more overrides."""
+    """A function that composes train settings for the small text from further overrides."""
     from minigpt_pl.cli import app
 
     def compose(*overrides: str):

@@ -119,6 +119,7 @@ class TestEngine:
         [(1, 2, 1, 256, WINDOW), (1, 2, 2, 256, WINDOW), (1, 6, 2, 256, WINDOW), (1, 6, 8, 256, WINDOW),
          (1, 2, 1, 256, 81), (1, 2, 1, 102, 80), (1, 3, 2, 50, 9), (2, 2, 1, 256, WINDOW), (2, 2, 2, 256, WINDOW)],
     )  # fmt: skip
+    @pytest.mark.slow
     def test_bit_equal_alone_and_in_any_batch(self, num_blocks, num_heads, threads, width, length):
         """Hidden states, not only draws: one in a million draws would show a difference in the last bits."""
         sizes = {"embed_dim": width, "num_heads": num_heads, "head_dim": width, "feed_forward_dim": 5 * width}
@@ -305,6 +306,7 @@ class TestEngine:
         output = engine._Output(prepare(network().bfloat16()), controls)
         assert output.candidates(hidden, torch.zeros(1, 0, dtype=torch.long), 0)[0].dtype == torch.float32
 
+    @pytest.mark.slow
     def test_threads_may_share_a_network(self):
         controls, before, ready = Controls(vocab_size=SIZE, num_tokens=1), sys.getswitchinterval(), threading.Barrier(2)
 

@@ -97,6 +97,7 @@ class TestCopying:
             length, start = max(runs, default=(0, 0))
             assert (copy.length, copy.start) == (length, -start)
 
+    @pytest.mark.slow
     def test_13_million_words_take_seconds(self):
         rng = np.random.default_rng(0)
         tokens = rng.zipf(1.2, 13_000_000).clip(2, 19_999).astype(np.uint16)

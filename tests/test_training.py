@@ -152,6 +152,7 @@ class TestSettings:
         assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # Adam's first step knows no scale
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+    @pytest.mark.slow
     def test_compile(self, tiny_config):
         options = ["trainer.max_steps=2", EVERY_STEP, NO_DROPOUT]
         plain, compiled = (train(tiny_config(*options, f"trainer.compile={on}")) for on in ("false", "true"))

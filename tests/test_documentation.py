@@ -1,0 +1,47 @@
+"""The documentation: its length, its links, its commands, and the script that it shows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from minigpt_pl.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+COMMAND = re.compile(r"^python -m minigpt_pl\.(\w+) (.*)$", re.MULTILINE)
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """The commands in a page: (name, overrides). Leaves out prompts, which the shell and Hydra read differently."""
+    found = [(name, shlex.split(rest, comments=True)) for name, rest in COMMAND.findall(page.read_text())]
+    return [
+        (name, [word for word in words if "=" in word and not word.startswith("prompt=")])
+        for name, words in found
+        if "--config-dir" not in words
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', page.read_text())
+    missing = [link for pair in links for link in pair if link and not link.startswith("http")]
+    assert [link for link in missing if not (page.parent / link).exists()] == []
+
+
+def test_commands_have_valid_settings():
+    checked = 0
+    for page in PAGES:
+        for name, overrides in commands(page):
+            # Of a sweep's values, the first.
+            overrides = [re.sub(r"^([\w.]+)=([\w.]+),[\w.,]*$", r"\1=\2", override) for override in overrides]
+            app.to_settings(app.compose(name, overrides))
+            checked += 1
+    assert checked > 30
+
+
+def test_the_readme_is_short_and_shows_the_script():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 150
+    assert f"```python\n{(ROOT / 'docs/examples/lightning_script.py').read_text()}```" in readme
