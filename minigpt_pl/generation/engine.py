@@ -45,10 +45,12 @@ def generate_ids(
     Arguments and errors are those of `stream_ids`.
     """
     new_ids: list[list[int]] = [[] for _ in prompts]
-    for step in stream_ids(model, prompts, controls, seeds):
-        for text, id_ in zip(step.texts, step.ids, strict=True):
-            if id_ != controls.end_id:
-                new_ids[text].append(id_)
+    model = _prepared(model)
+    with inference_without_autocast(model.network):
+        for step in _steps(model, prompts, controls, seeds):
+            for text, id_ in zip(step.texts, step.ids, strict=True):
+                if id_ != controls.end_id:
+                    new_ids[text].append(id_)
     return new_ids
 
 
@@ -79,9 +81,7 @@ def stream_ids(
     Raises:
         InputError: `no_repeat_ngram_size` or the bans exclude every token.
     """
-    if isinstance(model, MiniGPT):
-        with inference_without_autocast(model):
-            model = InferenceModel(model)
+    model = _prepared(model)
     steps = _steps(model, prompts, controls, seeds, with_probabilities)
     while True:
         with inference_without_autocast(model.network):  # only during a step, not in the caller's loop body
@@ -91,12 +91,16 @@ def stream_ids(
         yield step
 
 
+def _prepared(model: MiniGPT | InferenceModel) -> InferenceModel:
+    return InferenceModel(model) if isinstance(model, MiniGPT) else model
+
+
 def _steps(
     model: InferenceModel,
     prompts: Sequence[Sequence[int]],
     controls: Controls,
     seeds: Sequence[int],
-    with_probabilities: bool,
+    with_probabilities: bool = False,
 ) -> Iterator[Step]:
     if controls.num_beams > 1:
         for text, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minigpt_pl.cpu import onednn
 from minigpt_pl.cpu.int8 import Int8Linear
-from minigpt_pl.cpu.linear import PackedLinear, pack_linear_layers
+from minigpt_pl.cpu.linear import PackedLinear, inference_without_autocast, pack_linear_layers
 from minigpt_pl.model import MiniGPT
 
 # Candidates in 8 bits for `top_k` tokens: top_k + SPARE + SPARE_SHARE * top_k. In 12,000 contexts of four trained
@@ -35,9 +35,10 @@ class InferenceModel:
 
     def __init__(self, network: MiniGPT):
         self.network = pack_linear_layers(network)
-        self.attention = AbsorbedAttention(self.network) if len(network.blocks) == 1 else None
         self._source, self._embedding = network, network.token_embedding.weight
-        self._copies = [weight.detach().clone() for weight in self._prepared_weights()]
+        with inference_without_autocast(network):
+            self.attention = AbsorbedAttention(self.network) if len(network.blocks) == 1 else None
+            self._copies = [weight.clone() for weight in self._prepared_weights()]
 
     def _prepared_weights(self) -> list[Tensor]:
         # Without the token embedding: generation reads its present values.
@@ -61,14 +62,14 @@ class InferenceModel:
         count = num_candidates(CHECKED_TOP_K)
         if not onednn.supports_int8(output.weight) or count > self.network.vocab_size:
             return None
-        approximate = Int8Linear(output.weight.detach())
-        # This norm makes the hidden states, so its outputs for random inputs resemble them.
-        generator = torch.Generator("cpu").manual_seed(0)
-        inputs = torch.randn(64, len(norm.weight), generator=generator, dtype=torch.float32, device="cpu")
-        hidden = norm(inputs).detach()  # (64, D)
-        candidates = approximate(hidden, output.bias).topk(count).indices  # (64, S)
-        top = F.linear(hidden, output.weight, output.bias).topk(CHECKED_TOP_K).indices  # (64, k)
-        return approximate if (top[..., None] == candidates[:, None]).any(dim=-1).all() else None
+        with inference_without_autocast(self.network):
+            approximate = Int8Linear(output.weight)
+            # This norm makes the hidden states, so its outputs for random inputs resemble them.
+            generator = torch.Generator("cpu").manual_seed(0)
+            hidden = norm(torch.randn(64, len(norm.weight), generator=generator, dtype=torch.float32, device="cpu"))
+            candidates = approximate(hidden, output.bias).topk(count).indices  # (64, S), from hidden (64, D)
+            top = F.linear(hidden, output.weight, output.bias).topk(CHECKED_TOP_K).indices  # (64, k)
+            return approximate if (top[..., None] == candidates[:, None]).any(dim=-1).all() else None
 
 
 class AbsorbedAttention:
