@@ -130,23 +130,27 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        query, (key, value) = self._split_heads(self.query(x)), self.keys_and_values(x)  # (B, H, L, K) each
+        query, key, value = self.project(x)
         if x.device.type == "cpu" and query.dtype == torch.bfloat16 and x.shape[1] <= EXPLICIT_LENGTH:
             mixed = _attention_weights(query, key) @ value  # (B, H, L, L) @ (B, H, L, K)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # the same, fused
-        return self.output(mixed.transpose(1, 2).flatten(-2))  # (B, H, L, K) -> (B, L, H*K) -> (B, L, D)
+        return self.merge_heads(mixed)
 
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> keys and values, (B, H, L, K) each."""
-        return self._split_heads(self.key(x)), self._split_heads(self.value(x))
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, L, D) -> queries, keys and values, (B, H, L, K) each."""
+        layers, heads = (self.query, self.key, self.value), (self.num_heads, self.head_dim)
+        return tuple(layer(x).view(*x.shape[:2], *heads).transpose(1, 2) for layer in layers)
+
+    def merge_heads(self, mixed: Tensor) -> Tensor:
+        """(B, H, L, K) -> (B, L, D)."""
+        output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))  # (B, L, H*K) -> (B, L, D)
+        return output
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, H, L, L). Row i sums to 1 over the positions j <= i."""
-        return _attention_weights(self._split_heads(self.query(x)), self._split_heads(self.key(x)))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, L, H*K) -> (B, H, L, K)
+        query, key, _ = self.project(x)
+        return _attention_weights(query, key)
 
 
 def _attention_weights(query: Tensor, key: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """oneDNN's matrix products: the only private PyTorch operators of this package.
 
-`torch.compile` emits the same operators. Each one is tried once, at import. Where it is missing (macOS on ARM) or wrong,
-the callers use `F.linear`.
+`torch.compile` emits the same operators. Each one is tried once, at import. Where it is missing (macOS on ARM) or
+wrong, the callers use `F.linear`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +24,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pack an int8 weight (out, in) for `linear_int8`, with the scales (out,) of its rows."""
+    """Pack an int8 weight (out, in) and the scales (out,) of its rows for `linear_int8`."""
     zero_points = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
     return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), scales, zero_points
 
 
 def linear_int8(x: Tensor, x_scale: float, packed: tuple[Tensor, Tensor, Tensor], bias: Tensor) -> Tensor:
-    """`x_scale * (x - 128) @ (scales * weight).T + bias` with exact integer sums.
-
-    Args:
-        x: (rows, in), uint8.
-        packed: from `pack_int8`.
-        bias: (out,) in fp32.
-
-    Returns:
-        (rows, out) in fp32.
-    """
-    arguments = (x, x_scale, 128, *packed, bias, 1.0, 0, torch.float32, "none", [], "")
-    result: Tensor = torch.ops.onednn.qlinear_pointwise(*arguments)
+    """`x_scale * (x - 128) @ (scales * weight).T + bias`, with exact sums. uint8 (rows, in) -> fp32 (rows, out)."""
+    output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, type, no post-operation
+    result: Tensor = torch.ops.onednn.qlinear_pointwise(x, x_scale, 128, *packed, bias, *output)
     return result
 
 

@@ -96,14 +96,18 @@ class KVCacheDecoder:
         shape = (len(network.blocks), 2, len(prompts), attention.num_heads, self.size, attention.head_dim)
         self.cache = network.output.weight.new_zeros(shape)  # (blocks, keys and values, B, H, W, K)
         self.slots = torch.arange(self.size, device=self.cache.device)
-        self.hidden = self._read_windows()  # (B, D)
+        longest = max(map(len, self.windows))  # L
+        ids = self.slots.new_tensor([window + [0] * (longest - len(window)) for window in self.windows])  # (B, L)
+        hidden = self._read(ids, self.slots[:longest].expand_as(ids))  # (B, L, D)
+        self.hidden = hidden[torch.arange(len(ids)), [len(window) - 1 for window in self.windows]]  # (B, D)
 
     def append(self, ids: Tensor) -> None:
         """Append one token to each text: ids (B,)."""
         slid = [row for row, window in enumerate(self.windows) if len(window) == self.size]
         self.windows = [[*window, id_][-self.size :] for window, id_ in zip(self.windows, ids.tolist(), strict=True)]
         if len(slid) < len(ids):
-            self.hidden = self._step(ids)
+            newest = ids.new_tensor([[len(window) - 1] for window in self.windows])  # (B, 1)
+            self.hidden = self._read(ids[:, None], newest)[:, 0]  # wrong for texts that slid
         if slid:
             full = ids.new_tensor([self.windows[row] for row in slid])  # (some of B, W)
             self.hidden[slid] = self.network.hidden_states(full)[:, -1]
@@ -117,30 +121,14 @@ class KVCacheDecoder:
         """(B, D), equal to `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
         return self.hidden
 
-    def _read_windows(self) -> Tensor:
-        """Run a full forward pass and fill the cache. Returns the last hidden states (B, D)."""
-        lengths = self.slots.new_tensor([len(window) for window in self.windows])  # (B,)
-        longest = int(lengths.max())
-        # Padding on the right: no earlier position sees it, and the cache's later slots are not read before written.
-        ids = self.slots.new_tensor([window + [0] * (longest - len(window)) for window in self.windows])  # (B, L)
-        x = self.network.embed(ids)  # (B, L, D)
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Put new tokens into the cache. Ids and positions (B, N) -> hidden states (B, N, D)."""
+        x = self.network.token_embedding(ids) + self.network.position_embedding(positions)  # (B, N, D)
+        texts, visible = torch.arange(len(ids))[:, None], (self.slots <= positions[..., None])[:, None]  # (B, 1, N, W)
         for block, cache in zip(self.network.blocks, self.cache, strict=True):
-            cache[..., :longest, :] = torch.stack(block.attention.keys_and_values(x))  # (2, B, H, L, K)
-            x = block(x)
-        return x[torch.arange(len(x), device=x.device), lengths - 1]
-
-    def _step(self, ids: Tensor) -> Tensor:
-        """The newest token of each text, with the cache: (B,) -> (B, D). Wrong for texts longer than W."""
-        newest = ids.new_tensor([len(window) - 1 for window in self.windows])  # (B,)
-        x = self.network.token_embedding(ids) + self.network.position_embedding(newest)  # (B, D)
-        texts, later = torch.arange(len(ids), device=ids.device), (self.slots > newest[:, None])[:, None, None]
-        for block, (keys, values) in zip(self.network.blocks, self.cache, strict=True):
-            attention = block.attention
-            heads = (attention.num_heads, attention.head_dim)
-            keys[texts, :, newest] = attention.key(x).unflatten(1, heads)  # (B, H, K)
-            values[texts, :, newest] = attention.value(x).unflatten(1, heads)
-            query = attention.query(x).unflatten(1, heads)[:, :, None]  # (B, H, 1, K)
-            scores = query @ keys.mT / math.sqrt(attention.head_dim)  # (B, H, 1, W)
-            weights = scores.masked_fill_(later, -math.inf).softmax(dim=-1)
-            x = block.after_attention(x, attention.output((weights @ values).flatten(1)))  # (B, H, 1, K) -> (B, D)
+            query, *new = block.attention.project(x)  # (B, H, N, K) each
+            for old, values in zip(cache, new, strict=True):
+                old[texts, :, positions] = values.transpose(1, 2)  # (B, N, H, K)
+            mixed = F.scaled_dot_product_attention(query, *cache, attn_mask=visible)  # (B, H, N, K)
+            x = block.after_attention(x, block.attention.merge_heads(mixed))
         return x

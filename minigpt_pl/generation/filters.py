@@ -1,4 +1,6 @@
-"""Changes to the logits before a token is drawn: pure functions (..., V) -> (..., V), in Hugging Face's order.
+"""Changes to the logits before a token is drawn: pure functions, in Hugging Face's order.
+
+Shapes: logits (B, V) before and after. texts (B, T), prompts and new tokens so far, padded with -1 on the left.
 
 | setting | function | meaning | source | in `transformers` |
 |---|---|---|---|---|
@@ -17,7 +19,7 @@
 `process` applies the first six and `warp` the others, which greedy decoding does not need. Tests compare the
 distributions with those of `transformers`.
 
-Other controls are no filters: `engine` applies `stop_sequences`. `beam_search` applies `num_beams` and `length_penalty`.
+Other controls are no filters: `engine` applies `stop_sequences`, `beam_search` `num_beams` and `length_penalty`.
 """
 
 from collections.abc import Sequence
@@ -32,16 +34,7 @@ INFINITY = float("inf")
 
 
 def process(logits: Tensor, controls: Controls, texts: Tensor, place: int) -> Tensor:
-    """Apply the filters that read the text or name tokens. They need the whole vocabulary.
-
-    Args:
-        logits: (B, V), the network's.
-        texts: (B, T), prompts and new tokens so far, padded with -1 on the left.
-        place: number of new tokens so far.
-
-    Returns:
-        (B, V).
-    """
+    """Apply the filters that read the texts or name tokens, after `place` new tokens."""
     if controls.repetition_penalty != 1:
         logits = repetition_penalty(logits, controls.repetition_penalty, texts)
     if controls.no_repeat_ngram_size:
@@ -55,12 +48,7 @@ def process(logits: Tensor, controls: Controls, texts: Tensor, place: int) -> Te
 
 
 def warp(logits: Tensor, controls: Controls) -> Tensor:
-    """Apply the filters that shape the distribution: (B, C) -> (B, C).
-
-    Args:
-        logits: at least one per row above -inf. Tokens at -inf may be left out (C < V).
-        controls: with a temperature above 0.
-    """
+    """Apply the filters that shape the distribution. Tokens at -inf may be missing: (B, C) -> (B, C), C <= V."""
     logits = temperature(logits, controls.temperature)
     if controls.top_k is not None and controls.top_k < logits.shape[-1]:
         logits = top_k(logits, controls.top_k)
@@ -74,25 +62,13 @@ def warp(logits: Tensor, controls: Controls) -> Tensor:
 
 
 def repetition_penalty(logits: Tensor, penalty: float, texts: Tensor) -> Tensor:
-    """Divide positive logits of the text's tokens by the penalty, and multiply negative ones by it.
-
-    Args:
-        logits: (B, V).
-        penalty: above 0; 1 changes nothing.
-        texts: (B, T), padded with -1.
-    """
+    """Divide positive logits of the text's tokens by the penalty, above 0, and multiply negative ones by it."""
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(_contains(texts, logits), penalized, logits)
 
 
 def no_repeat_ngram(logits: Tensor, size: int, texts: Tensor) -> Tensor:
-    """Exclude each token that would complete an n-gram that the text already has.
-
-    Args:
-        logits: (B, V).
-        size: n, at least 1.
-        texts: (B, T), padded with -1 on the left.
-    """
+    """Exclude each token that would complete an n-gram, n = size >= 1, that the text already has."""
     if texts.shape[1] < size:
         return logits
     ngrams = texts.unfold(1, size, 1)  # (B, T - n + 1, n)
@@ -102,13 +78,7 @@ def no_repeat_ngram(logits: Tensor, size: int, texts: Tensor) -> Tensor:
 
 
 def ban_sequences(logits: Tensor, sequences: Sequence[Sequence[int]], texts: Tensor) -> Tensor:
-    """Exclude the last token of each sequence if the text ends with the tokens before it.
-
-    Args:
-        logits: (B, V).
-        sequences: token ids, at least one each.
-        texts: (B, T), padded with -1 on the left.
-    """
+    """Exclude the last token of each sequence if the text ends with the tokens before it."""
     logits = logits.clone()
     for *prefix, last in sequences:
         logits[end_with(texts, prefix), last] = -INFINITY
@@ -116,7 +86,7 @@ def ban_sequences(logits: Tensor, sequences: Sequence[Sequence[int]], texts: Ten
 
 
 def end_with(texts: Tensor, ids: Sequence[int]) -> Tensor:
-    """Which texts end with these ids: (B, T), padded with -1 on the left -> (B,), bool."""
+    """Which texts end with these ids: (B, T) -> (B,), bool."""
     if len(ids) > texts.shape[1]:
         return torch.zeros(len(texts), dtype=torch.bool, device=texts.device)
     return (texts[:, texts.shape[1] - len(ids) :] == texts.new_tensor(ids)).all(dim=-1)
@@ -189,6 +159,6 @@ def require_a_choice(logits: Tensor, place: int) -> None:
 
 
 def _contains(ids: Tensor, logits: Tensor) -> Tensor:
-    """Which tokens of the vocabulary are in each row of ids: (B, T), padded with -1, (B, V) -> (B, V), bool."""
+    """Which tokens of the vocabulary are in each row of ids: (B, T), (B, V) -> (B, V), bool."""
     marks = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
     return marks.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]  # -1 marks the extra column

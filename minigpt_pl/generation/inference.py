@@ -12,9 +12,9 @@ from minigpt_pl.cpu.int8 import Int8Linear
 from minigpt_pl.cpu.linear import PackedLinear, inference_without_autocast, pack_linear_layers
 from minigpt_pl.model import MiniGPT
 
-# Candidates in 8 bits for `top_k` tokens: top_k + SPARE + SPARE_SHARE * top_k. In 12,000 contexts of four trained
-# networks the worst 8-bit rank of a top-k token was top_k + 4 for top_k=20, + 26 for 100, + 58 for 500, + 124 for 1,000.
-SPARE, SPARE_SHARE = 12, 1 / 4
+# In 12,000 contexts of four trained networks, the worst 8-bit rank of a token in the top k was k + 4 for k = 20,
+# k + 26 for 100, k + 58 for 500 and k + 124 for 1,000.
+SPARE, SPARE_SHARE = 12, 1 / 4  # extra candidates: SPARE + SPARE_SHARE * k
 CHECKED_TOP_K = 20  # the 8-bit output layer must find the top 20 of random hidden states
 
 
