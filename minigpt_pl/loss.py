@@ -44,7 +44,9 @@ def linear_cross_entropy(
     if device in READ_IS_FREE and ignore_index is not None:
         hidden, targets, counted = hidden[counted], targets[counted], counted[counted]
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, counted.to(hidden.dtype), product_dtype)
+    arguments = (hidden, weight, bias, targets, counted.to(hidden.dtype), product_dtype)
+    loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @torch.no_grad()
@@ -60,7 +62,9 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) 
     rows = _chunk_rows(len(weight), torch.float32, hidden.device)
     losses = [
         F.cross_entropy(F.linear(chunk, weight, bias).float(), ids, reduction="none")
-        for chunk, ids in zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+        for chunk, ids in zip(
+            torch.split(hidden.flatten(0, -2), rows), torch.split(targets.flatten(), rows), strict=True
+        )
     ]
     return torch.cat(losses).view(targets.shape)
 

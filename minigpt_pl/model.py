@@ -5,6 +5,8 @@ Plain PyTorch. It knows nothing of training and of text. Dimensions in comments:
 """
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +53,9 @@ class MiniGPT(nn.Module):
         self.vocab_size, self.max_length = vocab_size, max_length
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_length, embed_dim)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(embed_dim, num_heads, head_dim, feed_forward_dim, dropout) for _ in range(num_blocks)
-        )
+        sizes = (embed_dim, num_heads, head_dim, feed_forward_dim)
+        blocks = nn.ModuleList(TransformerBlock(*sizes, dropout) for _ in range(num_blocks))
+        self.blocks = cast(Sequence[TransformerBlock], blocks)
         self.output = nn.Linear(embed_dim, vocab_size)
         self.apply(_initialize_as_keras)
         if tie_embeddings:
@@ -84,7 +86,8 @@ class MiniGPT(nn.Module):
         if length > self.max_length:
             raise ValueError(f"{length} tokens: the model reads at most max_length={self.max_length}")
         positions = torch.arange(length, device=ids.device)  # (L,)
-        return self.token_embedding(ids) + self.position_embedding(positions)  # (B, L, D) + (L, D)
+        x: Tensor = self.token_embedding(ids) + self.position_embedding(positions)  # (B, L, D) + (L, D)
+        return x
 
 
 class TransformerBlock(nn.Module):
@@ -111,7 +114,8 @@ class TransformerBlock(nn.Module):
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """The block's input and its attention's output, (..., D) each -> the block's output (..., D)."""
         x = self.attention_norm(x + self.dropout(attended))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return x
 
 
 class CausalSelfAttention(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from minigpt_pl import InputError, MiniGPT
-from minigpt_pl.cpu import onednn
+from minigpt_pl.cpu import int8
 from minigpt_pl.generation import decoders, engine, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import draw, generate_ids, stream_ids
@@ -18,7 +18,7 @@ from minigpt_pl.generation.inference import InferenceModel
 
 SIZE, WINDOW = 2000, 12  # large enough for the 8-bit screen and for `_top_indices`
 
-needs_int8 = pytest.mark.skipif(not onednn.HAS_INT8, reason="no exact 8-bit products")
+needs_int8 = pytest.mark.skipif(not int8.HAS_INT8, reason="no exact 8-bit products")
 
 
 def network(num_blocks: int = 1, **changes) -> MiniGPT:
@@ -242,7 +242,7 @@ class TestEngine:
     def test_a_text_is_the_same_without_the_8_bit_screen(self, changes, monkeypatch):
         prompts, controls = random_prompts(*range(1, 30)), Controls(vocab_size=SIZE, num_tokens=30, **changes)
         here = generate_ids(network(), prompts, controls, range(29))
-        monkeypatch.setattr(onednn, "HAS_INT8", False)
+        monkeypatch.setattr(int8, "HAS_INT8", False)
         assert generate_ids(network(), prompts, controls, range(29)) == here
 
     def test_no_token_left(self):
@@ -326,7 +326,7 @@ class TestEngine:
     def test_column_major_weights(self):
         model, other, controls = network(), network(), Controls(vocab_size=SIZE, num_tokens=10)
         other.output.weight.data = other.output.weight.data.T.contiguous().T
-        assert (InferenceModel(other).int8_output is not None) is onednn.HAS_INT8
+        assert (InferenceModel(other).int8_output is not None) is int8.HAS_INT8
         texts = [generate_ids(each, [[2, 3]] * 9, controls, range(9)) for each in (model, other)]
         assert texts[0] == texts[1]
 

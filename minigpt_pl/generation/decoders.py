@@ -123,12 +123,11 @@ class KVCacheDecoder:
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Put new tokens into the cache. Ids and positions (B, N) -> hidden states (B, N, D)."""
-        x = self.network.token_embedding(ids) + self.network.position_embedding(positions)  # (B, N, D)
+        x: Tensor = self.network.token_embedding(ids) + self.network.position_embedding(positions)  # (B, N, D)
         texts, visible = torch.arange(len(ids))[:, None], (self.slots <= positions[..., None])[:, None]  # (B, 1, N, W)
         for block, cache in zip(self.network.blocks, self.cache, strict=True):
             query, *new = block.attention.project(x)  # (B, H, N, K) each
-            for old, values in zip(cache, new, strict=True):
-                old[texts, :, positions] = values.transpose(1, 2)  # (B, N, H, K)
-            mixed = F.scaled_dot_product_attention(query, *cache, attn_mask=visible)  # (B, H, N, K)
+            cache[:, texts, :, positions] = torch.stack(new).permute(1, 3, 0, 2, 4)  # (B, N, 2, H, K)
+            mixed = F.scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=visible)  # (B, H, N, K)
             x = block.after_attention(x, block.attention.merge_heads(mixed))
         return x

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt_pl.cpu import onednn
-from minigpt_pl.cpu.int8 import Int8Linear
+from minigpt_pl.cpu import int8
 from minigpt_pl.cpu.linear import PackedLinear, inference_without_autocast, pack_linear_layers
 from minigpt_pl.model import MiniGPT
 
@@ -43,7 +42,8 @@ class InferenceModel:
     def _prepared_weights(self) -> list[Tensor]:
         # Without the token embedding: generation reads its present values.
         network = self._source
-        return [network.position_embedding.weight, *network.blocks.parameters(), *network.output.parameters()]
+        blocks = [weight for block in network.blocks for weight in block.parameters()]
+        return [network.position_embedding.weight, *blocks, *network.output.parameters()]
 
     def is_current(self) -> bool:
         """Whether the network still has the weights that were prepared. Takes 2 ms at the notebook's size.
@@ -56,14 +56,15 @@ class InferenceModel:
         )
 
     @functools.cached_property
-    def int8_output(self) -> Int8Linear | None:
+    def int8_output(self) -> int8.Int8Linear | None:
         """The output layer in 8 bits; None where that is not faster, or not accurate enough for this network."""
         output, norm = self.network.output, self.network.blocks[-1].feed_forward_norm
         count = num_candidates(CHECKED_TOP_K)
-        if not onednn.supports_int8(output.weight) or count > self.network.vocab_size:
+        is_fp32_on_cpu = output.weight.dtype == torch.float32 and output.weight.device.type == "cpu"
+        if not (int8.HAS_INT8 and is_fp32_on_cpu) or count > self.network.vocab_size:
             return None
         with inference_without_autocast(self.network):
-            approximate = Int8Linear(output.weight)
+            approximate = int8.Int8Linear(output.weight)
             # This norm makes the hidden states, so its outputs for random inputs resemble them.
             generator = torch.Generator("cpu").manual_seed(0)
             hidden = norm(torch.randn(64, len(norm.weight), generator=generator, dtype=torch.float32, device="cpu"))
@@ -89,7 +90,7 @@ class AbsorbedAttention:
         attention, positions = network.blocks[0].attention, network.position_embedding.weight  # (W, D)
         heads, scale = (attention.num_heads, attention.head_dim), 1 / math.sqrt(attention.head_dim)
         layers = (attention.query, attention.key, attention.value)
-        query, key, value = (layer.weight.unflatten(0, heads) for layer in layers)  # (H*K, D) -> (H, K, D)
+        query, key, value = (layer.weight.view(*heads, -1) for layer in layers)  # (H*K, D) -> (H, K, D)
 
         def with_positions(x: Tensor) -> Tensor:  # (..., D) -> (..., D + W)
             return torch.cat([x, x @ positions.T], dim=-1)
@@ -97,7 +98,7 @@ class AbsorbedAttention:
         weight = with_positions(query.mT @ key * scale)  # (H, D, D) -> (H, D, D + W)
         bias = with_positions((attention.query.bias.view(heads)[:, None] @ key)[:, 0] * scale)  # (H, D + W)
         self.query = PackedLinear(weight.transpose(1, 2).flatten(0, 1), bias.flatten())
-        weight = attention.output.weight.unflatten(1, heads).transpose(0, 1) @ value  # (D, H*K) -> (H, D, D)
+        weight = attention.output.weight.view(-1, *heads).transpose(0, 1) @ value  # (D, H*K) -> (H, D, D)
         weight = with_positions(weight)  # (H, D, D + W)
         bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)
         self.value = PackedLinear(weight.transpose(0, 1).flatten(1), bias)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from minigpt_pl.cpu.linear import inference_without_autocast
 from minigpt_pl.generation.engine import probabilities_and_ranks
 from minigpt_pl.generation.prompts import encode_prompts
@@ -47,7 +49,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     ranks: list[int | None] = [None]
     with inference_without_autocast(model.network):
         for hidden, targets in predictions(model.network, [ids], stride=1, show_progress=False):
-            for rows, ids_ in zip(hidden.split(256), targets.split(256), strict=True):
+            for rows, ids_ in zip(torch.split(hidden, 256), torch.split(targets, 256), strict=True):
                 more_probabilities, more_ranks = probabilities_and_ranks(model.network.output(rows), ids_)
                 probabilities += more_probabilities
                 ranks += more_ranks
