@@ -17,7 +17,7 @@ from minigpt_pl.cpu.linear import PackedLinear
 # Largest chunk of logits: bytes, rows. On a CPU, 512 rows of the notebook's logits in bf16 fit the last-level cache.
 CPU_CHUNK = 21 * 2**20, 512
 GPU_CHUNK = 512 * 2**20, 2**14  # not tuned
-READ_IS_FREE = ("cpu",)  # devices where reading a tensor's value does not force a synchronisation
+SYNC_FREE_DEVICES = ("cpu",)  # reading a tensor's value does not force a synchronisation
 
 
 def linear_cross_entropy(
@@ -41,7 +41,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, D), (N,)
     counted = torch.ones_like(targets) if ignore_index is None else targets != ignore_index  # (N,)
-    if device in READ_IS_FREE and ignore_index is not None:
+    if device in SYNC_FREE_DEVICES and ignore_index is not None:
         hidden, targets, counted = hidden[counted], targets[counted], counted[counted]
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     arguments = (hidden, weight, bias, targets, counted.to(hidden.dtype), product_dtype)
@@ -60,12 +60,8 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) 
         fp32 losses in nats, in the shape of `targets`.
     """
     rows = _chunk_rows(len(weight), torch.float32, hidden.device)
-    losses = [
-        F.cross_entropy(F.linear(chunk, weight, bias).float(), ids, reduction="none")
-        for chunk, ids in zip(
-            torch.split(hidden.flatten(0, -2), rows), torch.split(targets.flatten(), rows), strict=True
-        )
-    ]
+    parts = zip(torch.split(hidden.flatten(0, -2), rows), torch.split(targets.flatten(), rows), strict=True)
+    losses = [F.cross_entropy(F.linear(chunk, weight, bias).float(), ids, reduction="none") for chunk, ids in parts]
     return torch.cat(losses).view(targets.shape)
 
 
@@ -97,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, count, rows):
                 chunk, ids, counted = (x[start : start + rows] for x in (padded, targets, counts))  # (C, D), (C,), (C,)
                 logits = output(chunk)  # (C, V)
-                if hidden.device.type in READ_IS_FREE:
+                if hidden.device.type in SYNC_FREE_DEVICES:
                     probabilities = torch.softmax(logits, dim=-1, out=logits)
                     losses = _losses(probabilities, ids, chunk, weight_, bias)  # (C,)
                     probabilities[count - start :] = 0  # padding

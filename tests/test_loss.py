@@ -33,7 +33,7 @@ def reference(hidden, weight, bias, targets, ignore_index=None):
 def device_path(request, monkeypatch):
     """Both paths through the loss. The GPU's path also runs on a CPU."""
     if request.param == "gpu":
-        monkeypatch.setattr(loss_module, "READ_IS_FREE", ())
+        monkeypatch.setattr(loss_module, "SYNC_FREE_DEVICES", ())
 
 
 @pytest.mark.parametrize("ignore_index", [None, 0])
