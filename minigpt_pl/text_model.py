@@ -1,12 +1,13 @@
 """A trained model: a network and its tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from minigpt_pl.checkpoints import find_checkpoint, load_network
 from minigpt_pl.errors import InputError
+from minigpt_pl.generation.inference import InferenceModel
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import load_tokenizer
 
@@ -26,6 +27,14 @@ class TextModel:
     tokenizer: Tokenizer
     end_id: int | None = None
     checkpoint: Path | None = None
+    _prepared: InferenceModel | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def prepared(self) -> InferenceModel:
+        """The network, prepared for generation. It is prepared again after its weights have changed."""
+        if self._prepared is None or self._prepared.source is not self.network or not self._prepared.is_current():
+            self._prepared = InferenceModel(self.network)
+        return self._prepared
 
 
 def load(path: str | Path) -> TextModel:

@@ -1,4 +1,4 @@
-"""The filters against Hugging Face's: its own `generate` tells the logits before and after, in its own order."""
+"""The filters, compared with Hugging Face's `generate`, which returns the logits before and after its own filters."""
 
 import random
 
@@ -20,11 +20,11 @@ def hugging_face():
     config = GPT2Config(vocab_size=SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=END)
     model = GPT2LMHeadModel(config).eval()
     model.generation_config.pad_token_id = END
-    torch.nn.init.normal_(model.transformer.wte.weight)  # the output's too: logits of every size
+    torch.nn.init.normal_(model.transformer.wte.weight)  # shared with the output layer: large and small logits
     return model
 
 
-# Our setting, its values to choose from, and what Hugging Face calls it.
+# Our setting, values to test, and Hugging Face's argument for a value.
 SETTINGS = {
     "repetition_penalty": ([0.7, 1.3, 5.0], lambda value: {"repetition_penalty": value}),
     "no_repeat_ngram_size": ([1, 2, 3], lambda value: {"no_repeat_ngram_size": value}),
@@ -43,7 +43,7 @@ SETTINGS = {
 
 
 def choices() -> list[dict]:
-    """Each value alone, and 60 mixtures."""
+    """Each value alone, and 60 combinations."""
     rng = random.Random(0)
     alone = [{name: value} for name, (values, _) in SETTINGS.items() for value in values]
     mixed = [
@@ -78,11 +78,11 @@ def test_the_same_distribution_as_generate_at_every_step(hugging_face):
     assert steps > 600 and filtered > 400
 
 
-def test_greedy_takes_what_generate_takes(hugging_face):
+def test_greedy_equals_generate(hugging_face):
     prompt = torch.tensor([[5, 6, 7]])
     settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 5, "do_sample": False}
     settings |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": NEW}
-    banned = int(hugging_face.generate(prompt, **settings)[0, 3])  # what would be the first
+    banned = int(hugging_face.generate(prompt, **settings)[0, 3])  # the first token without the ban
     out = hugging_face.generate(
         prompt, output_logits=True, return_dict_in_generate=True, bad_words_ids=[[banned]], **settings
     )
@@ -96,7 +96,7 @@ def test_greedy_takes_what_generate_takes(hugging_face):
 
 
 class TestTexts:
-    """Texts of different lengths in one batch: each as alone, without what it is filled up with."""
+    """Texts of different lengths in one batch. Padding must not change the results."""
 
     @pytest.mark.parametrize(
         "changes",
@@ -104,12 +104,12 @@ class TestTexts:
          {"no_repeat_ngram_size": 3}, {"banned_sequences": [[5, 5, 2], [5, 6], [7], [9, 5]]}],
         ids=str,
     )  # fmt: skip
-    def test_filled_up_on_the_left(self, changes):
+    def test_padding_on_the_left(self, changes):
         controls = Controls(vocab_size=12, **({"top_k": None} | changes))
         texts = [[5], [5, 5], [5, 6, 5, 6], [1, 2, 3, 4, 5, 6, 7, 2, 3]]
         logits, longest = torch.randn(len(texts), 12), 9
-        filled = torch.tensor([[-1] * (longest - len(text)) + text for text in texts])
-        together = filters.process(logits, controls, filled, 0)
+        padded = torch.tensor([[-1] * (longest - len(text)) + text for text in texts])
+        together = filters.process(logits, controls, padded, 0)
         for row, text in enumerate(texts):
             assert torch.equal(
                 filters.process(logits[row : row + 1], controls, torch.tensor([text]), 0)[0], together[row]
@@ -118,11 +118,11 @@ class TestTexts:
 
     def test_no_repeat_ngram(self):
         text = torch.tensor([[4, 5, 6, 4, 7, 4]])
-        for size, left_out in [(1, {4, 5, 6, 7}), (2, {5, 7}), (3, set()), (6, set()), (7, set())]:
+        for size, excluded in [(1, {4, 5, 6, 7}), (2, {5, 7}), (3, set()), (6, set()), (7, set())]:
             logits = filters.no_repeat_ngram(torch.zeros(1, 9), size, text)
-            assert set(logits[0].isinf().nonzero().flatten().tolist()) == left_out, size
+            assert set(logits[0].isinf().nonzero().flatten().tolist()) == excluded, size
 
-    def test_nothing_is_changed_in_place(self):
+    def test_no_tensor_is_changed_in_place(self):
         logits, text = torch.randn(2, 9), torch.tensor([[1, 2, 1], [3, 3, 3]])
         controls = Controls(
             vocab_size=9, top_k=4, top_p=0.5, min_p=0.1, typical_p=0.5, repetition_penalty=2.0, no_repeat_ngram_size=2,

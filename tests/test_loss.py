@@ -9,7 +9,7 @@ from minigpt_pl.loss import linear_cross_entropy, token_losses
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    # So that 5 x 8 rows need several, the last one short.
+    # 5 x 8 rows need several chunks; the last one is short.
     monkeypatch.setattr(loss_module, "_chunk_rows", lambda vocab_size, dtype, device: 7)
 
 
@@ -30,14 +30,14 @@ def reference(hidden, weight, bias, targets, ignore_index=None):
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def way(request, monkeypatch):
-    """Both ways through the loss; the GPU's runs on a CPU too."""
+def device_path(request, monkeypatch):
+    """Both paths through the loss. The GPU's path also runs on a CPU."""
     if request.param == "gpu":
-        monkeypatch.setattr(loss_module, "READ_IS_FREE", ())
+        monkeypatch.setattr(loss_module, "SYNC_FREE_DEVICES", ())
 
 
 @pytest.mark.parametrize("ignore_index", [None, 0])
-def test_values_and_gradients_equal_the_plain_loss(way, ignore_index):
+def test_values_and_gradients_equal_the_plain_loss(device_path, ignore_index):
     tensors, targets = example()
     ours = linear_cross_entropy(*tensors, targets, ignore_index)
     plain = reference(*tensors, targets, ignore_index)
@@ -46,12 +46,12 @@ def test_values_and_gradients_equal_the_plain_loss(way, ignore_index):
         assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_gradcheck_in_fp64(way):
+def test_gradcheck_in_fp64(device_path):
     tensors, targets = example(torch.float64)
     assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, targets, 0), tensors)
 
 
-def test_bf16_products_stay_within_their_rounding(way):
+def test_bf16_products_stay_within_their_rounding(device_path):
     tensors, targets = example()
     with torch.autocast("cpu", torch.bfloat16):
         ours = linear_cross_entropy(*tensors, targets)
@@ -64,27 +64,27 @@ def test_bf16_products_stay_within_their_rounding(way):
         assert (a - b).norm() < 2**-6 * b.norm()
 
 
-def test_without_gradients_only_the_loss_is_made(way):
+def test_without_gradients(device_path):
     tensors, targets = example(requires_grad=False)
     assert_close(linear_cross_entropy(*tensors, targets), reference(*tensors, targets), rtol=1e-5, atol=0)
 
 
-def test_nothing_to_count_is_zero(way):
+def test_only_ignored_targets_is_zero(device_path):
     tensors, targets = example()
     assert linear_cross_entropy(*tensors, torch.zeros_like(targets), 0).item() == 0
 
 
-def test_a_chunk_fills_the_cache_whatever_the_vocabulary(monkeypatch):
+def test_chunk_sizes(monkeypatch):
     monkeypatch.undo()
     cpu = torch.device("cpu")
     assert loss_module._chunk_rows(20_000, torch.bfloat16, cpu) == 512
     assert loss_module._chunk_rows(20_000, torch.float32, cpu) == 256
     assert loss_module._chunk_rows(10**7, torch.float32, cpu) == 64
-    assert loss_module._chunk_rows(26, torch.float32, cpu) == 512, "a small batch would be mostly rows of zeros"
+    assert loss_module._chunk_rows(26, torch.float32, cpu) == 512, "more rows would be padding in a small batch"
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_losses_too_large_for_a_probability(way, bf16):
+def test_losses_whose_probability_underflows(device_path, bf16):
     tensors, targets = example()
     tensors[2] = (tensors[2].detach() * 300).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -96,38 +96,38 @@ def test_losses_too_large_for_a_probability(way, bf16):
         assert (a - b).norm() < (2**-5 if bf16 else 1e-4) * b.norm()
 
 
-def test_the_logits_are_never_whole():
+def test_no_tensor_has_all_logits():
     hidden, weight, bias = torch.zeros(64, 4), torch.zeros(1000, 4, requires_grad=True), torch.zeros(1000)
     sizes = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
             return result
 
-    with Watch():
+    with Recorder():
         linear_cross_entropy(hidden, weight, bias, torch.zeros(64, dtype=torch.long)).backward()
     assert max(sizes) == 7 * 1000
 
 
-def test_products_have_one_shape_however_many_targets_count():
+def test_products_have_the_same_shape_for_any_number_of_targets():
     shapes = set()
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func in (torch.ops.aten.mm.default, torch.ops.mkldnn._linear_pointwise.default):
                 shapes.add(tuple(tuple(tensor.shape) for tensor in args[:2]))
             return func(*args, **(kwargs or {}))
 
     for rows in (1, 6, 7, 9, 20):
-        with Watch():
+        with Recorder():
             targets = torch.ones(rows, dtype=torch.long)
             linear_cross_entropy(torch.ones(rows, 4, requires_grad=True), torch.ones(9, 4), torch.ones(9), targets)
-    assert len(shapes) == 3, "oneDNN would keep memory for each further one"
+    assert len(shapes) == 3, "oneDNN keeps memory for each shape"
 
 
-def test_token_losses_are_each_tokens_own():
+def test_token_losses():
     tensors, targets = example(requires_grad=False)
     losses = token_losses(*tensors, targets)
     assert losses.shape == targets.shape

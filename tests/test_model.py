@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from minigpt_pl import MiniGPT
-from minigpt_pl.model import Dropout, causal_mask
+from minigpt_pl.cpu.dropout import Dropout
+from minigpt_pl.model import causal_mask
 
 SMALL = {"vocab_size": 50, "max_length": 12, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "feed_forward_dim": 24}
 
@@ -15,7 +16,7 @@ def ids() -> torch.Tensor:
     return torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_seed_has_10_939_168_parameters():
+def test_the_notebooks_model_has_10_939_168_parameters():
     model = MiniGPT()
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     assert count["token_embedding"] + count["position_embedding"] == 5_140_480
@@ -25,7 +26,7 @@ def test_the_seed_has_10_939_168_parameters():
     assert sum(p.numel() for p in model.parameters()) == 10_939_168
 
 
-def test_heads_have_a_width_of_their_own():
+def test_head_width_is_independent():
     query = MiniGPT(embed_dim=256, num_heads=2).blocks[0].attention.query
     assert query.weight.shape == (512, 256), "two heads of 256, not of 128"
     assert MiniGPT(embed_dim=64, num_heads=4, head_dim=8).blocks[0].attention.query.weight.shape == (32, 64)
@@ -38,7 +39,7 @@ def test_returns_logits_and_hidden_states(ids):
     assert_close(logits, hidden @ model.output.weight.T + model.output.bias)
 
 
-def test_mask_forbids_what_comes_later():
+def test_mask_forbids_later_positions():
     assert causal_mask(3).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
 
 
@@ -73,7 +74,7 @@ def test_attention_in_bf16_stays_within_its_rounding(monkeypatch, limit):
     assert rounded.dtype == torch.bfloat16 and (rounded - exact).abs().max() < 2**-6 * exact.abs().max() * 2
 
 
-def test_norm_comes_after_the_sum(ids):
+def test_the_norm_comes_last(ids):
     model = MiniGPT(**SMALL).eval()
     hidden = model(ids)[1]
     assert_close(hidden.mean(-1), torch.zeros(3, 12), atol=1e-5, rtol=0)
@@ -81,7 +82,7 @@ def test_norm_comes_after_the_sum(ids):
     assert model.blocks[0].attention_norm.eps == 1e-6
 
 
-def test_weights_start_as_keras_starts_them():
+def test_initial_weights_are_keras_weights():
     torch.manual_seed(0)
     model = MiniGPT()
     attention = model.blocks[0].attention
@@ -97,7 +98,7 @@ def test_weights_start_as_keras_starts_them():
     assert not attention.query.bias.any() and not model.output.bias.any()
 
 
-def test_dropout_works_in_training_only(ids):
+def test_dropout_only_in_training(ids):
     model = MiniGPT(**SMALL, dropout=0.5)
     assert not torch.equal(model(ids)[0], model(ids)[0])
     model.eval()
@@ -105,7 +106,7 @@ def test_dropout_works_in_training_only(ids):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
-def test_dropout_drops_the_share_and_keeps_the_mean(p):
+def test_dropout_rate_and_mean(p):
     dropout, x = Dropout(p), torch.ones(1001, 999)
     torch.manual_seed(0)
     first, second = dropout(x), dropout(x.bfloat16())
@@ -117,13 +118,13 @@ def test_dropout_drops_the_share_and_keeps_the_mean(p):
     assert torch.equal(dropout(x), first)
 
 
-def test_tied_embeddings_are_one_weight():
+def test_tied_embeddings_share_one_weight():
     model = MiniGPT(**SMALL, tie_embeddings=True)
     assert model.output.weight is model.token_embedding.weight
     difference = sum(p.numel() for p in MiniGPT(**SMALL).parameters()) - sum(p.numel() for p in model.parameters())
     assert difference == 50 * 16
 
 
-def test_too_long_an_input_is_named():
+def test_an_input_that_is_too_long():
     with pytest.raises(ValueError, match="13 tokens.*max_length=12"):
         MiniGPT(**SMALL)(torch.zeros(1, 13, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""The C library's memory, kept for the next step."""
+"""Settings of the C library's memory allocator."""
 
 import ctypes
 import platform
@@ -7,9 +7,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one.
+    """Let glibc keep freed memory for the next step instead of returning it to the system.
 
-    Fetching it anew takes a tenth of a training step, and of a step of 64 texts a sixth.
+    Saves 10 % of a training step, and 17 % of a generation step with 64 texts.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""The likeliest text, searched for with several that grow side by side."""
+"""Beam search for the likeliest text."""
 
 from collections.abc import Sequence
 
@@ -6,52 +6,52 @@ import torch
 
 from minigpt_pl.generation import decoders, filters
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.prepared import Prepared
+from minigpt_pl.generation.inference import InferenceModel
 
 
-def search(prepared: Prepared, prompt: Sequence[int], controls: Controls) -> list[int]:
+def search(model: InferenceModel, prompt: Sequence[int], controls: Controls) -> list[int]:
     """Beam search (Lowerre 1976; for networks Graves, arXiv 1211.3711), as Hugging Face's `generate(num_beams=...)`.
 
-    At each step the `num_beams` likeliest of all continuations of all beams go on. A text that ended is kept with its
-    log-probability over its length to the `length_penalty` (the end token counts in both), while it is among the
-    `num_beams` best; once as many have ended and the likeliest that goes on is no better, the best is the result. As
-    there, `filters.process` sees log-probabilities, to which the repetition penalty does something else than to logits.
+    Each step keeps the `num_beams` likeliest continuations of all beams. A finished text scores its log-probability
+    over its length to the power of `length_penalty`; both include the end token. The `num_beams` best finished texts
+    are kept. The search ends when there are that many and the likeliest unfinished text scores no better.
+    `filters.process` is applied to log-probabilities, as in Hugging Face.
 
     Args:
         prompt: token ids, at least one.
         controls: those of `filters.process`, `num_beams`, `length_penalty`, and what ends a text.
 
     Returns:
-        The new ids, `end_id` among them where the text ended itself.
+        The new ids, with `end_id` if it ended the text.
 
     Raises:
-        InputError: `no_repeat_ngram_size` or the bans leave nothing that could go on.
+        InputError: `no_repeat_ngram_size` or the bans exclude every token of every beam.
     """
-    model, num_beams, size = prepared.model, controls.num_beams, prepared.model.vocab_size
-    decoder = decoders.start(prepared, [prompt])
-    texts = torch.tensor([prompt], device=model.output.weight.device)  # (B, T)
-    scores = torch.zeros(1, 1, device=texts.device)  # (B, 1): the log-probability of each so far
+    network, num_beams, vocab_size = model.network, controls.num_beams, model.network.vocab_size
+    decoder = decoders.start(model, [prompt])
+    texts = torch.tensor([prompt], device=network.output.weight.device)  # (B, T)
+    scores = torch.zeros(1, 1, device=texts.device)  # (B, 1): log-probability of each beam
     finished: list[tuple[float, list[int]]] = []  # the best first
     for place in range(controls.num_tokens):
-        log_probabilities = model.output(decoder.hidden_states()).log_softmax(dim=-1)  # (B, V)
+        log_probabilities = network.output(decoder.last_hidden()).log_softmax(dim=-1)  # (B, V)
         log_probabilities = scores + filters.process(log_probabilities, controls, texts, place)
         if not finished:
             filters.require_a_choice(log_probabilities.view(1, -1), place)
-        # If all of the best end, as many go on.
-        best, at = log_probabilities.flatten().topk(2 * num_beams)  # (2 * num_beams,) twice
-        rows, ids = at // size, at % size
+        # Twice as many as beams: if num_beams of them end, num_beams others continue.
+        best, indices = log_probabilities.flatten().topk(2 * num_beams)  # (2 * num_beams,) each
+        rows, ids = indices // vocab_size, indices % vocab_size
         texts = torch.cat([texts[rows], ids[:, None]], dim=1)
-        over = ids == (-1 if controls.end_id is None else controls.end_id)
+        ends = ids == (-1 if controls.end_id is None else controls.end_id)
         if place + 1 >= controls.min_tokens:
             for sequence in controls.stop_sequences:
-                over |= filters.end_with(texts, sequence)
-        over |= place + 1 == controls.num_tokens
+                ends |= filters.end_with(texts, sequence)
+        ends |= place + 1 == controls.num_tokens
         per_length = best / (place + 1) ** controls.length_penalty
         for beam in range(num_beams):
-            if over[beam] and best[beam].isfinite():
+            if ends[beam] and best[beam].isfinite():
                 finished.append((float(per_length[beam]), texts[beam, len(prompt) :].tolist()))
-        finished = sorted(finished, key=lambda beam: -beam[0])[:num_beams]
-        going = (~over & best.isfinite()).nonzero().flatten()[:num_beams]
+        finished = sorted(finished, key=lambda text: -text[0])[:num_beams]
+        going = (~ends & best.isfinite()).nonzero().flatten()[:num_beams]
         if not len(going) or (len(finished) == num_beams and per_length[going[0]] <= finished[-1][0]):
             break
         texts, scores = texts[going], best[going, None]

@@ -1,6 +1,8 @@
-"""The probability of each word of a text, whoever wrote it."""
+"""The probability of each word of a text."""
 
 from dataclasses import dataclass
+
+import torch
 
 from minigpt_pl.cpu.linear import inference_without_autocast
 from minigpt_pl.generation.engine import probabilities_and_ranks
@@ -12,15 +14,14 @@ from minigpt_pl.tokenizer import UNKNOWN_ID
 
 @dataclass(frozen=True)
 class ScoredWord:
-    """A word of a text, and what the model thought of it.
+    """A word of a text, with the model's prediction for it.
 
     Attributes:
-        text: with the space before it, if it takes one; `[UNK]` for an unknown word. Joined, the words are
-            `tokenizer.decode(tokenizer.encode(text).ids)`.
-        probability: given the words before it, in [0, 1]. None for the first: the network has learned to go on with a
-            text, not to begin one.
-        rank: among all words of the vocabulary, 1 for the likeliest; None for the first.
-        known: whether it is in the vocabulary. The probability of an unknown word is that of any unknown word.
+        text: the word, `[UNK]` if unknown, with the space before it. The words joined are the decoded text.
+        probability: given the words before it, in [0, 1]. None for the first word: the network predicts only from a
+            previous word.
+        rank: in the vocabulary, 1 for the likeliest; None for the first word.
+        known: whether the word is in the vocabulary. All unknown words share one probability.
     """
 
     text: str
@@ -30,14 +31,14 @@ class ScoredWord:
 
 
 def score(model: TextModel, text: str) -> list[ScoredWord]:
-    """How likely a model finds each word of a text.
+    """The probability and rank of each word of a text.
 
     Args:
         model: from `load`.
-        text: any text, long ones too; a word is predicted from the last `max_length` before it, as when it is written.
+        text: of any length. The context of a word is the last `max_length` words before it, as in generation.
 
     Raises:
-        InputError: the text has no words, or none that the model knows.
+        InputError: the text has no word that the model knows.
 
     Example:
         >>> for word in score(model, "this movie is great"):
@@ -48,13 +49,13 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     ranks: list[int | None] = [None]
     with inference_without_autocast(model.network):
         for hidden, targets in predictions(model.network, [ids], stride=1, show_progress=False):
-            for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
-                some_probabilities, some_ranks = probabilities_and_ranks(model.network.output(rows), wanted)
-                probabilities += some_probabilities
-                ranks += some_ranks
-    # Whether a word takes a space depends on itself alone, but a text's first never has one.
-    begin = model.tokenizer.decode(ids[:1])
-    later = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
-    texts = [begin, *(both[len(begin) :] for both in later)]
+            for rows, ids_ in zip(torch.split(hidden, 256), torch.split(targets, 256), strict=True):
+                more_probabilities, more_ranks = probabilities_and_ranks(model.network.output(rows), ids_)
+                probabilities += more_probabilities
+                ranks += more_ranks
+    # A word's space depends only on the word, but the first word of a text has none. So decode each after the first.
+    first = model.tokenizer.decode(ids[:1])
+    pairs = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
+    words = [first, *(pair[len(first) :] for pair in pairs)]
     known = [id_ != UNKNOWN_ID for id_ in ids]
-    return [ScoredWord(*word) for word in zip(texts, probabilities, ranks, known, strict=True)]
+    return [ScoredWord(*fields) for fields in zip(words, probabilities, ranks, known, strict=True)]

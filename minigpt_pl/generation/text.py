@@ -102,7 +102,7 @@ def generate_texts(
     request = _prepare(model, prompts, seed, num_samples, controls)
     texts: list[str] = []
     for jobs in request.batches():
-        new_ids = generate_ids(model.network, [job.ids for job in jobs], request.controls, [job.seed for job in jobs])
+        new_ids = generate_ids(model.prepared, [job.ids for job in jobs], request.controls, [job.seed for job in jobs])
         texts += [
             job.prompt.rstrip() + decode_continuation(model.tokenizer, ids)
             for job, ids in zip(jobs, new_ids, strict=True)
@@ -150,7 +150,7 @@ def stream_words(
     """`stream_text` with the probability of each word as in `Record`. It is None unless requested."""
     request = _prepare(model, [prompt], seed, 1, controls)
     [job] = request.jobs
-    steps = stream_ids(model.network, [job.ids], request.controls, [job.seed], with_probabilities)
+    steps = stream_ids(model.prepared, [job.ids], request.controls, [job.seed], with_probabilities)
     return (
         (decode_continuation(model.tokenizer, step.ids), step.probabilities[0] if with_probabilities else None)
         for step in steps
@@ -234,7 +234,7 @@ def _records(model: TextModel, jobs: Sequence[_Job], request: _Request, with_pro
         for prompt, _, seed in jobs
     ]
     prompts, seeds = [job.ids for job in jobs], [job.seed for job in jobs]
-    for step in stream_ids(model.network, prompts, request.controls, seeds, with_probabilities):
+    for step in stream_ids(model.prepared, prompts, request.controls, seeds, with_probabilities):
         for row, (text, id_) in enumerate(zip(step.texts, step.ids, strict=True)):
             if id_ != request.controls.end_id:
                 record = records[text]

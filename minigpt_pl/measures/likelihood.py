@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt_pl.cpu.linear import inference_without_autocast, with_packed_linears
+from minigpt_pl.cpu.linear import inference_without_autocast, pack_linear_layers
 from minigpt_pl.loss import token_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.model import MiniGPT
@@ -66,7 +66,7 @@ def predictions(
     """
     from tqdm import tqdm  # comes with lightning
 
-    network, length = with_packed_linears(network), network.max_length
+    network, length = pack_linear_layers(network), network.max_length
     windows = [(document, window) for document in documents for window in _windows(len(document), length, stride)]
     rows = max(BATCH_TOKENS // length, 1)
     device = network.output.weight.device

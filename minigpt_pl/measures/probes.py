@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt_pl.cpu.linear import with_packed_linears
+from minigpt_pl.cpu.linear import pack_linear_layers
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID
 
@@ -42,7 +42,7 @@ def score_texts(network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[
     Args:
         network: in eval mode.
     """
-    network, device = with_packed_linears(network), network.output.weight.device
+    network, device = pack_linear_layers(network), network.output.weight.device
     hidden, targets, sizes = [], [], [len(ids) for _, ids in texts]
     for context, ids in texts:
         hidden.append(_hidden_before(network, [*context, *ids], len(ids)))
@@ -83,7 +83,7 @@ def _from_hidden(network: MiniGPT, hidden: Tensor, targets: Tensor) -> Tensor:
 @torch.inference_mode()
 def last_losses(network: MiniGPT, sequences: Tensor) -> Tensor:
     """The loss of each sequence's last id given those before it: (B, L + 1) -> (B,)."""
-    network = with_packed_linears(network)
+    network = pack_linear_layers(network)
     hidden = [network.hidden_states(part[:, :-1])[:, -1] for part in sequences.split(ROWS)]
     return _from_hidden(network, torch.cat(hidden), sequences[:, -1])[:, 0]
 
@@ -141,7 +141,7 @@ def copying_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str, 
 
 @torch.inference_mode()
 def _losses_of_second(network: MiniGPT, first: Tensor, second: Tensor) -> np.ndarray:
-    network, (count, length) = with_packed_linears(network), second.shape
+    network, (count, length) = pack_linear_layers(network), second.shape
     hidden = network.hidden_states(torch.cat([first, second[:, :-1]], dim=1))[:, length:]  # (B, L - 1, D)
     losses = _from_hidden(network, hidden.flatten(0, 1), second[:, 1:].flatten())[:, 0]
     return losses.view(count, length - 1).cpu().numpy()
