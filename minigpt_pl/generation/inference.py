@@ -11,8 +11,8 @@ from minigpt_pl.cpu import int8
 from minigpt_pl.cpu.linear import PackedLinear, inference_without_autocast, pack_linear_layers
 from minigpt_pl.model import MiniGPT
 
-# In 12,000 contexts of four trained networks, the worst 8-bit rank of a token in the top k was k + 4 for k = 20,
-# k + 26 for 100, k + 58 for 500 and k + 124 for 1,000.
+# Worst 8-bit rank of a top-k token in 12,000 contexts of four trained networks: k + 4 for k = 20, k + 26 for k = 100,
+# k + 58 for k = 500, k + 124 for k = 1,000.
 SPARE, SPARE_SHARE = 12, 1 / 4  # extra candidates: SPARE + SPARE_SHARE * k
 CHECKED_TOP_K = 20  # the 8-bit output layer must find the top 20 of random hidden states
 
