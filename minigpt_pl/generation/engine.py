@@ -176,8 +176,8 @@ class _OutputLayer:
 
     The 8-bit screen: one token needs few computations but the whole output weight, so reading memory is the bottleneck.
     For a small `top_k`, an 8-bit copy of the weight, a quarter of its size, first selects somewhat more than `top_k`
-    candidates. Then only their logits are computed, in fp32. One text is generated 2.4 times faster, 64 texts 1.7 times.
-    `InferenceModel.int8_output` is None where the screen is impossible or misses the top tokens.
+    candidates. Then only their logits are computed, in fp32. On one thread of a Xeon, one text is generated 1.6 times
+    faster, 64 texts 2.1 times. `InferenceModel.int8_output` is None where the screen is impossible or not accurate.
     """
 
     def __init__(self, model: InferenceModel, controls: Controls):
@@ -222,8 +222,8 @@ class _OutputLayer:
 def _top_indices(logits: Tensor, count: int) -> Tensor:
     """Indices of the largest `count` of each row, unsorted: (B, V) -> (B, count).
 
-    The top `count` are in the `count` groups with the largest maxima, so `topk` searches only these. It takes half the
-    time of `topk` over all, and makes 64 texts 20 % faster.
+    The top `count` are in the `count` groups with the largest maxima, so `topk` searches only these. This takes half
+    the time of one `topk`: 64 texts are generated 20 % faster.
     """
     num_groups, remainder = divmod(logits.shape[1], GROUP_SIZE)
     if remainder or num_groups < count:
