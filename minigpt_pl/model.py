@@ -84,7 +84,7 @@ class MiniGPT(nn.Module):
         """Ids (B, L) -> the first block's input (B, L, D)."""
         length = ids.shape[1]
         if length > self.max_length:
-            raise ValueError(f"{length} tokens: the model reads at most max_length={self.max_length}")
+            raise ValueError(f"max_length={self.max_length}: the input has {length} tokens; shorten it")
         positions = torch.arange(length, device=ids.device)  # (L,)
         x: Tensor = self.token_embedding(ids) + self.position_embedding(positions)  # (B, L, D) + (L, D)
         return x

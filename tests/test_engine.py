@@ -223,9 +223,15 @@ class TestEngine:
 
     @needs_int8
     @pytest.mark.parametrize(
-        ("changes", "screens"), [({"top_k": 100}, True), ({"top_k": 101}, False), ({"top_k": None}, False),
-                                 ({"repetition_penalty": 1.1}, False), ({"temperature": 0, "top_k": None}, True)],
-    )  # fmt: skip
+        ("changes", "screens"),
+        [
+            ({"top_k": 100}, True),
+            ({"top_k": 101}, False),
+            ({"top_k": None}, False),
+            ({"repetition_penalty": 1.1}, False),
+            ({"temperature": 0, "top_k": None}, True),
+        ],
+    )
     def test_when_the_8_bit_screen_is_used(self, changes, screens):
         output = engine._OutputLayer(InferenceModel(network()), Controls(vocab_size=SIZE, **changes))
         assert (output.screen is not None) is screens
@@ -418,9 +424,15 @@ class TestBeams:
     @pytest.mark.parametrize(("min_tokens", "length"), [(0, 2), (2, 2), (3, 4), (4, 4), (5, 9)])
     def test_stop_words_end_a_beam(self, model, min_tokens, length):
         controls = Controls(
-            vocab_size=self.SIZE, num_tokens=9, temperature=0, num_beams=4, stop_sequences=[[8]], min_tokens=min_tokens,
-            forced_ids={1: 8, 3: 8}, banned_ids=[8],
-        )  # fmt: skip
+            vocab_size=self.SIZE,
+            num_tokens=9,
+            temperature=0,
+            num_beams=4,
+            stop_sequences=[[8]],
+            min_tokens=min_tokens,
+            forced_ids={1: 8, 3: 8},
+            banned_ids=[8],
+        )
         assert [len(ids) for ids in generate_ids(model, [[5], [6, 7]], controls, [0, 0])] == [length] * 2
 
     def test_no_token_left(self, model):
@@ -494,8 +506,11 @@ class TestControls:
         with pytest.raises(InputError) as caught:
             Controls(vocab_size=15, num_tokens=0, temperature=-1, top_k=99, top_p=2)
         assert [problem.split("=")[0] for problem in caught.value.problems] == [
-            "num_tokens", "temperature", "top_k", "top_p",
-        ]  # fmt: skip
+            "num_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+        ]
 
     def test_the_ends_of_the_ranges(self):
         Controls(vocab_size=15, num_tokens=1, min_tokens=1, temperature=0, top_k=15, top_p=1, min_p=1, typical_p=1)

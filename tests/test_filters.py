@@ -66,9 +66,15 @@ def test_the_same_distribution_as_generate_at_every_step(hugging_face):
         torch.manual_seed(number)
         prompt = torch.randint(4, SIZE, (1, 3))
         out = hugging_face.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=NEW, output_logits=True,
-            output_scores=True, return_dict_in_generate=True, **theirs,
-        )  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            max_new_tokens=NEW,
+            output_logits=True,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **theirs,
+        )
         for place, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
             processed = filters.process(logits, controls, out.sequences[:, : 3 + place], place)
             ours, expected = filters.warp(processed, controls).softmax(-1), scores.softmax(-1)
@@ -87,9 +93,15 @@ def test_greedy_equals_generate(hugging_face):
         prompt, output_logits=True, return_dict_in_generate=True, bad_words_ids=[[banned]], **settings
     )
     controls = Controls(
-        vocab_size=SIZE, num_tokens=NEW, min_tokens=5, end_id=END, temperature=0, repetition_penalty=1.5,
-        no_repeat_ngram_size=2, banned_ids=[banned],
-    )  # fmt: skip
+        vocab_size=SIZE,
+        num_tokens=NEW,
+        min_tokens=5,
+        end_id=END,
+        temperature=0,
+        repetition_penalty=1.5,
+        no_repeat_ngram_size=2,
+        banned_ids=[banned],
+    )
     for place, logits in enumerate(out.logits):
         text = out.sequences[:, : 3 + place]
         assert filters.process(logits, controls, text, place).argmax(-1) == out.sequences[:, 3 + place]
@@ -100,10 +112,15 @@ class TestTexts:
 
     @pytest.mark.parametrize(
         "changes",
-        [{"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2},
-         {"no_repeat_ngram_size": 3}, {"banned_sequences": [[5, 5, 2], [5, 6], [7], [9, 5]]}],
+        [
+            {"repetition_penalty": 2.0},
+            {"no_repeat_ngram_size": 1},
+            {"no_repeat_ngram_size": 2},
+            {"no_repeat_ngram_size": 3},
+            {"banned_sequences": [[5, 5, 2], [5, 6], [7], [9, 5]]},
+        ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_padding_on_the_left(self, changes):
         controls = Controls(vocab_size=12, **({"top_k": None} | changes))
         texts = [[5], [5, 5], [5, 6, 5, 6], [1, 2, 3, 4, 5, 6, 7, 2, 3]]
@@ -125,9 +142,16 @@ class TestTexts:
     def test_no_tensor_is_changed_in_place(self):
         logits, text = torch.randn(2, 9), torch.tensor([[1, 2, 1], [3, 3, 3]])
         controls = Controls(
-            vocab_size=9, top_k=4, top_p=0.5, min_p=0.1, typical_p=0.5, repetition_penalty=2.0, no_repeat_ngram_size=2,
-            banned_ids=[0], banned_sequences=[[1, 5], [4]],
-        )  # fmt: skip
+            vocab_size=9,
+            top_k=4,
+            top_p=0.5,
+            min_p=0.1,
+            typical_p=0.5,
+            repetition_penalty=2.0,
+            no_repeat_ngram_size=2,
+            banned_ids=[0],
+            banned_sequences=[[1, 5], [4]],
+        )
         before = logits.clone()
         filters.warp(filters.process(logits, controls, text, 0), controls)
         filters.ban_sequences(logits, [[1, 5], [4]], text)

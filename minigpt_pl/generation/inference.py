@@ -11,8 +11,8 @@ from minigpt_pl.cpu import int8
 from minigpt_pl.cpu.linear import PackedLinear, inference_without_autocast, pack_linear_layers
 from minigpt_pl.model import MiniGPT
 
-# In 12,000 contexts of four trained networks, the worst 8-bit rank of a token in the top k was k + 4 for k = 20,
-# k + 26 for 100, k + 58 for 500 and k + 124 for 1,000.
+# Worst 8-bit rank of a top-k token in 12,000 contexts of four trained networks: k + 4 for k = 20, k + 26 for k = 100,
+# k + 58 for k = 500, k + 124 for k = 1,000.
 SPARE, SPARE_SHARE = 12, 1 / 4  # extra candidates: SPARE + SPARE_SHARE * k
 CHECKED_TOP_K = 20  # the 8-bit output layer must find the top 20 of random hidden states
 
@@ -23,9 +23,9 @@ def num_candidates(top_k: int) -> int:
 
 
 class InferenceModel:
-    """A `MiniGPT` in eval mode that is prepared for generation. This takes 70 ms at the notebook's size.
+    """A `MiniGPT` in eval mode that is prepared for generation. This takes 50 ms at the notebook's size.
 
-    Later changes of the network's weights have no defined effect. `is_current` detects them.
+    Make a new one after a change of the network's weights, which `is_current` detects.
 
     Attributes:
         network: a copy that shares the weights, with a `PackedLinear` for each `nn.Linear`.
@@ -46,9 +46,9 @@ class InferenceModel:
         return [network.position_embedding.weight, *blocks, *network.output.parameters()]
 
     def is_current(self) -> bool:
-        """Whether the network still has the weights that were prepared. Takes 2 ms at the notebook's size.
+        """Whether the network still has the weights that were prepared. Takes 2 to 8 ms at the notebook's size.
 
-        Compares values, because an assignment to `parameter.data` does not change `parameter._version`.
+        Compares values, because writes to `parameter.data` do not change `parameter._version`.
         """
         pairs = zip(self._prepared_weights(), self._copies, strict=True)
         return self.source.token_embedding.weight is self._embedding and all(
