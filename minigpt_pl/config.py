@@ -422,7 +422,7 @@ def _field_problem(value: Any, setting_: Any) -> str | None:
     if value == REQUIRED:
         return f"must be given ({doc})"
     if not _has_type(value, setting_.type):
-        return f"must be {_type_words(setting_.type)}"
+        return f"must be {type_words(setting_.type)}"
     if value is None:
         return None
     if value == "" and setting_.type is not Any:
@@ -451,9 +451,9 @@ def _has_type(value: Any, type_: Any) -> bool:
     return isinstance(value, type_)
 
 
-def _type_words(type_: Any) -> str:
+def type_words(type_: Any) -> str:
     if isinstance(type_, UnionType):
-        return " or ".join(_type_words(choice) for choice in get_args(type_))
+        return " or ".join(type_words(choice) for choice in get_args(type_))
     if get_origin(type_) is list:
         return "a list, as in [a, b]"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[type_]
