@@ -150,7 +150,7 @@ class TrainerConfig:
 
     accelerator: str = setting("auto", "hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: int = setting(1, "processes per node, one per device; torchrun's number wins", minimum=1)
-    num_nodes: int = setting(1, "nodes", minimum=1)
+    num_nodes: int = setting(1, "number of nodes", minimum=1)
     strategy: str = setting("auto", "how several processes train together", choices=("auto", "ddp"))
     precision: str = setting(
         "auto",
