@@ -413,7 +413,7 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
         elif "doc" not in setting_.metadata:
             continue
         elif not _has_type(value, setting_.type):
-            yield f"{name}={value!r}: must be {_type_words(setting_.type)}"
+            yield f"{name}={value!r}: must be {type_words(setting_.type)}"
         elif problem := _field_problem(value, setting_):
             yield f"{name}={value}: {problem}"
 
@@ -450,9 +450,9 @@ def _has_type(value: Any, type_: Any) -> bool:
     return isinstance(value, type_)
 
 
-def _type_words(type_: Any) -> str:
+def type_words(type_: Any) -> str:
     if isinstance(type_, UnionType):
-        return " or ".join(_type_words(choice) for choice in get_args(type_))
+        return " or ".join(type_words(choice) for choice in get_args(type_))
     if get_origin(type_) is list:
         return "a list, as in [a, b]"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[type_]

@@ -1,15 +1,16 @@
-"""python -m minigpt_pl.convert: a model of the seed's Keras code becomes a run folder, and back."""
+"""python -m minigpt_pl.convert: import the notebook's Keras model as a run folder, or export a run to Keras."""
 
 import dataclasses
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import ConvertConfig, TrainConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_text
 from minigpt_pl.tokenizer import END, PADDING, UNKNOWN, build_tokenizer, list_vocabulary, split_words
 
 log = logging.getLogger(__name__)
@@ -20,34 +21,36 @@ def main() -> None:
 
 
 def convert(config: ConvertConfig) -> Path:
-    """Import (`from_keras`) or export (`to_keras`).
+    """Import (`from_keras`) or export (`to_keras`) a model.
 
     Returns:
-        The run folder made, or the file written.
+        The new run folder, or the new Keras file.
 
     Raises:
-        InputError: a file is missing, of another model, or does not fit the other.
+        InputError: a file is missing or holds another model, or the files do not fit together.
     """
-    return _import(config) if config.from_keras is not None else _export(config)
+    if config.from_keras is not None and config.vocabulary is not None:
+        return _import(config, Path(config.from_keras), Path(config.vocabulary))
+    return _export(config, Path(config.to_keras or ""), Path(config.vocabulary) if config.vocabulary else None)
 
 
 def read_vocabulary(path: Path, size: int) -> list[str]:
-    """The words of a Keras vocabulary, `[END]` added as the last: it takes the logit that the seed leaves unused.
+    """The words of a Keras vocabulary and `[END]`, which takes the one logit that the notebook does not use.
 
     Args:
-        path: a word a line, first the empty one (padding), then `[UNK]`.
-        size: entries wanted, `[END]` included: the model's number of logits.
+        path: a file with one word per line. The first is empty (padding), the second is `[UNK]`.
+        size: number of entries with `[END]`: the model's number of logits.
 
     Raises:
         InputError: the file cannot be read, or is not the vocabulary of such a model.
     """
+    remedy = "write vectorize_layer.get_vocabulary() of this model to it, one word per line"
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"vocabulary={path}: cannot be read ({error}); give a UTF-8 file, a word a line") from error
-    # Not splitlines(): it cuts at U+0085 and U+2028 too, which the seed leaves inside words.
+        raise InputError(f"vocabulary={path}: cannot be read ({error}); {remedy}, in UTF-8") from error
+    # Not splitlines(): it also cuts at U+0085 and U+2028, which the notebook keeps inside words.
     words = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    remedy = "write vectorize_layer.get_vocabulary() of the model's own layer to it, a word a line"
     if words[:2] != [PADDING, UNKNOWN]:
         raise InputError(
             f"vocabulary={path}: must begin with an empty line (padding) and {UNKNOWN}, not {words[:2]}; {remedy}"
@@ -61,46 +64,37 @@ def read_vocabulary(path: Path, size: int) -> list[str]:
         if word in seen:
             raise InputError(f"vocabulary={path}: line {line} repeats line {seen[word]} ({word!r}); {remedy}")
         if line > 2 and split_words(word) != [word]:
-            raise InputError(
-                f"vocabulary={path}: line {line} ({word!r}) is no single word under the seed's rule; {remedy}"
-            )
+            raise InputError(f"vocabulary={path}: line {line} ({word!r}) is not one word of the notebook; {remedy}")
         seen[word] = line
     return [*words, END]
 
 
-def _import(config: ConvertConfig) -> Path:
+def _import(config: ConvertConfig, source: Path, vocabulary: Path) -> Path:
     import yaml
 
     from minigpt_pl.keras_weights import read_keras
 
-    source, output_dir = Path(config.from_keras), Path(config.output_dir)
+    output_dir = Path(config.output_dir)
     if config.run_name is not None and (output_dir / config.run_name / runs.RECORD).exists():
-        raise InputError(f"run_name={config.run_name}: {output_dir / config.run_name} exists; take another name")
+        raise InputError(f"run_name={config.run_name}: {output_dir / config.run_name} exists; choose another name")
     model = read_keras(source)
-    vocabulary = read_vocabulary(Path(config.vocabulary), model.arguments["vocab_size"])
+    words = read_vocabulary(vocabulary, model.arguments["vocab_size"])
 
-    # The command line that a resumed run goes on with: the seed's way of training, at this model's sizes.
+    # `train resume=` continues with these overrides: the notebook's way of training, with this model's sizes.
     overrides = ["experiment=keras", *(f"model.{name}={value}" for name, value in model.arguments.items())]
     settings = app.to_settings(app.compose("train", overrides))
     folder = runs.make_run_folder(output_dir, config.run_name, "keras")
-    build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
-    _save_checkpoint(folder / "checkpoints" / "last.ckpt", settings, model.state_dict)
-    write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
-    runs.update_record(
-        folder,
-        status="finished",
-        overrides=overrides,
-        command=sys.argv,
-        epochs=0,
-        steps=0,
-        **{runs.IMPORTED_FROM: str(source)},
-    )
+    build_tokenizer(words).save(str(folder / "tokenizer.json"))
+    _save_checkpoint(folder / runs.LAST, settings, model.state_dict)
+    write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    record = {"status": "finished", "overrides": overrides, "command": sys.argv, "epochs": 0, "steps": 0}
+    runs.update_record(folder, **record, **{runs.IMPORTED_FROM: str(source)})
     log.info("Run: %s (%s)", folder, ", ".join(f"{name} {value}" for name, value in model.arguments.items()))
     return folder
 
 
-def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict) -> None:
-    """What `Trainer.fit(ckpt_path=...)` needs to begin with these weights, and nothing more."""
+def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any]) -> None:
+    """Write the parts of a Lightning checkpoint that `Trainer.fit(ckpt_path=...)` needs to start with these weights."""
     import lightning
     import torch
 
@@ -110,46 +104,41 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict) -> None:
         model=dataclasses.asdict(settings.model),
         optimizer=dataclasses.asdict(settings.optimizer) | {"second_moment": "by_occurrence"},
         schedule=dataclasses.asdict(settings.schedule),
-        total_steps=1,  # a resumed run counts its own
+        total_steps=1,  # a resumed run counts its own steps
         end_id=None,
         loss_on_padding=settings.data.loss_on_padding,
         seed=settings.seed,
     )
     module.model.load_state_dict(weights)
-    contents = {
+    path.parent.mkdir()
+    checkpoint = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": lightning.__version__,
         "state_dict": module.state_dict(),
-        # Lightning asks for these two. Empty, they leave the new optimizer as the settings of that day make it; the
-        # state of a fresh one would bring today's learning rate with it. Without "loops" it begins at the first epoch.
+        # Lightning needs these two. With empty lists a resumed run uses the learning rate of its own settings.
         "optimizer_states": [],
         "lr_schedulers": [],
         "hyper_parameters": dict(module.hparams),
     }
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    torch.save(contents, aside)
-    aside.replace(path)
+    torch.save(checkpoint, path)
 
 
-def _export(config: ConvertConfig) -> Path:
+def _export(config: ConvertConfig, target: Path, vocabulary: Path | None) -> Path:
     from minigpt_pl.checkpoints import choose_checkpoint
     from minigpt_pl.keras_weights import write_keras
     from minigpt_pl.text_model import load
 
-    for name in ("to_keras", "vocabulary"):
-        path = Path(getattr(config, name) or "")
-        if path.is_file():
-            raise InputError(f"{name}={path}: exists; give another name, or remove it")
-        if not path.parent.is_dir():
-            raise InputError(f"{name}={path}: there is no folder {path.parent}; make it first")
-    target = Path(config.to_keras)
+    for name, path in {"to_keras": target, "vocabulary": vocabulary}.items():
+        if path is not None and path.exists():
+            raise InputError(f"{name}={path}: exists; choose another name, or remove it")
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{name}={path}: there is no folder {path.parent}; create it first")
     model = load(choose_checkpoint(Path(config.output_dir), config.run))
     write_keras(target, model.network)
-    if config.vocabulary is not None:
-        words = list_vocabulary(model.tokenizer)[:-1]  # less [END], which Keras knows nothing of
-        write_aside(Path(config.vocabulary), "\n".join(words) + "\n")
+    if vocabulary is not None:
+        words = list_vocabulary(model.tokenizer)[:-1]  # without [END], which Keras does not know
+        write_text(vocabulary, "\n".join(words) + "\n")
     log.info("Wrote %s from %s", target, model.checkpoint)
     return target
 

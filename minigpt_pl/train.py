@@ -49,7 +49,7 @@ def _refuse_in_sweep(config: TrainConfig) -> None:
 def _settings_of_the_run(arguments: list[str]) -> list[str]:
     """The command line of a resumed run: the run's own settings, then what this one says instead."""
     place = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
-    if not any(argument.startswith("resume=") for argument in place) or {"-m", "--multirun"} & set(arguments):
+    if not any(argument.startswith("resume=") for argument in place) or {"-m", "--multirun"} & set(sys.argv):
         return arguments
     config = app.to_settings(app.compose("train", place))
     checkpoint = _checkpoint_to_resume(config)

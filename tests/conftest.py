@@ -1,12 +1,16 @@
 """Shared by all tests: a small text, the real reviews if present, one small trained run, the marker `slow`."""
 
+import contextlib
 import csv
+import importlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -126,6 +130,25 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "story.txt"
     path.write_text("\n".join(lines + lines[:20]) + "\n")
     return path
+
+
+def run_main(module: str, *arguments: str, cwd: Path, input: str = "") -> subprocess.CompletedProcess:
+    """`python -m minigpt_pl.<module> ...` in this process, which saves the seconds that the imports take."""
+    main = importlib.import_module(f"minigpt_pl.{module}").main
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
+        mock.patch.object(sys, "argv", [f"{module}.py", *arguments]),
+        mock.patch.object(sys, "stdin", io.StringIO(input)),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 def run_module(module: str, *arguments: str, cwd: Path, timeout: float = 300, **options) -> subprocess.CompletedProcess:

@@ -1,26 +1,31 @@
-"""The commands as a person gives them: output, errors, exit codes."""
+"""The commands as a person gives them: output, errors, exit codes, Hydra's flags.
+
+Most tests call `main()` in this process (`run_main`). A new process (`run_module`) is for exit codes, pipes, closed
+streams and imports.
+"""
 
 import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, run_module
+from conftest import TINY_RUN, run_main, run_module
 
 import minigpt_pl
-from minigpt_pl import runs
+from minigpt_pl import __main__, runs
 
 
 def sample(cwd, *arguments, **options):
-    return run_module("sample", "top_k=5", *arguments, cwd=cwd, **options)
+    return run_main("sample", "top_k=5", *arguments, cwd=cwd, **options)
 
 
 class TestSample:
     def test_newest_finished_run(self, trained):
-        done = sample(trained, "prompt=the cat", "seed=1", "num_tokens=12")
+        done = run_module("sample", "prompt=the cat", "seed=1", "num_tokens=12", "top_k=5", cwd=trained)
         assert done.returncode == 0, done.stderr
         assert "checkpoint: outputs/tiny/checkpoints/best.ckpt" in done.stderr
         model = minigpt_pl.load(trained / "outputs" / "tiny")
@@ -49,29 +54,35 @@ class TestSample:
 
     def test_controls_change_the_text(self, trained):
         def write(*arguments):
-            return run_module("sample", "prompt=the cat", "num_tokens=30", *arguments, cwd=trained).stdout
+            return run_main("sample", "prompt=the cat", "num_tokens=30", *arguments, cwd=trained).stdout
 
         base = write("seed=0", "temperature=1", "top_k=20")
-        assert len(base) > 25, "this seed ends at once; take another"
+        assert len(base) > 25, "the text of this seed ends too early; use another seed"
         others = [write("seed=2", "temperature=1", "top_k=20"), write("seed=0", "temperature=3", "top_k=20")]
         others += [write("seed=0", "temperature=1", "top_k=1"), write("seed=0", "top_k=20", "num_tokens=3")]
         assert base == write("seed=0", "temperature=1", "top_k=20") and base not in others
-        assert write("temperature=0", "top_k=20") == write("top_k=1", "seed=7"), "greedy is the likeliest of all"
+        assert write("temperature=0", "top_k=20") == write("top_k=1", "seed=7"), "greedy equals top_k=1"
 
     @pytest.mark.parametrize(
         "control",
-        ["top_p=0.3", "min_p=0.9", "typical_p=0.1", "repetition_penalty=5", "no_repeat_ngram_size=2",
-         "banned_words=[the]"],
-    )  # fmt: skip
+        [
+            "top_p=0.3",
+            "min_p=0.9",
+            "typical_p=0.1",
+            "repetition_penalty=5",
+            "no_repeat_ngram_size=2",
+            "banned_words=[the]",
+        ],
+    )
     def test_each_control_reaches_the_text(self, trained, control):
         arguments = ["prompt=the cat", "num_tokens=40", "seed=0", "temperature=2", "top_k=20"]
-        plain, changed = (run_module("sample", *arguments, *more, cwd=trained) for more in ([], [control]))
+        plain, changed = (run_main("sample", *arguments, *more, cwd=trained) for more in ([], [control]))
         assert changed.returncode == 0, changed.stderr
         assert changed.stdout != plain.stdout
 
     def test_min_tokens(self, trained):
         arguments = ["prompt=the cat", "num_samples=30", "num_tokens=40", "seed=0", "top_k=20"]
-        texts = [run_module("sample", *arguments, *more, cwd=trained).stdout for more in ([], ["min_tokens=40"])]
+        texts = [run_main("sample", *arguments, *more, cwd=trained).stdout for more in ([], ["min_tokens=40"])]
         shortest = [min(len(text.split()) for text in texts_.strip().split("\n\n")) for texts_ in texts]
         assert shortest[0] < 25 <= shortest[1]
 
@@ -101,7 +112,7 @@ class TestSample:
 
 @pytest.fixture
 def damaged(trained, tmp_path):
-    """A copy of the run, to be damaged."""
+    """A copy of the run, for a test to damage."""
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     return tmp_path
 
@@ -122,18 +133,12 @@ class TestBadInput:
             (["prompt=xyzzy plugh"], ["prompt='xyzzy plugh': none of its words"]),
             ([], ["prompt=null: give prompt="]),
             (["prompt=a", "prompts_file=p.txt"], ["prompts_file=p.txt: give it or prompt=a, and not both"]),
-            (
-                ["prompt=a", "top_k=2.5", "temperature=x", "interactive=maybe", "banned_words=the"],
-                [
-                    "top_k=2.5: must be a whole number",
-                    "temperature=x: must be a number",
-                    "interactive=maybe: must be true or false",
-                    "banned_words=the: must be a list, as in [a, b]",
-                ],
-            ),
+            (["prompt=a", "top_k=2.5"], ["top_k=2.5: must be a whole number or null"]),
+            (["prompt=a", "temperature=x"], ["temperature=x: must be a number"]),
+            (["prompt=a", "interactive=maybe"], ["interactive=maybe: must be true or false"]),
+            (["prompt=a", "banned_words=the"], ["banned_words=the: must be a list, as in [a, b]"]),
             (["prompt=a", "temperature=-1"], ["temperature=-1.0: must be at least 0"]),
             (["prompt=a", "temperature=nan"], ["temperature=nan: must be a finite number"]),
-            (["prompt=a", "temperature=warm"], ["temperature=warm: "]),
             (["prompt=a", "top_k=0"], ["top_k=0: must be at least 1"]),
             (["prompt=a", "top_k=100000"], ["top_k=100000: must be 1 to 26"]),
             (["prompt=a", "top_p=0", "min_tokens=-1"], ["top_p=0.0: must be above 0", "min_tokens=-1: must be"]),
@@ -143,18 +148,25 @@ class TestBadInput:
             (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: give it or run=tiny, and not both"]),
             (["prompt=[]"], ["prompt=[]: must be a text, or a list of texts"]),
             (["prompt=[the cat, 2.50, null]"], ["prompt=['the cat', 2.5, None]: must be a text"]),
-            (["prompt=a", "=3", "~seed", "word"], ["=3: not a setting", "~seed: not a", "word: not a"]),
+            (["the cat"], ["the cat: is not a setting; write SETTING=VALUE"]),
+            (["prompt=a", "num_tokens=[1"], ["num_tokens=[1: cannot be read; put quotes around the value"]),
+            (
+                ["prompt=a", "seed=1,2"],
+                ["seed=1,2: has several values; write [a,b] for a list, quote"],
+            ),
+            (["prompt=a", "+topk=3"], ["topk: no such setting"]),
+            (["prompt=a", "run=${none}"], ["Interpolation key 'none' not found"]),
+            (["--nope"], ["unrecognized arguments: --nope; --hydra-help lists the flags"]),
+            (["--config-dir", "none"], ["none' not found"]),
+            (["--config-name", "none"], ["Cannot find primary config 'none'"]),
             (["prompt=a", "output_dir=none"], ["output_dir=none: no finished run there"]),
             (["prompt=a", "checkpoint=none.ckpt"], ["checkpoint=none.ckpt: no such run folder or checkpoint"]),
             (["prompts_file=none.txt"], ["prompts_file=none.txt: cannot be read"]),
-            (
-                ["prompt=a", "top_k=0", "num_tokens=x", "temperature=-1", "nope=1"],
-                ["top_k=0", "num_tokens=x", "temperature=-1", "nope=1"],
-            ),
+            (["prompt=a", "top_k=0", "temperature=-1"], ["top_k=0: must be at least 1", "temperature=-1.0: must be"]),
         ],
     )
     def test_sample(self, trained, arguments, messages):
-        assert_refused(run_module("sample", *arguments, cwd=trained), *messages)
+        assert_refused(run_main("sample", *arguments, cwd=trained), *messages)
 
     def test_a_damaged_checkpoint(self, damaged):
         path = damaged / "outputs" / "tiny" / "checkpoints" / "best.ckpt"
@@ -195,118 +207,231 @@ class TestBadInput:
         [
             (["data=text", "data.path=none.txt"], ["data.path=none.txt: no such file or folder"]),
             (["data=text"], ["data.path=: must be given"]),
-            (["data=movies"], ["data=movies: no such choice; one of imdb, text"]),
+            (["data=movies"], ["data=movies: no such choice; choose from imdb, text"]),
+            (["experiment=mine"], ["experiment=mine: no such choice; choose from best, fast"]),
             (["data.source=none"], ["data.source=none: no such folder"]),
-            (["model.embed_dim=-1", "trainer.max_epochs=x", "data.cut=chop", "nope=1"],
-             ["model.embed_dim=-1: must be", "trainer.max_epochs=x: ", "data.cut=chop", "nope=1: no such setting"]),
+            (["model.embed_dim=-1", "data.cut=chop"], ["model.embed_dim=-1: must be", "data.cut=chop: must be one of"]),
+            (["trainer.max_epochs=x", "model.embed_dim=-1"], ["trainer.max_epochs=x: must be a whole number"]),
+            (["~trainer.nothing"], ["'trainer.nothing' does not exist"]),
+            (["+seed=1"], ["An item is already at 'seed'. Either remove + prefix: 'seed=1'"]),
             (["resume=auto"], ["resume=auto: no unfinished run in outputs"]),
             (["resume=none.ckpt"], ["resume=none.ckpt: no such run folder or checkpoint"]),
-            (["data.train_splits=[trian]", "data.validation_split=tets"],
-             ["data.train_splits=['trian']: must be one of train", "data.validation_split=tets: must be one of"]),
+            (
+                ["data.train_splits=[trian]", "data.validation_split=tets"],
+                ["data.train_splits=['trian']: must be one of", "data.validation_split=tets: must be one of"],
+            ),
             (["trainer.max_time=0:00:00:00"], ["trainer.max_time=0:00:00:00: must be DD:HH:MM:SS"]),
-            (["model.tie_embeddings=true"], ["model.tie_embeddings=true: a tied", ]),
-            (["optimizer.name=adamw"], ["optimizer.name=adamw: set optimizer.second_moment=dense"]),
+            (
+                ["optimizer.second_moment=by_occurrence", "optimizer.name=adamw"],
+                ["optimizer.second_moment=by_occurrence: needs optimizer.name=keras_adam"],
+            ),
+            (["schedule.final_ratio=0.1"], ["schedule.final_ratio=0.1: has no effect with schedule.name=constant"]),
             (["-m", "seed=1,2", "run_name=x"], ["run_name=x: is the name of one run; in a sweep (-m) leave it out"]),
             (["-m", "seed=1,2", "resume=auto"], ["resume=auto: each job would go on with the same run"]),
         ],
-    )  # fmt: skip
+    )
     def test_train(self, tmp_path, arguments, messages):
-        assert_refused(run_module("train", *arguments, cwd=tmp_path), *messages)
+        assert_refused(run_main("train", *arguments, cwd=tmp_path), *messages)
         assert not list(tmp_path.glob("outputs/*/run.json"))
 
-    def test_prompts_are_looked_at_before_training(self, story, tmp_path):
+    def test_prompts_are_checked_before_training(self, story, tmp_path):
         arguments = [*TINY_RUN, f"data.path={story}", "text_generator.prompts=[xyzzy]"]
-        assert_refused(
-            run_module("train", *arguments, cwd=tmp_path), "text_generator.prompts='xyzzy': none of its words"
-        )
-        none_asked_for = ["text_generator.every_n_epochs=0", "trainer.max_steps=1"]
-        assert run_module("train", *arguments, *none_asked_for, cwd=tmp_path).returncode == 0
+        assert_refused(run_main("train", *arguments, cwd=tmp_path), "text_generator.prompts='xyzzy': none of its words")
 
-    def test_resume_of_a_damaged_run_harms_nothing(self, damaged):
+    def test_resume_of_a_damaged_run_changes_nothing(self, damaged):
         folder = damaged / "outputs" / "tiny"
         runs.update_record(folder, status="interrupted")
         (folder / "checkpoints" / "last.ckpt").write_bytes(b"nothing")
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert_refused(run_module("train", "resume=auto", cwd=damaged), "last.ckpt: cannot be read")
+        assert_refused(run_main("train", "resume=auto", cwd=damaged), "last.ckpt: cannot be read")
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
-    def test_full_error_shows_the_traceback(self, trained):
-        done = run_module("sample", "prompt=", cwd=trained, env={"HYDRA_FULL_ERROR": "1"})
-        assert done.returncode != 0 and "Traceback" in done.stderr
+    def test_an_error_of_a_file_names_the_file(self, tmp_path):
+        folder = tmp_path / "mine" / "experiment"
+        folder.mkdir(parents=True)
+        (folder / "typo.yaml").write_text("# @package _global_\ntrainer:\n  max_epoch: 1\n")
+        (folder / "type.yaml").write_text("# @package _global_\ntrainer:\n  max_epochs: x\n")
+        done = run_main("train", "--config-dir=mine", "experiment=typo", cwd=tmp_path)
+        assert_refused(done, "trainer.max_epoch: no such setting; --help lists them (in experiment/typo.yaml)")
+        done = run_main("train", "--config-dir=mine", "experiment=type", cwd=tmp_path)
+        assert_refused(done, "trainer.max_epochs: must be a whole number (in experiment/type.yaml)")
+
+    def test_one_line_and_exit_code_2_from_a_new_process(self, trained):
+        for arguments in (["top_k=0"], ["topk=3"]):
+            done = run_module("sample", *arguments, cwd=trained)
+            assert (done.returncode, done.stderr.count("\n"), done.stderr[:7]) == (2, 1, "error: ")
+
+    @pytest.mark.parametrize("arguments", [["prompt="], ["topk=3"]])
+    def test_full_error_shows_the_traceback(self, trained, arguments):
+        done = run_module("sample", *arguments, cwd=trained, env={"HYDRA_FULL_ERROR": "1"})
+        assert done.returncode == 1 and "Traceback" in done.stderr
 
 
-def test_help_names_every_setting_with_its_value(tmp_path):
-    done = run_module("train", "--help", "model.embed_dim=64", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "model.embed_dim=64" in done.stdout and "experiment=best|fast|keras|quick|scaling" in done.stdout
+@pytest.fixture
+def mine(tmp_path):
+    """A folder with a user's own experiment, mine/experiment/mine.yaml."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  max_epochs: 7\n")
+    return tmp_path
 
 
-def test_resume_takes_the_runs_own_settings(trained, tmp_path):
+class TestHydrasFlags:
+    @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "explore", "convert"])
+    def test_cfg_of_each_command(self, command, tmp_path):
+        done = run_main(command, "--cfg", "job", "output_dir=elsewhere", cwd=tmp_path)
+        assert done.returncode == 0 and "output_dir: elsewhere" in done.stdout.splitlines()
+        assert not list(tmp_path.iterdir())
+
+    def test_cfg_resolve_and_package(self, tmp_path):
+        done = run_main("train", "data.batch_size=3", "-c", "job", "-p", "data", "--resolve", cwd=tmp_path)
+        assert done.stdout.startswith("# @package data\nbatch_size: 3\n")
+        assert "cache_dir: outputs/cache" in done.stdout
+
+    @pytest.mark.parametrize("override", ["experiment=mine", "+experiment=mine"])
+    def test_a_users_own_experiment(self, mine, override):
+        done = run_main("train", "--config-dir", "mine", override, "-c", "job", "-p", "trainer.max_epochs", cwd=mine)
+        assert (done.returncode, done.stdout) == (0, "7\n")
+
+    def test_a_users_own_conf_folder(self, mine):
+        (mine / "mine" / "other.yaml").write_text("defaults: [sample_schema, hydra_defaults, _self_]\ntop_k: 3\n")
+        for flags in (["--config-dir", "mine"], ["--config-dir", "mine", "--config-path", str(mine / "mine")]):
+            done = run_main("sample", *flags, "--config-name", "other", "-c", "job", "-p", "top_k", cwd=mine)
+            if "--config-path" in flags:  # then conf/hydra_defaults.yaml is not found
+                assert_refused(done, "Could not load 'hydra_defaults'")
+            else:
+                assert (done.returncode, done.stdout) == (0, "3\n")
+
+    def test_deleted_groups_and_settings(self, tmp_path):
+        done = run_main("train", "logger=wandb", "~logger", "~seed", "--cfg", "job", cwd=tmp_path)
+        assert done.returncode == 0 and "\nlogger:\n  name: csv\n" in done.stdout and "\nseed:" not in done.stdout
+
+    def test_info(self, mine):
+        done = run_main("train", "--info", "searchpath", "--config-dir", "mine", cwd=mine)
+        assert done.returncode == 0
+        assert sum(line.startswith("| command-line | file://") for line in done.stdout.splitlines()) == 1
+
+    def test_shell_completion(self, tmp_path, monkeypatch):
+        assert "hydra_bash_completion()" in run_main("train", "-sc", "install=bash", cwd=tmp_path).stdout
+        monkeypatch.setenv("COMP_LINE", "minigpt-train trainer.max_e")
+        assert run_main("train", "-sc", "query=bash", cwd=tmp_path).stdout == "trainer.max_epochs=\n"
+        monkeypatch.setenv("COMP_LINE", "minigpt-train experiment=")
+        assert "experiment=quick" in run_main("train", "-sc", "query=bash", cwd=tmp_path).stdout
+
+    def test_version_and_hydras_help(self, tmp_path):
+        assert run_main("train", "--version", cwd=tmp_path).stdout.startswith("Hydra 1.3")
+        assert "--config-dir" in run_main("train", "--hydra-help", cwd=tmp_path).stdout
+
+    def test_run_dir(self, trained, tmp_path):
+        """Hydra creates its folder. It writes files and changes into the folder only on request."""
+        arguments = ["prompt=the cat", f"output_dir={trained / 'outputs'}", f"hydra.run.dir={tmp_path / 'here'}"]
+        done = run_main("sample", *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["here"] and not list((tmp_path / "here").iterdir())
+        (tmp_path / "here" / "prompts.txt").write_text("the ship")
+        more = ["hydra.job.chdir=true", "hydra.output_subdir=.hydra", "prompts_file=prompts.txt"]
+        done = run_main("sample", *arguments[1:], *more, cwd=tmp_path)
+        assert done.stdout.startswith("the ship"), done.stderr
+        assert (tmp_path / "here" / ".hydra" / "overrides.yaml").is_file()
+
+    def test_a_sweep_goes_on_after_a_failed_job(self, trained, tmp_path):
+        arguments = ["prompt=the cat", "top_k=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+        done = run_main("sample", "num_tokens=3", "-m", *arguments, cwd=trained)
+        assert_refused(done, "top_k=0: must be at least 1")
+        assert done.stdout.startswith("the cat ")
+        assert (tmp_path / "sweep" / "multirun.yaml").is_file()
+
+
+class TestHelp:
+    def test_every_setting_with_its_value_and_meaning(self, mine):
+        arguments = ["--help", "model.embed_dim=64", "--config-dir", "mine", "experiment=mine"]
+        done = run_main("train", *arguments, cwd=mine)
+        assert done.returncode == 0, done.stderr
+        assert "  model.embed_dim=64\n      width of the embeddings" in done.stdout
+        assert "  trainer.max_epochs=7\n" in done.stdout
+        assert "  experiment=best|fast|keras|mine|quick|scaling\n" in done.stdout
+        assert "  data=imdb|text\n" in done.stdout
+
+    def test_a_setting_without_a_value(self, tmp_path):
+        assert "  data.path=???\n" in run_main("train", "data=text", "-h", cwd=tmp_path).stdout
+
+    def test_wrong_settings(self, tmp_path):
+        assert_refused(run_main("sample", "--help", "topk=3", cwd=tmp_path), "topk=3: no such setting")
+
+    def test_list_of_commands(self, tmp_path):
+        done = run_main("__main__", cwd=tmp_path)
+        commands = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("python")]
+        assert commands == [f"python -m minigpt_pl.{name}" for name in __main__.COMMANDS]
+        assert run_main("__main__", "--help", cwd=tmp_path).stdout == done.stdout
+        assert run_main("__main__", "--version", cwd=tmp_path).stdout == version("minigpt_pl") + "\n"
+        assert_refused(run_main("__main__", "train", cwd=tmp_path), "train: is not an option of minigpt_pl; write")
+
+
+def test_resume_uses_the_settings_of_the_run(trained, tmp_path):
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
-    done = run_module("train", "resume=outputs/tiny", "trainer.max_epochs=3", cwd=tmp_path)
+    done = run_main("train", "resume=outputs/tiny", "trainer.max_epochs=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "outputs" / "tiny" / "run.json").read_text())
     assert record["epochs"] == 3 and record["status"] == "finished"
     assert len((tmp_path / "outputs" / "tiny" / "samples.jsonl").read_text().splitlines()) == 3
 
 
-def test_resume_by_name_with_the_runs_own_kind_of_text(trained, story, tmp_path):
-    """data.path is a setting of data=text, which the run's record brings."""
+def test_resume_by_name_with_a_moved_text(trained, story, tmp_path):
+    """data.path needs data=text, which comes from the record of the run."""
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     shutil.copy(story, tmp_path / "moved.txt")
     options = ["resume=tiny", "trainer.max_epochs=3"]
-    done = run_module("train", *options, "data.path=moved.txt", cwd=tmp_path)
+    done = run_main("train", *options, "data.path=moved.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "outputs" / "tiny" / "run.json").read_text())["epochs"] == 3
-    assert_refused(run_module("train", *options, "run_name=other", cwd=tmp_path), "run_name=other: resume=tiny goes on")
+    assert_refused(run_main("train", *options, "run_name=other", cwd=tmp_path), "run_name=other: resume=tiny goes on")
     changed = tmp_path / "changed.txt"
     changed.write_text(story.read_text() + "The cat sees the dog.\n")
-    refused = run_module("train", *options, f"data.path={changed}", cwd=tmp_path)
+    refused = run_main("train", *options, f"data.path={changed}", cwd=tmp_path)
     assert_refused(refused, "data: the text is not the one")
 
 
-def test_a_run_in_training_is_left_alone(trained, tmp_path):
+def test_a_run_in_training_is_not_resumed(trained, tmp_path):
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     folder = tmp_path / "outputs" / "tiny"
-    runs.update_record(folder, status="running")  # killed, or at work: only the lock tells
+    runs.update_record(folder, status="running")  # killed or still running: only the lock shows it
     lock = runs.lock(folder)
-    assert_refused(run_module("train", "resume=auto", cwd=tmp_path), "resume=auto: no unfinished run")
+    assert_refused(run_main("train", "resume=auto", cwd=tmp_path), "resume=auto: no unfinished run")
     options = ["resume=tiny", "trainer.max_epochs=3"]
-    assert_refused(run_module("train", *options, cwd=tmp_path), "run_name=tiny: ")
+    assert_refused(run_main("train", *options, cwd=tmp_path), "run_name=tiny: ")
     lock.release()
-    assert run_module("train", "resume=auto", "trainer.max_epochs=3", cwd=tmp_path).returncode == 0
+    assert run_main("train", "resume=auto", "trainer.max_epochs=3", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("setting", ["output_dir", "data.cache_dir"])
-def test_a_file_where_a_folder_should_be(story, tmp_path, setting):
+def test_a_file_in_place_of_a_folder(story, tmp_path, setting):
     (tmp_path / "file").write_text("mine")
-    done = run_module("train", *TINY_RUN, f"data.path={story}", f"{setting}=file", cwd=tmp_path)
+    done = run_main("train", *TINY_RUN, f"data.path={story}", f"{setting}=file", cwd=tmp_path)
     assert_refused(done, "data.cache_dir=file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "taken"])
-def test_run_names_that_cannot_be(story, tmp_path, name):
+def test_unusable_run_names(story, tmp_path, name):
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "taken").write_text("mine")
-    done = run_module("train", *TINY_RUN, f"data.path={story}", f"run_name={name}", "resume=auto", cwd=tmp_path)
+    done = run_main("train", *TINY_RUN, f"data.path={story}", f"run_name={name}", "resume=auto", cwd=tmp_path)
     assert_refused(done, f"run_name={name}: ")
     assert (tmp_path / "outputs" / "taken").read_text() == "mine"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk(trained):
     command = [sys.executable, "-m", "minigpt_pl.sample", "prompt=the cat", "num_samples=9"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=trained, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
-    assert_refused(done, "output: no space is left to write")
+    assert_refused(done, "output: no space left on the disk")
 
 
 @pytest.mark.parametrize(
     ("command", "beginning"),
     [("'prompt=the cat' num_samples=2000 num_tokens=20 | head -1", "the cat"), ("--help | true", "")],
 )
-def test_a_reader_that_leaves(trained, command, beginning):
+def test_a_closed_pipe(trained, command, beginning):
     command = f"{sys.executable} -m minigpt_pl.sample {command}"
     done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
     assert done.stdout.startswith(beginning) and "Error" not in done.stderr and "Exception" not in done.stderr
@@ -319,7 +444,7 @@ def test_closed_standard_output(trained, arguments):
     assert (done.returncode, done.stderr[:32]) == (2, "error: standard output is closed")
 
 
-def test_a_prompt_is_a_line_whatever_else_it_holds(trained):
+def test_each_line_is_a_prompt(trained):
     (trained / "odd.txt").write_bytes("\ufeffthe cat\x0cthe\u2028dog\r\nthe ship\n".encode())
     texts = sample(trained, "prompts_file=odd.txt", "seed=0").stdout.split("\n\n")
     assert len(texts) == 2 and texts[0].startswith("the cat")

@@ -1,4 +1,4 @@
-"""A Keras file becomes a run folder and comes back, or a line says why not. Keras itself: tests/parity/."""
+"""Import of a Keras file as a run folder, and export. Wrong files give one clear line. Keras itself: tests/parity/."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from minigpt_pl.runs import read_record
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'minigpt_pl[keras]'")
 
-# No two sizes are equal, so that none can stand in for another.
+# All sizes differ, so a test finds two that are exchanged.
 ARGUMENTS = {
     "vocab_size": 40,
     "max_length": 9,
@@ -36,7 +36,7 @@ WORDS = ["", "[UNK]", "the", "movie", ".", "'s", "é", "a\u0085b", "no\u00a0brea
 
 
 def network(**arguments) -> MiniGPT:
-    """One in which no weight is at 0 or at 1."""
+    """A network without weights of exactly 0 or 1."""
     torch.manual_seed(0)
     model = MiniGPT(**ARGUMENTS | arguments)
     with torch.no_grad():
@@ -60,8 +60,7 @@ def vocabulary(tmp_path) -> Path:
 
 
 def run(tmp_path: Path, **settings) -> Path:
-    names = ("from_keras", "to_keras", "vocabulary", "run_name", "run")
-    settings = {name: str(settings[name]) if name in settings else None for name in names}
+    settings = {name: str(value) for name, value in settings.items()}
     return convert(ConvertConfig(**settings, output_dir=str(tmp_path / "outputs")))
 
 
@@ -77,14 +76,14 @@ def edit(path: Path, change) -> None:
         change(file)
 
 
-# ----------------------------------------------------------------------------------------------- both ways
+# ------------------------------------------------------------------------------------- import and export
 
 
 @pytest.mark.parametrize(
     "arguments", [{}, {"num_blocks": 11}, {"head_dim": 8, "num_heads": 2}, {"tie_embeddings": True}], ids=str
 )
 def test_weights_come_back_bit_by_bit(arguments, tmp_path):
-    """Eleven blocks, since `transformer_block_10` stands before `transformer_block_2` in the file."""
+    """With eleven blocks, because HDF5 sorts `transformer_block_10` before `transformer_block_2`."""
     model = network(**arguments)
     write_keras(tmp_path / "model.weights.h5", model)
     back = read_keras(tmp_path / "model.weights.h5")
@@ -94,7 +93,7 @@ def test_weights_come_back_bit_by_bit(arguments, tmp_path):
 
 
 def test_the_file_comes_back_bit_by_bit(keras_file, vocabulary, tmp_path):
-    """File to run folder to file: every array, and the words."""
+    """From file to run folder to file: all arrays, and the words."""
     folder = run(tmp_path, from_keras=keras_file, vocabulary=vocabulary)
     run(tmp_path, to_keras=tmp_path / "back.weights.h5", run=folder, vocabulary=tmp_path / "back.txt")
 
@@ -114,7 +113,7 @@ def test_the_file_comes_back_bit_by_bit(keras_file, vocabulary, tmp_path):
 
 
 def test_layers_of_other_names_are_recognised(keras_file, tmp_path):
-    """A class of another name, layers that were counted on: only what lies inside tells what a layer is."""
+    """Classes with other names, and numbers that Keras adds. Only the arrays inside a layer show its kind."""
 
     def rename(file) -> None:
         layers = file["layers"]
@@ -128,7 +127,7 @@ def test_layers_of_other_names_are_recognised(keras_file, tmp_path):
     assert all(torch.equal(state[name], weight) for name, weight in network().state_dict().items())
 
 
-def test_a_keras_archive_tells_the_dropout(keras_file, tmp_path):
+def test_a_keras_archive_contains_the_dropout(keras_file, tmp_path):
     path = tmp_path / "model.keras"
     block = {"config": {"embed_dim": 8, "num_heads": 3, "ff_dim": 11, "rate": 0.3}}
     with zipfile.ZipFile(path, "w") as archive:
@@ -147,12 +146,12 @@ def test_the_run_folder_holds_a_usable_model(keras_file, vocabulary, tmp_path):
     model = minigpt_pl.load(folder)
     assert all(torch.equal(model.network.state_dict()[name], weight) for name, weight in network().state_dict().items())
     assert model.tokenizer.encode("The movie's <br />é a\u0085b no\u00a0break x").ids == [2, 3, 5, 6, 7, 8, 1]
-    assert model.tokenizer.token_to_id("[END]") == 39  # the logit that the seed leaves unused
+    assert model.tokenizer.token_to_id("[END]") == 39  # the logit that the notebook does not use
     assert minigpt_pl.generate_text(model, "the movie", num_tokens=5, seed=0).startswith("the movie")
 
 
 def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_path):
-    """convert, sample, train resume=, and resume= once more: on a text that lacks most of the words."""
+    """convert, sample, train resume=, and resume= again, with a text that has only some of the words."""
     text = ["the movie 's w1 w2", "unheard w2 words . w3", "w4 w5 the the"] * 4
     (tmp_path / "text.txt").write_text("\n".join(text), encoding="utf-8")
 
@@ -165,16 +164,15 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     assert command("sample", "run=imported", "prompt=the movie", "num_tokens=3").startswith("the movie")
     again = ("train", "resume=outputs/imported", "data=text", "data.path=text.txt", "data.batch_size=4", "trainer=cpu")
     last = tmp_path / "outputs" / "imported" / "checkpoints" / "last.ckpt"
-    # Steps that move nothing: what training begins with is what Keras wrote, and the learning rate is the one given.
+    # With so small a learning rate the weights stay those of the Keras file.
     command(*again, "trainer.max_epochs=1", "optimizer.learning_rate=1e-30", "model.dropout=0")
     trained = read_checkpoint(last)
     assert trained["global_step"] == 3
     assert all(
         torch.equal(trained["state_dict"][f"model.{name}"], weight) for name, weight in network().state_dict().items()
     )
-    refused = run_module(
-        *again, "optimizer.learning_rate=0.5", cwd=tmp_path
-    )  # Lightning would go on with the checkpoint's
+    # Lightning would use the checkpoint's learning rate.
+    refused = run_module(*again, "optimizer.learning_rate=0.5", cwd=tmp_path)
     assert refused.returncode == 2
     assert "optimizer.learning_rate=0.5: the checkpoint goes on with 1e-30" in refused.stderr
     command(*again, "trainer.max_epochs=2")
@@ -183,11 +181,11 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     moments = trained["optimizer_states"][0]["state"][0]["exp_avg"]  # of the token embedding
     seen = moments.abs().sum(dim=1) > 0
     inputs = {0, 1, 2, 3, 5, *(WORDS.index(f"w{i}") for i in range(1, 6)), 4}
-    assert set(seen.nonzero().flatten().tolist()) <= inputs  # the ids are those of the imported words
+    assert set(seen.nonzero().flatten().tolist()) <= inputs  # training used the imported ids
     assert {2, 3, WORDS.index("w2")} <= set(seen.nonzero().flatten().tolist())
 
 
-def test_a_command_that_fails_says_why_in_a_line(tmp_path, vocabulary):
+def test_a_failing_command_prints_one_line(tmp_path, vocabulary):
     done = run_module("convert", "from_keras=none.keras", "vocabulary=vocab.txt", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: from_keras=none.keras: no such file; give ")
@@ -195,7 +193,7 @@ def test_a_command_that_fails_says_why_in_a_line(tmp_path, vocabulary):
     assert not (tmp_path / "outputs").exists()
 
 
-# --------------------------------------------------------------------------------------- what is turned down
+# ------------------------------------------------------------------------------------------ wrong files
 
 
 def test_an_array_that_does_not_fit(keras_file):
@@ -206,7 +204,7 @@ def test_an_array_that_does_not_fit(keras_file):
         file[place] = array
 
     edit(keras_file, cut)
-    fails(r"key_dense/vars/0 has shape \(8, 2, 5\) where \(8, 3, 5\) fits", read_keras, keras_file)
+    fails(r"key_dense/vars/0 has shape \(8, 2, 5\), but the arrays before it need \(8, 3, 5\)", read_keras, keras_file)
 
 
 def test_an_array_of_other_rank(keras_file):
@@ -217,7 +215,7 @@ def test_an_array_of_other_rank(keras_file):
         file[place] = array
 
     edit(keras_file, flatten)
-    fails(r"query_dense/vars/0 has shape \(8, 15\) where \(8, 'H', 'K'\) fits", read_keras, keras_file)
+    fails(r"query_dense/vars/0 has shape \(8, 15\), but the arrays before it need .*'H', 'K'\)", read_keras, keras_file)
 
 
 def test_an_array_of_double_precision(keras_file):
@@ -231,14 +229,14 @@ def test_an_array_of_double_precision(keras_file):
 
 
 @pytest.mark.parametrize("missing", ["layernorm2/vars/1", "att/query_dense/vars/1", "ffn/layers/dense_1"])
-def test_a_block_that_lacks_a_part(missing, keras_file):
+def test_a_block_without_a_part(missing, keras_file):
     edit(keras_file, lambda file: file.pop(f"layers/transformer_block/{missing}"))
-    fails("layer transformer_block is none of the seed's", read_keras, keras_file)
+    fails("the notebook has no layer like transformer_block", read_keras, keras_file)
 
 
-def test_a_layer_that_the_seed_has_not(keras_file):
+def test_a_layer_that_the_notebook_does_not_have(keras_file):
     edit(keras_file, lambda file: file.create_dataset("layers/lstm/cell/vars/0", data=[0.0]))
-    fails("layer lstm is none of the seed's", read_keras, keras_file)
+    fails("the notebook has no layer like lstm", read_keras, keras_file)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +247,7 @@ def test_a_model_without_a_layer(layer, count, keras_file):
     fails(f"holds 1 embedding, {count} layers", read_keras, keras_file)
 
 
-def test_files_that_are_no_keras_files(keras_file, tmp_path):
+def test_files_that_are_not_keras_files(keras_file, tmp_path):
     fails("no such file; give", read_keras, tmp_path / "none.keras")
     for name in ("text.keras", "text.weights.h5"):
         (tmp_path / name).write_text("not a model")
@@ -264,7 +262,11 @@ def test_files_that_are_no_keras_files(keras_file, tmp_path):
     empty = io.BytesIO()
     h5py.File(empty, "w").close()
     (tmp_path / "empty.weights.h5").write_bytes(empty.getvalue())
-    fails("holds 0 embedding, 0 Transformer and 0 output layers", read_keras, tmp_path / "empty.weights.h5")
+    fails(
+        "holds 0 embedding, 0 Transformer and 0 output layers, but needs 1, ",
+        read_keras,
+        tmp_path / "empty.weights.h5",
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,8 +276,8 @@ def test_files_that_are_no_keras_files(keras_file, tmp_path):
         ([*WORDS, "more"], "has 40 entries"),
         (WORDS[1:], "must begin with an empty line"),
         ([*WORDS[:4], "the", *WORDS[5:]], "line 5 repeats line 3 \\('the'\\)"),
-        ([*WORDS[:4], "it's", *WORDS[5:]], 'line 5 \\("it\'s"\\) is no single word'),
-        ([*WORDS[:4], "Movie", *WORDS[5:]], "line 5 \\('Movie'\\) is no single word"),
+        ([*WORDS[:4], "it's", *WORDS[5:]], 'line 5 \\("it\'s"\\) is not one word of the notebook'),
+        ([*WORDS[:4], "Movie", *WORDS[5:]], "line 5 \\('Movie'\\) is not one word of the notebook"),
         ([*WORDS[:4], "", *WORDS[5:]], "line 5 repeats line 1"),
         ([], "must begin with an empty line"),
     ],
@@ -286,19 +288,19 @@ def test_a_vocabulary_of_another_model(words, match, keras_file, vocabulary, tmp
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_vocabulary_that_is_no_text(vocabulary, tmp_path):
+def test_a_vocabulary_that_is_not_text(vocabulary, tmp_path):
     fails("none.txt: cannot be read", read_vocabulary, tmp_path / "none.txt", 40)
     vocabulary.write_bytes(b"\n[UNK]\n\xff\xfe")
     fails("vocab.txt: cannot be read", read_vocabulary, vocabulary, 40)
 
 
 @pytest.mark.parametrize("text", ["\n".join(WORDS) + "\n", "\r\n".join(WORDS) + "\r\n", "\ufeff" + "\n".join(WORDS)])
-def test_a_vocabulary_that_another_system_wrote(text, vocabulary):
+def test_a_vocabulary_from_another_system(text, vocabulary):
     vocabulary.write_bytes(text.encode())
     assert read_vocabulary(vocabulary, 40) == [*WORDS, "[END]"]
 
 
-def test_nothing_is_written_over(keras_file, vocabulary, tmp_path):
+def test_no_file_is_overwritten(keras_file, vocabulary, tmp_path):
     folder = run(tmp_path, from_keras=keras_file, vocabulary=vocabulary, run_name="mine")
     fails("run_name=mine: .* exists", run, tmp_path, from_keras=keras_file, vocabulary=vocabulary, run_name="mine")
     fails("to_keras=.*: exists", run, tmp_path, to_keras=keras_file, run=folder)
@@ -317,13 +319,18 @@ def test_a_file_that_cannot_be_written(keras_file, vocabulary, tmp_path):
     ("settings", "match"),
     [
         ([], "give from_keras=FILE .* or to_keras=FILE"),
-        (["from_keras=a.keras", "to_keras=b.weights.h5", "vocabulary=v.txt"], "and not both"),
-        (["from_keras=a.keras"], "vocabulary=: must be given with from_keras"),
+        (
+            ["from_keras=a.keras", "to_keras=b.weights.h5", "vocabulary=v.txt"],
+            "from_keras=: give from_keras=FILE .* or",
+        ),
+        (["from_keras=a.keras"], "vocabulary=: from_keras needs it; write "),
         (["to_keras=a.h5"], "to_keras=a.h5: must end in .weights.h5"),
+        (["to_keras=a.weights.h5", "run_name=b"], "run_name=b: has no effect with to_keras"),
+        (["from_keras=a.keras", "vocabulary=v.txt", "run=b"], "run=b: has no effect with from_keras"),
         (["from_keras=a.keras", "vocabulary=v.txt", "run_name=a/b"], "run_name=a/b: must be a plain folder name"),
     ],
 )
-def test_settings_that_do_not_go_together(settings, match):
+def test_settings_that_do_not_fit_together(settings, match):
     from minigpt_pl.cli.app import compose, to_settings
 
     fails(match, lambda: to_settings(compose("convert", settings)))

@@ -1,4 +1,4 @@
-"""The same weights give the same logits, hidden states and top-k probabilities, and pass both ways unchanged."""
+"""With the same weights we compute the logits, hidden states and top-k probabilities of the notebook's Keras model."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from .programs import SEED_VOCABULARY, run_keras
 
 LENGTHS = (1, 2, 79, 80)
 TOP_K, TEMPERATURES = (1, 10, 20), (1.0, 0.8)
-SEED = {"vocab_size": SEED_VOCABULARY, "maxlen": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
-# Every size another, so that none can stand in for another; heads not as wide as the model; several blocks.
+NOTEBOOK = {"vocab_size": SEED_VOCABULARY, "maxlen": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
+# All sizes differ, so a test finds two that are exchanged. The heads are not as wide as the model.
 OTHER = {
     "vocab_size": SEED_VOCABULARY,
     "maxlen": 83,
@@ -34,18 +34,18 @@ OTHER = {
 
 @pytest.fixture(scope="module")
 def ids(reviews, vocabulary) -> np.ndarray:
-    """(4, 80), from real reviews."""
+    """Token ids (4, 80) of real reviews."""
     encoded = [encoding.ids for encoding in build_tokenizer(vocabulary).encode_batch(reviews[:100])]
     return np.array([ids[:80] for ids in encoded if len(ids) >= 80][:4])
 
 
 @pytest.fixture(
     scope="module",
-    params=[("torch", SEED), ("tensorflow", SEED), ("torch", OTHER)],
+    params=[("torch", NOTEBOOK), ("tensorflow", NOTEBOOK), ("torch", OTHER)],
     ids=["torch", "tensorflow", "torch-other-sizes"],
 )
 def saved(request, keras_installed, ids, tmp_path_factory) -> tuple[str, Path, dict[str, np.ndarray]]:
-    """A Keras model: the backend, the folder with its files, its outputs."""
+    """A Keras model: its name, the folder with its files, its outputs."""
     backend, model = request.param
     folder = tmp_path_factory.mktemp("save")
     options = {"model": model, "seed": 0, "lengths": LENGTHS, "top_k": TOP_K, "temperatures": TEMPERATURES}
@@ -55,11 +55,11 @@ def saved(request, keras_installed, ids, tmp_path_factory) -> tuple[str, Path, d
 
 @pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
 def test_logits_and_hidden_states(file, saved, ids, vocabulary, within):
-    """Of the run folder that the file becomes."""
+    """The run folder that `convert` makes of the file gives the outputs of Keras."""
     name, folder, outputs = saved
     words = folder / "vocab.txt"
     words.write_text("\n".join(vocabulary[:-1]), encoding="utf-8")
-    settings = {"to_keras": None, "run_name": file.replace(".", "-"), "run": None, "output_dir": str(folder)}
+    settings = {"run_name": file.replace(".", "-"), "output_dir": str(folder)}
     run_folder = convert(ConvertConfig(from_keras=str(folder / file), vocabulary=str(words), **settings))
     network = minigpt_pl.load(run_folder).network
     for length in LENGTHS:
@@ -69,11 +69,11 @@ def test_logits_and_hidden_states(file, saved, ids, vocabulary, within):
         within(f"hidden states, {name}, {file}", hidden, outputs[f"hidden_{length}"], 1e-4)
 
 
-def test_names_that_keras_counted_on(saved):
+def test_keras_adds_numbers_to_the_layer_names(saved):
     assert not {"transformer_block", "token_and_position_embedding", "dense"} & set(saved[2]["layer_names"])
 
 
-def test_dropout_is_read_where_the_file_tells_it(saved):
+def test_dropout_is_read_if_the_file_contains_it(saved):
     name, folder, _ = saved
     rate = 0.25 if "3 x" in name else 0.1
     assert read_keras(folder / "model.keras").arguments["dropout"] == rate
@@ -81,14 +81,14 @@ def test_dropout_is_read_where_the_file_tells_it(saved):
 
 
 def test_top_k_probabilities(saved, within):
-    """What the engine hands to the draw, against what `sample_from` hands to it, from the same logits."""
+    """The probabilities that the engine draws from, and those that the notebook's `sample_from` draws from."""
     name, _, outputs = saved
     logits = torch.from_numpy(outputs["sample_logits"])
 
     for k in TOP_K:
         for temperature in TEMPERATURES:
             controls = Controls(vocab_size=logits.shape[1], temperature=temperature, top_k=k)
-            ours = filters.warp(logits, controls).softmax(dim=-1)  # what `engine.draw` draws by
+            ours = filters.warp(logits, controls).softmax(dim=-1)
             theirs = np.zeros(logits.shape)
             np.put_along_axis(
                 theirs, outputs[f"indices_{k}_{temperature}"], outputs[f"probabilities_{k}_{temperature}"], axis=-1

@@ -1,0 +1,29 @@
+"""python -m minigpt_pl: list the commands, or print the version (`--version`)."""
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = ("train", "sample", "evaluate", "explore", "convert")
+
+
+def main() -> None:
+    """The line of a command is the first line of its module's docstring."""
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        try:
+            print(version("minigpt_pl"))
+        except PackageNotFoundError:
+            print("not installed; pip install -e . in the checkout")
+    elif arguments in ([], ["-h"], ["--help"]):
+        for command in COMMANDS:
+            print((importlib.import_module(f"minigpt_pl.{command}").__doc__ or "").splitlines()[0])
+        print("\nEach has --help, which lists its settings.")
+    else:
+        hint = f"python -m minigpt_pl.{arguments[0]}" if arguments[0] in COMMANDS else "python -m minigpt_pl.train"
+        print(f"error: {arguments[0]}: is not an option of minigpt_pl; write {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
