@@ -16,9 +16,10 @@ import minigpt_pl
 from minigpt_pl import InputError, MiniGPT, score
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.data.corpus import held_out_texts, open_corpus
-from minigpt_pl.evaluate import _ladder, evaluate
+from minigpt_pl.evaluate import evaluate
 from minigpt_pl.measures import likelihood
-from minigpt_pl.measures.likelihood import document_losses, spelling_nats, summarise
+from minigpt_pl.measures.evaluation import ngram_losses, spelling_nats, summarize_losses
+from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import END, UNKNOWN_ID
 
@@ -76,7 +77,7 @@ def test_summary_worked_by_hand():
     # One token is [UNK] (1), two are [END] (9); L = 2.
     documents = [np.array([4, 11, 1, 12, 9]), np.array([3, 9])]
     losses = {"a": np.array([1.0, 2.0, 3.0, 4.0, 6.0], np.float32)}
-    summary = summarise(losses, documents, max_length=2, end_id=9)
+    summary = summarize_losses(losses, documents, max_length=2, end_id=9)
     assert summary["whole"]["tokens"] == 5 and summary["whole"]["words"] == 2
     assert summary["whole"]["a"] == {
         "loss": pytest.approx(3.2),
@@ -98,7 +99,7 @@ def test_summary_worked_by_hand():
         {"band": "[UNK]", "tokens": 1, "a": 2.0},
         {"band": "[END]", "tokens": 2, "a": 5.0},
     ]
-    without_end = summarise(losses, documents, max_length=2, end_id=None)
+    without_end = summarize_losses(losses, documents, max_length=2, end_id=None)
     assert without_end["whole"]["words"] == 4, "id 9 is a word of a vocabulary without an end"
 
 
@@ -118,12 +119,12 @@ def test_spelling_worked_by_hand():
 def test_ladder_counts_end_tokens_only_where_the_model_has_them():
     train = SimpleNamespace(tokens=np.array([2, 3, 9, 2, 9, 4, 2, 3, 9], np.uint16), offsets=np.array([0, 3, 5, 9]))
     documents = [np.array([2, 3]), np.array([4, 2])]
-    losses, first = _ladder(documents, train, vocab_size=10, end_id=None)
+    losses, first = ngram_losses(documents, train, vocab_size=10, end_id=None)
     without = NGramModel.fit(np.array([2, 3, 2, 4, 2, 3]), np.array([0, 2, 3, 6]), 10, 2)
     np.testing.assert_allclose(losses["bigram"], [-without.log_probabilities(ids)[1] for ids in documents])
     unigram = NGramModel.fit(np.array([2, 3, 2, 4, 2, 3]), np.array([0, 2, 3, 6]), 10, 1)
     assert first == pytest.approx(-sum(unigram.log_probabilities(ids)[0] for ids in documents))
-    with_end, _ = _ladder(documents, train, vocab_size=10, end_id=9)
+    with_end, _ = ngram_losses(documents, train, vocab_size=10, end_id=9)
     assert (with_end["bigram"] > losses["bigram"]).any()
 
 
@@ -232,7 +233,7 @@ class TestRun:
         [
             (None, "text=my.txt: no such file"),
             (b"", "text=my.txt: the file is empty"),
-            (b"  \n\n \n", "text=my.txt: holds no words"),
+            (b"  \n\n \n", "text=my.txt: has no words"),
             (b"\xff\xfe\x00", "text=my.txt: cannot be read"),
             (b"zebra xylophone\n", "text=my.txt: no document has a second word"),
         ],
@@ -270,7 +271,7 @@ class TestRun:
         contents["data"]["validation_share"] = 0
         (folder / "config.yaml").write_text(yaml.safe_dump(contents))
         (folder / "run.json").write_text("{}")
-        with pytest.raises(InputError, match="run=tiny: held no text out; give text=FILE"):
+        with pytest.raises(InputError, match="run=tiny: has no held-out text; give text=FILE"):
             evaluated(a_run)
 
 

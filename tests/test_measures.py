@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from minigpt_pl import MiniGPT
 from minigpt_pl.measures import copying, probes, repetition
-from minigpt_pl.measures.failures import FALSE_ALARMS, KINDS, Detectors, Topics, brackets, loops, skeleton
+from minigpt_pl.measures.failures import FALSE_ALARMS, KINDS, FailureDetector, TopicModel, brackets, loops, skeleton
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import build_tokenizer, build_vocabulary, count_words, split_words
 
@@ -62,18 +62,18 @@ class TestTexts:
 class TestCopying:
     TRAINING = [[2, 3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3], [1, 1, 1, 1, 1, 3]]
 
-    def copies(self, *ids, never=()):
+    def copies(self, *ids, ignored_ids=()):
         tokens = np.array([id_ for document in self.TRAINING for id_ in [*document, 99]], dtype=np.uint16)
         offsets = np.cumsum([0, *(len(document) + 1 for document in self.TRAINING)])
-        return copying.longest_copies(list(ids), tokens, offsets, never)
+        return copying.longest_copies(list(ids), tokens, offsets, ignored_ids)
 
     def test_the_longest_run_and_its_document(self):
         copy, reverse, none, short = self.copies([5, 3, 4, 5, 6, 7, 2], [6, 5, 4, 3], [2, 4, 6, 8, 3], [3])
         assert (copy.start, copy.length, copy.document) == (1, 5, 0)
-        assert copy.seen == pytest.approx(2 / 4)  # 3456 and 4567, not 5345 and 5672
-        assert (reverse.start, reverse.length, reverse.document, reverse.seen) == (0, 4, 1, 1.0)
-        assert (none.length, none.document, none.seen) == (0, -1, 0.0)
-        assert short.length == 0 and math.isnan(short.seen)
+        assert copy.seen_4grams == pytest.approx(2 / 4)  # 3456 and 4567, not 5345 and 5672
+        assert (reverse.start, reverse.length, reverse.document, reverse.seen_4grams) == (0, 4, 1, 1.0)
+        assert (none.length, none.document, none.seen_4grams) == (0, -1, 0.0)
+        assert short.length == 0 and math.isnan(short.seen_4grams)
 
     def test_a_run_never_crosses_documents(self):
         assert self.copies([7, 8, 9, 8])[0].length == 0
@@ -81,8 +81,8 @@ class TestCopying:
 
     def test_ids_that_match_nothing(self):
         assert self.copies([1, 1, 1, 1])[0].length == 4
-        assert self.copies([1, 1, 1, 1], never=[1])[0].length == 0
-        assert self.copies([3, 4, 5, 6, 1, 7, 8], never=[1])[0].length == 4
+        assert self.copies([1, 1, 1, 1], ignored_ids=[1])[0].length == 0
+        assert self.copies([3, 4, 5, 6, 1, 7, 8], ignored_ids=[1])[0].length == 4
 
     @pytest.mark.parametrize("filter_bits", [1, copying.FILTER_BITS])  # with 1 it lets nearly everything through
     def test_equals_the_plain_search_on_random_texts(self, filter_bits, monkeypatch):
@@ -166,10 +166,10 @@ def real(imdb_texts):
     encoded = [[*(ids.get(word, 1) for word in review), len(vocabulary) - 1] for review in training]
     tokens, offsets = np.concatenate(encoded), np.cumsum([0, *map(len, encoded)])
     held_out = [([ids.get(w, 1) for w in review[:5]], [ids.get(w, 1) for w in review[5:65]]) for review in rest]
-    detectors = Detectors(
+    detectors = FailureDetector(
         NGramModel.fit(tokens, offsets, len(vocabulary), 3),
         NGramModel.fit(skeleton(tokens), offsets, 151, 4),
-        Topics.fit(tokens, offsets, len(vocabulary)),
+        TopicModel.fit(tokens, offsets, len(vocabulary)),
         build_tokenizer(vocabulary).decode,
         vocabulary,
         held_out[:400],
@@ -179,7 +179,7 @@ def real(imdb_texts):
 
 class TestDetectors:
     def share(self, detectors, texts) -> dict[str, float]:
-        found = [{span.kind for span in detectors.find(*text)[0]} for text in texts]
+        found = [{span.kind for span in detectors.detect(*text)[0]} for text in texts]
         return {kind: sum(kind in kinds for kinds in found) / len(texts) for kind in KINDS}
 
     def test_false_alarms_on_real_reviews(self, real):
@@ -213,7 +213,7 @@ class TestDetectors:
         for context, ids in held_out:
             strange = [*ids[:20], *(rng.randrange(2_000, 19_000) for _ in range(10)), *ids[30:]]
             hits += any(span.kind == "nonsense" and span.start < 30 and span.end > 20
-                        for span in detectors.find(context, strange)[0])  # fmt: skip
+                        for span in detectors.detect(context, strange)[0])  # fmt: skip
         assert hits > 0.8 * len(held_out)
 
     def test_praise_that_turns_to_blame(self, real):
@@ -222,11 +222,11 @@ class TestDetectors:
         praise = "this film is great and wonderful and i love it it is the best and most beautiful film ever made"
         blame = "it is awful and terrible and i hate it it is the worst and most horrible film ever made so bad"
         flip, same = ([ids[word] for word in f"{praise} {second}".split()] for second in (blame, praise))
-        assert "sentiment" in {span.kind for span in detectors.find([], flip)[0]}
-        assert "sentiment" not in {span.kind for span in detectors.find([], same)[0]}
+        assert "sentiment" in {span.kind for span in detectors.detect([], flip)[0]}
+        assert "sentiment" not in {span.kind for span in detectors.detect([], same)[0]}
 
     def test_a_text_shorter_than_a_window(self, real):
-        spans, worst = real[0].find([5, 6], [7])
+        spans, worst = real[0].detect([5, 6], [7])
         assert spans == [] and all(map(math.isnan, worst.values()))
 
 
@@ -250,9 +250,9 @@ class TestNetwork:
 
     def test_windows_stay_within_documents(self):
         tokens, offsets = np.arange(30), np.array([0, 11, 14, 30])
-        windows = probes.windows_of(tokens, offsets, 5, 100)
+        windows = probes.non_overlapping_windows(tokens, offsets, 5, 100)
         assert windows.tolist() == [list(range(a, a + 5)) for a in (0, 5, 14, 19, 24)]
-        assert len(probes.windows_of(tokens, offsets, 5, 2)) == 2
+        assert len(probes.non_overlapping_windows(tokens, offsets, 5, 2)) == 2
 
     def test_loss_by_context_sees_the_last_words_only(self, model):
         windows = torch.randint(2, 30, (6, 11))
@@ -263,7 +263,7 @@ class TestNetwork:
 
     def test_copying_compares_the_same_words(self, model):
         words = torch.randint(2, 30, (4, 6))
-        losses = probes.copying_losses(model, words)
+        losses = probes.induction_losses(model, words)
         assert {values.shape for values in losses.values()} == {(4, 5)}
         sequence = torch.cat([words[2], words[2]])
         plain = F.cross_entropy(model(sequence[None, :-1])[0][0, 6:], sequence[7:], reduction="none")
@@ -280,7 +280,7 @@ class TestNetwork:
             model.token_embedding.weight.copy_(torch.eye(30))
             model.position_embedding.weight.zero_()
             model.output.weight.copy_(10 * torch.eye(30))
-        losses = probes.copying_losses(model, torch.full((4, 6), 7))
+        losses = probes.induction_losses(model, torch.full((4, 6), 7))
         assert losses["real, again"].mean() < 1 < losses["random, again"].mean()
 
     def test_attention_maps(self, model):
@@ -297,7 +297,7 @@ class TestNetwork:
         from minigpt_pl.generation.controls import Controls
         from minigpt_pl.generation.engine import generate_ids
 
-        shorter = probes.with_context(model, 3)
+        shorter = probes.limit_context(model, 3)
         assert shorter.output.weight is model.output.weight and model.max_length == 12
         controls = Controls(vocab_size=30, num_tokens=8, temperature=0, top_k=None)
         new = generate_ids(shorter, [[5, 6, 7, 8]], controls, [0])[0]
