@@ -37,7 +37,7 @@ def explore(config: ExploreConfig) -> None:
     from minigpt_pl.exploration.compare import compare
     from minigpt_pl.exploration.metrics import TextMetrics
     from minigpt_pl.exploration.network_study import study_network
-    from minigpt_pl.exploration.report import Exploration, write_report
+    from minigpt_pl.exploration.report import Exploration, report
     from minigpt_pl.files import make_folder
     from minigpt_pl.generation.text import load
 
@@ -74,7 +74,7 @@ def explore(config: ExploreConfig) -> None:
     study = study_network(metrics, held_out, only_prompts, config.num_tokens, folder / "network.json")
     log.info("Drawing the charts and writing the report.")
     source, num_calibration = corpus.record["source"], metrics.num_calibration
-    write_report(Exploration(run.name, source, model, grid, made, failed, real, num_calibration, study), folder)
+    report(Exploration(run.name, source, model, grid, made, failed, real, num_calibration, study), folder)
     log.info("Report: %s and %s", folder / "report.html", folder / "report.md")
 
 

@@ -1,6 +1,6 @@
 """The charts of the reports, as matplotlib figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from minigpt_pl.exploration.metrics import FAILURES
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, value_text, varied_controls
-from minigpt_pl.exploration.scaling import Run, RunGroup
-from minigpt_pl.exploration.summary import FAILURES, Estimate, Summary, none_last, pareto_front
+from minigpt_pl.exploration.scaling import Run
+from minigpt_pl.exploration.summary import Estimate, Summary, none_last, pareto_front
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9}
 matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
@@ -79,16 +80,8 @@ def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summa
         if np.isnan(points[i]).any():
             continue
         x, y = summary["ngram_loss"], summary[diversity]
-        axis.errorbar(
-            x.mean,
-            y.mean,
-            xerr=_error_bar(x),
-            yerr=_error_bar(y),
-            fmt="o",
-            color=BEST_COLOUR if i in best else OTHER_COLOUR,
-            markersize=4,
-            linewidth=0.5,
-        )
+        style: dict[str, Any] = {"color": BEST_COLOUR if i in best else OTHER_COLOUR, "markersize": 4, "linewidth": 0.5}
+        axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), fmt="o", **style)
         if i in front or i in best[:1]:  # the names of all points would overlap
             name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
             axis.annotate(name, points[i], xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555")
@@ -161,33 +154,28 @@ def attention(maps: np.ndarray, words: Sequence[str]) -> Figure:
     return figure
 
 
-def compared(
-    runs: Sequence[Run],
-    word_losses: Mapping[str, tuple[Estimate, Estimate | None]],
-    by_position: Sequence[dict[str, Any]],
-    groups: Sequence[RunGroup],
-) -> Figure:
-    """Loss of a word against parameters and tokens, with the power laws, and by position."""
+def compared(runs: Sequence[Run], record: dict[str, Any]) -> Figure:
+    """Loss of a word against parameters and tokens, with the power laws, and by position; record: of compare.json."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     *scaling_axes, right = figure.subplots(1, 3)
     by_name = {run.name: run for run in runs}
     labels = {"parameters": "parameters", "tokens": "tokens of training, with repetitions"}
     for axis, (variable, text) in zip(scaling_axes, labels.items(), strict=True):
         for i, run in enumerate(runs):
-            loss = word_losses[run.name][0]
-            x = getattr(run, variable)
+            x, loss = getattr(run, variable), record["runs"][run.name]["word_loss"]
             axis.errorbar(x, loss.mean, _error_bar(loss), fmt="o", color=f"C{i}", markersize=4, linewidth=0.8)
-        for group in groups:
-            if group.variable == variable and group.fit is not None:
-                x = np.geomspace(*(getattr(by_name[group.names[end]], variable) for end in (0, -1)))
-                axis.plot(x, group.fit.scale * x**-group.fit.exponent.mean, "--", color="#999", linewidth=1)
+        for fit in record["fits"]:
+            if fit["against"] == variable and "exponent" in fit:
+                x = np.geomspace(*(getattr(by_name[fit["of"][end]], variable) for end in (0, -1)))
+                axis.plot(x, fit["scale"] * x ** -fit["exponent"].mean, "--", color="#999", linewidth=1)
         axis.set(xscale="log", xlabel=text, ylabel="loss of a word (nats)")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.minorticks_off()
-    bands = [row["band"] for row in by_position]
+    bands = [row["band"] for row in record["by_position"]]
     for i, run in enumerate(runs):
-        right.plot(bands, [row[run.name] for row in by_position], "o-", markersize=3, color=f"C{i}", label=run.name)
+        losses = [row[run.name] for row in record["by_position"]]
+        right.plot(bands, losses, "o-", markersize=3, color=f"C{i}", label=run.name)
     right.set(xlabel="tokens before it in its document", ylabel="loss (nats)")
     right.tick_params(axis="x", rotation=45)
     figure.legend(loc="outside lower center", ncols=8, frameon=False)

@@ -11,7 +11,7 @@ from typing import Protocol
 from matplotlib.figure import Figure
 
 from minigpt_pl.exploration.samples import Sample
-from minigpt_pl.files import write_figure
+from minigpt_pl.files import write_aside, write_figure
 
 
 class Block(Protocol):
@@ -63,9 +63,6 @@ class Chart:
     name: str
     title: str
     figure: Figure
-
-    def save(self, folder: Path) -> None:
-        write_figure(folder / f"{self.name}.png", self.figure, dpi=130)
 
     def markdown(self) -> str:
         return f"![{self.title}]({self.name}.png)"
@@ -122,21 +119,18 @@ class Question:
         return f'<div class="question"><b>Your own reasoning.</b> {question}<div contenteditable></div></div>'
 
 
+def write_report(path: Path, blocks: Sequence[Block]) -> None:
+    """Write a report, and its charts as PNG beside it."""
+    for block in blocks:
+        if isinstance(block, Chart):
+            write_figure(path.with_name(f"{block.name}.png"), block.figure, dpi=130)
+    write_aside(path, "\n\n".join(block.markdown() for block in blocks) + "\n")
+
+
 def escape_markdown(text: str) -> str:
     """One line of text without Markdown's effects. `_` inside words and `[...]` without a link have none."""
     marks = r"[\\`*<>#|~&$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])"
     return re.sub(marks, r"\\\g<0>", " ".join(text.split()))
-
-
-def estimate_text(estimate: Sequence[float] | None, sign: bool = False, digits: int | None = None) -> str:
-    """An estimate with its interval. `digits`: number of decimals; None: it depends on the size."""
-    if estimate is None or estimate[0] != estimate[0]:
-        return "–"
-    size = max(abs(number) for number in estimate)
-    if digits is None:
-        digits = 4 if size < 0.1 else 2 if size < 10 else 1
-    mean, low, high = (f"{number:{'+' if sign else ''}.{digits}f}" for number in estimate)
-    return f"{mean} [{low}, {high}]"
 
 
 def _html_cell(text: str) -> str:

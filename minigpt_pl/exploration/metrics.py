@@ -22,6 +22,27 @@ from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
 log = logging.getLogger(__name__)
 
+METRICS = {
+    "ngram_loss": "n-gram loss: -log p of the new words under a 4-gram model of the training text, nats",
+    "loss": "own loss: -log p of the new words under the model itself, nats",
+    "seen_4grams": "share of runs of 4 words that occur in the training text",
+    "entropy": "entropy of the model's own distribution along the text, bits",
+    "repeated_4grams": "share of runs of 4 words that already occurred in the text",
+    "loop": "longest loop, words",
+    "distinct_2": "different pairs of words / pairs",
+    "self_bleu": "BLEU of a text with the texts of the other random seeds as references",
+    "unknown": "probability that the model gives [UNK], which is never generated",
+    "tokens": "length, words",
+    "copied": "longest run of words that occurs in the training text",
+    "recurring": "share of the second half's words that occurred before, weighted by rarity: people and things",
+    "drift": "1 - cosine similarity of the second half with the text before (latent semantic analysis) - 2 recurring",
+    "sentiment": "largest change of VADER's compound score between windows of 20 words",
+    "distinct_1": "different words / words",
+    "distinct_3": "different triples of words / triples",
+    "grammar": "highest n-gram loss of the skeleton of common words in a window of 6 words",
+    "nonsense": "highest n-gram loss of the words in a window of 6 words",
+}
+FAILURES = [*(f"failure: {kind}" for kind in KINDS), "failure: any"]
 NGRAM_ORDER = 4
 REAL_CONTEXT = 5  # the first words of a real text take the place of a prompt
 NUM_CALIBRATION, NUM_REAL = 500, 2_000  # real texts that set the thresholds; other real texts that are measured
@@ -96,19 +117,15 @@ class TextMetrics:
         others = [list(texts[i][1]) for i in rng.permutation(len(texts))]
         pool = [id_ for _, ids in texts for id_ in ids]
         start, end = 2 * PHRASE, 4 * PHRASE
+
+        def replace(ids: list[int], new: np.ndarray) -> list[int]:
+            return [*ids[:start], *new.tolist(), *ids[end:]]
+
         plants: dict[str, Callable[[list[int], list[int]], list[int]]] = {
-            "nothing": lambda ids, other: ids,
-            f"{PHRASE} words repeated three times": lambda ids, other: [*ids[:PHRASE] * 3, *ids],
-            f"{end - start} words in another order": lambda ids, other: [
-                *ids[:start],
-                *rng.permutation(ids[start:end]).tolist(),
-                *ids[end:],
-            ],
-            f"{end - start} random words of other texts": lambda ids, other: [
-                *ids[:start],
-                *rng.choice(pool, end - start).tolist(),
-                *ids[end:],
-            ],
+            "nothing": lambda ids, _: ids,
+            f"{PHRASE} words repeated three times": lambda ids, _: [*ids[:PHRASE] * 3, *ids],
+            f"{end - start} words in another order": lambda ids, _: replace(ids, rng.permutation(ids[start:end])),
+            f"{end - start} random words of other texts": lambda ids, _: replace(ids, rng.choice(pool, end - start)),
             "the second half of another text": lambda ids, other: [*ids[: len(ids) // 2], *other[len(other) // 2 :]],
         }
         rates: dict[str, dict[str, float]] = {}

@@ -62,7 +62,8 @@ def _with_short_context(
     """Metrics of texts that the network generates with a shorter context, at temperature 0.8 and top_k 20."""
     model, encode = metrics.model, metrics.model.tokenizer.encode
     shorter = TextModel(probes.limit_context(model.network, context), model.tokenizer, model.end_id)
-    groups = generate_texts(shorter, prompts, num_tokens, 0.8, 20, seed=0, num_samples=SHORT_CONTEXT_SEEDS)
+    top_k = min(20, model.network.vocab_size)
+    groups = generate_texts(shorter, prompts, num_tokens, 0.8, top_k, seed=0, num_samples=SHORT_CONTEXT_SEEDS)
     prompt_ids = [encode(prompt).ids for prompt in prompts]
     texts = [
         (ids, encode(text).ids[len(ids) :]) for ids, group in zip(prompt_ids, groups, strict=True) for text in group

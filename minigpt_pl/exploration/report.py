@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -16,29 +15,10 @@ from typing import Any
 import torch
 
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import (
-    Block,
-    Chart,
-    Heading,
-    MarkedSample,
-    Paragraph,
-    Question,
-    Table,
-    estimate_text,
-)
-from minigpt_pl.exploration.metrics import REAL_CONTEXT
+from minigpt_pl.exploration.markup import Block, Chart, Heading, MarkedSample, Paragraph, Question, Table, write_report
+from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT
 from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls
-from minigpt_pl.exploration.summary import (
-    FAILURES,
-    METRICS,
-    RULE,
-    Estimate,
-    Summary,
-    best_settings,
-    effect,
-    summarize,
-    summarize_real,
-)
+from minigpt_pl.exploration.summary import RULE, best_settings, effect, estimate_text, summarize, summarize_real
 from minigpt_pl.files import write_aside
 from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures.failures import KINDS
@@ -73,46 +53,23 @@ class Exploration:
     num_calibration: int
     study: dict[str, Any]
 
-    @cached_property
-    def summaries(self) -> list[Summary]:
-        return summarize(self.samples, self.grid)
-
-    @cached_property
-    def real_summary(self) -> Summary:
-        return summarize_real(self.real)
-
-    @cached_property
-    def varied(self) -> list[str]:
-        return varied_controls(self.grid)
-
-    @cached_property
-    def names(self) -> list[str]:
-        return [label(setting, self.varied) for setting in self.grid]
-
-    @cached_property
-    def best(self) -> list[int]:
-        return best_settings(self.summaries)
-
-    @cached_property
-    def prompts(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys((sample["kind"], sample["prompt"]) for sample in self.samples))
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.network.parameters())
+    def __post_init__(self) -> None:
+        self.summaries, self.real_summary = summarize(self.samples, self.grid), summarize_real(self.real)
+        self.best = best_settings(self.summaries)
+        self.varied = varied_controls(self.grid)
+        self.names = [label(setting, self.varied) for setting in self.grid]
+        self.prompts = list(dict.fromkeys((sample["kind"], sample["prompt"]) for sample in self.samples))
+        self.num_parameters = sum(p.numel() for p in self.model.network.parameters())
 
     def first_sample(self, setting: Setting, prompt: str) -> Sample | None:
         return next((s for s in self.samples if s["settings"] == setting and s["prompt"] == prompt), None)
 
 
-def write_report(exploration: Exploration, folder: Path) -> None:
+def report(exploration: Exploration, folder: Path) -> None:
     """Write report.md, report.html and the charts as PNG into the folder."""
     sections = (_introduction, _outputs, _behaviour, _failures, _network, _copying, _size)
     blocks = [block for section in sections for block in section(exploration)]
-    for block in blocks:
-        if isinstance(block, Chart):
-            block.save(folder)
-    write_aside(folder / "report.md", "\n\n".join(block.markdown() for block in blocks) + "\n")
+    write_report(folder / "report.md", blocks)
     data = [
         {name: sample[name] for name in ("prompt", "kind", "seed", "words", "failures", "copied")}
         | {"setting": label(sample["settings"], exploration.varied), "metrics": _rounded(sample["metrics"])}
@@ -164,8 +121,8 @@ def _outputs(e: Exploration) -> Iterator[Block]:
 def _behaviour(e: Exploration) -> Iterator[Block]:
     yield Heading(2, "Sampling behaviour (Q4 A)")
     yield Table(["measure", "meaning"], [[name, METRICS[name]] for name in SHOWN])
-    summaries = {"real text": e.real_summary} | dict(zip(e.names, e.summaries, strict=True))
-    rows = [[name, *(estimate_text(summary[metric]) for metric in SHOWN)] for name, summary in summaries.items()]
+    summaries = [("real text", e.real_summary), *zip(e.names, e.summaries, strict=True)]
+    rows = [[name, *(estimate_text(summary[metric]) for metric in SHOWN)] for name, summary in summaries]
     yield Table(["setting", *SHOWN], rows)
     title = "Measures by setting, with their intervals; dotted: real text"
     yield Chart("behaviour", title, charts.behaviour(e.summaries, e.grid, e.real_summary))
@@ -202,17 +159,15 @@ def _failures(e: Exploration) -> Iterator[Block]:
     yield Chart("failures", "Texts with a failure, by setting", charts.failures(e.summaries, e.grid, e.real_summary))
     planted = {name: rates for name, rates in e.study["planted"].items() if rates}
     if planted:
-        yield Paragraph(
-            "How well the detectors work: the share of real texts marked after a failure was put into them."
-        )
+        yield Paragraph("Test of the detectors: the share of real texts marked after a failure was put into them.")
         rows = [[name, *(f"{rates[kind]:.0%}" for kind in KINDS)] for name, rates in planted.items()]
         yield Table(["put into real text", *KINDS], rows)
-    order = sorted(range(len(e.grid)), key=lambda i: -e.summaries[i]["failure: any"].mean)
-    summaries = {"real text (false alarms)": e.real_summary} | {e.names[i]: e.summaries[i] for i in order}
-    yield Table(
-        ["setting, worst first", *(name.removeprefix("failure: ") for name in FAILURES)],
-        [[name, *(_percent(summary[failure]) for failure in FAILURES)] for name, summary in summaries.items()],
-    )
+    worst_first = sorted(zip(e.names, e.summaries, strict=True), key=lambda pair: -pair[1]["failure: any"].mean)
+    summaries = [("real text (false alarms)", e.real_summary), *worst_first]
+    rows = [
+        [name, *(estimate_text(summary[failure], percent=True) for failure in FAILURES)] for name, summary in summaries
+    ]
+    yield Table(["setting, worst first", *(name.removeprefix("failure: ") for name in FAILURES)], rows)
     for kind in KINDS:
         yield Heading(3, f"{kind}: the worst examples")
         examples = _worst(e.samples, kind)
@@ -245,10 +200,9 @@ def _network(e: Exploration) -> Iterator[Block]:
             " for held-out text. A network with an induction head predicts the repeated half far better; this takes at"
             " least two layers of attention (Olsson et al., arXiv 2209.11895)."
         )
-        names = {
-            name: name.replace("first", "after another").replace("again", "after itself") for name in study["copying"]
-        }
-        yield Table(["second half", "loss"], [[names[name], estimate_text(v)] for name, v in study["copying"].items()])
+        names = [name.replace("first", "after another").replace("again", "after itself") for name in study["copying"]]
+        losses = map(estimate_text, study["copying"].values())
+        yield Table(["second half", "loss"], list(zip(names, losses, strict=True)))
     mapped = [("a text of the best setting", "attention_best", e.first_sample(e.grid[e.best[0]], e.prompts[0][1]))]
     looping = max(e.samples, key=lambda sample: sample["metrics"]["loop"])
     if looping["metrics"]["loop"]:
@@ -266,9 +220,8 @@ def _network(e: Exploration) -> Iterator[Block]:
 
 def _copying(e: Exploration) -> Iterator[Block]:
     yield Heading(2, "Copying")
-    longest, longest_real = (
-        max((r["metrics"]["copied"] for r in records), default=0) for records in (e.samples, e.real)
-    )
+    longest = max(sample["metrics"]["copied"] for sample in e.samples)
+    longest_real = max((record["metrics"]["copied"] for record in e.real), default=0)
     yield Paragraph(
         "The longest run of words of each text that occurs in the training text. Real held-out text shows how long such"
         f" runs are by chance: {estimate_text(e.real_summary['copied'])} words on average, at most {longest_real}. In"
@@ -306,7 +259,3 @@ def _worst(samples: Sequence[Sample], kind: str) -> list[Sample]:
     for sample in sorted(filter(marked, samples), key=marked, reverse=True):
         worst.setdefault(sample["prompt"], sample)
     return list(worst.values())[:NUM_EXAMPLES]
-
-
-def _percent(estimate: Estimate) -> str:
-    return "–" if math.isnan(estimate.mean) else f"{estimate.mean:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"

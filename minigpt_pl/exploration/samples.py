@@ -100,16 +100,12 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
     """
     vocab_size = model.network.vocab_size
     problems = [f"{name}=[]: must have at least one value" for name in GRID if not getattr(config, name)]
-    problems += [
-        f"top_k={k}: the model has only {vocab_size} words; give at most that, or null"
-        for k in config.top_k
-        if k is not None and k > vocab_size
-    ]
-    problems += [
-        f"min_tokens={count}: must be at most num_tokens={config.num_tokens}"
-        for count in config.min_tokens
-        if count > config.num_tokens
-    ]
+    for k in config.top_k:
+        if k is not None and k > vocab_size:
+            problems.append(f"top_k={k}: the model has only {vocab_size} words; give at most that, or null")
+    for count in config.min_tokens:
+        if count > config.num_tokens:
+            problems.append(f"min_tokens={count}: must be at most num_tokens={config.num_tokens}")
     if problems:
         raise InputError(*problems)
     grid = settings_grid(config)
@@ -170,15 +166,8 @@ def generate_setting(
     config: ExploreConfig, model: TextModel, prompts: Prompts, setting: Setting, seeds: range
 ) -> Iterator[Sample]:
     """A sample for each prompt and random seed, without metrics."""
-    texts = generate_texts(
-        model,
-        [prompt for _, prompt in prompts],
-        config.num_tokens,
-        seed=seeds[0],
-        num_samples=len(seeds),
-        banned_words=config.banned_words,
-        **setting,
-    )
+    controls = setting | {"seed": seeds[0], "num_samples": len(seeds), "banned_words": config.banned_words}
+    texts = generate_texts(model, [prompt for _, prompt in prompts], config.num_tokens, **controls)
     for (kind, prompt), group in zip(prompts, texts, strict=True):
         prompt_ids = model.tokenizer.encode(prompt).ids
         for seed, text in zip(seeds, group, strict=True):
@@ -232,18 +221,10 @@ def _check_plan(
 ) -> None:
     """A folder holds one exploration. The same command continues it; another command is refused."""
     checkpoint = Path(str(model.checkpoint))
-    plan = {
-        "checkpoint": checkpoint.name,
-        "size": checkpoint.stat().st_size,
-        "modified": checkpoint.stat().st_mtime,
-        "num_tokens": config.num_tokens,
-        "seed": config.seed,
-        "num_seeds": config.num_seeds,
-        "banned_words": config.banned_words,
-        "prompts": [list(prompt) for prompt in prompts],
-        "settings": list(grid),
-    }
-    path = folder / PLAN
+    status, path = checkpoint.stat(), folder / PLAN
+    plan: dict[str, Any] = {"checkpoint": checkpoint.name, "size": status.st_size, "modified": status.st_mtime}
+    plan |= {name: getattr(config, name) for name in ("num_tokens", "seed", "num_seeds", "banned_words")}
+    plan |= {"prompts": [list(prompt) for prompt in prompts], "settings": list(grid)}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else plan
     if changed := [name for name in plan if before.get(name) != plan[name]]:
         raise InputError(

@@ -1,10 +1,10 @@
 """Runs as data points: size of the network, tokens of training text, loss, and power laws through them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import stats  # comes with scikit-learn
@@ -53,22 +53,6 @@ class Run:
     def tokens(self) -> float:
         """Tokens of training, with repetitions."""
         return self.text_tokens * self.epochs
-
-
-class Fit(NamedTuple):
-    """loss = scale * x ** -exponent, by least squares of the logarithms. The interval is from Student's t."""
-
-    scale: float
-    exponent: Estimate
-    points: int
-
-
-class RunGroup(NamedTuple):
-    """Runs that differ only in one variable, "parameters" or "tokens", from small to large; with their power law."""
-
-    variable: str
-    names: list[str]
-    fit: Fit | None
 
 
 def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
@@ -161,21 +145,30 @@ def word_losses(
     return result
 
 
-def power_law(x: Sequence[float], loss: Sequence[float]) -> Fit | None:
-    """The power law through points (Kaplan et al., arXiv 2001.08361); None for fewer than `MIN_SIZES` different x.
+def power_law(x: Sequence[float], loss: Sequence[float]) -> dict[str, Any]:
+    """Fit loss = scale * x ** -exponent (Kaplan et al., arXiv 2001.08361) by least squares of the logarithms.
 
-    It has no constant term, because so few points cannot distinguish it from a smaller exponent. It holds only for the
-    range of the points.
+    There is no constant term, because so few points cannot distinguish it from a smaller exponent. So the law holds
+    only for the range of the points.
+
+    Returns:
+        scale, exponent (with its interval from Student's t) and points; nothing for fewer than `MIN_SIZES` different x.
     """
     if len(set(x)) < MIN_SIZES:
-        return None
+        return {}
     line = stats.linregress(np.log(x), np.log(loss))
     error = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * line.stderr
-    return Fit(float(np.exp(line.intercept)), Estimate(-line.slope, -line.slope - error, -line.slope + error), len(x))
+    exponent = Estimate(-line.slope, -line.slope - error, -line.slope + error)
+    return {"scale": float(np.exp(line.intercept)), "exponent": exponent, "points": len(x)}
 
 
-def run_groups(compared: Sequence[Run], loss: dict[str, float]) -> Iterator[RunGroup]:
-    """Groups of two or more runs that differ only in their parameters, or only in their tokens."""
+def power_laws(compared: Sequence[Run], loss: dict[str, float]) -> list[dict[str, Any]]:
+    """A power law for each group of two or more runs that differ only in their parameters, or only in their tokens.
+
+    Returns:
+        against: "parameters" or "tokens"; of: names of the runs, from small to large; and the result of `power_law`.
+    """
+    result = []
     for variable, prefix in {"parameters": "model.", "tokens": "data.max_sequences"}.items():
         groups: dict[tuple[Any, ...], list[Run]] = {}
         for run in compared:
@@ -189,4 +182,6 @@ def run_groups(compared: Sequence[Run], loss: dict[str, float]) -> Iterator[RunG
             group.sort(key=lambda run: getattr(run, variable))
             x, names = [getattr(run, variable) for run in group], [run.name for run in group]
             if x[0] < x[-1]:
-                yield RunGroup(variable, names, power_law(x, [loss[name] for name in names]))
+                fit = power_law(x, [loss[name] for name in names])
+                result.append({"against": variable, "of": names} | fit)
+    return result

@@ -3,41 +3,21 @@
 The input is only the records of `samples.jsonl` and `held_out.jsonl`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minigpt_pl.exploration.metrics import FAILURES, METRICS
 from minigpt_pl.exploration.samples import Sample, Setting, is_greedy
-from minigpt_pl.measures.failures import KINDS
 
 RESAMPLES = 1_000
 CONFIDENCE = 0.95
 
-METRICS = {
-    "ngram_loss": "n-gram loss: -log p of the new words under a 4-gram model of the training text, nats",
-    "loss": "own loss: -log p of the new words under the model itself, nats",
-    "seen_4grams": "share of runs of 4 words that occur in the training text",
-    "entropy": "entropy of the model's own distribution along the text, bits",
-    "repeated_4grams": "share of runs of 4 words that already occurred in the text",
-    "loop": "longest loop, words",
-    "distinct_2": "different pairs of words / pairs",
-    "self_bleu": "BLEU of a text with the texts of the other random seeds as references",
-    "unknown": "probability that the model gives [UNK], which is never generated",
-    "tokens": "length, words",
-    "copied": "longest run of words that occurs in the training text",
-    "recurring": "share of the second half's words that occurred before, weighted by rarity: people and things",
-    "drift": "1 - cosine similarity of the second half with the text before (latent semantic analysis) - 2 recurring",
-    "sentiment": "largest change of VADER's compound score between windows of 20 words",
-    "distinct_1": "different words / words",
-    "distinct_3": "different triples of words / triples",
-    "grammar": "highest n-gram loss of the skeleton of common words in a window of 6 words",
-    "nonsense": "highest n-gram loss of the words in a window of 6 words",
-}
-FAILURES = [*(f"failure: {kind}" for kind in KINDS), "failure: any"]
 RULE = (
-    "The best settings have the lowest share of texts with any failure: their 95 % intervals reach down to the lowest"
-    " mean. They are sorted by coherence, lowest n-gram loss first."
+    "A setting is among the best if the 95 % interval of its share of texts with any failure reaches down to the lowest"
+    " mean. The best settings are sorted by coherence, lowest n-gram loss first."
 )
 
 
@@ -50,6 +30,21 @@ class Estimate(NamedTuple):
 
 
 Summary = dict[str, Estimate]  # metric or failure -> estimate
+
+
+def estimate_text(
+    estimate: Estimate | None, sign: bool = False, digits: int | None = None, percent: bool = False
+) -> str:
+    """An estimate with its interval. `digits`: number of decimals; None: it depends on the size."""
+    if estimate is None or math.isnan(estimate.mean):
+        return "–"
+    if percent:
+        return f"{estimate.mean:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"
+    size = max(map(abs, estimate))
+    if digits is None:
+        digits = 4 if size < 0.1 else 2 if size < 10 else 1
+    mean, low, high = (f"{number:{'+' if sign else ''}.{digits}f}" for number in estimate)
+    return f"{mean} [{low}, {high}]"
 
 
 def interval(mean: float, resampled: np.ndarray) -> Estimate:

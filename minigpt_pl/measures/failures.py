@@ -19,10 +19,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.measures.repetition import equal_stretches, recurring
 from minigpt_pl.tokenizer import UNKNOWN, UNKNOWN_ID
 
@@ -47,10 +48,6 @@ class Span(NamedTuple):
     start: int
     end: int
     note: str
-
-
-class LanguageModel(Protocol):
-    def log_probabilities(self, ids: np.ndarray) -> np.ndarray: ...
 
 
 def loops(words: Sequence[str]) -> list[Span]:
@@ -167,8 +164,8 @@ class FailureDetector:
 
     def __init__(
         self,
-        words: LanguageModel,
-        skeletons: LanguageModel,
+        words: NGramModel,
+        skeletons: NGramModel,
         topics: TopicModel,
         decode: Callable[[Sequence[int]], str],
         vocabulary: Sequence[str],
@@ -233,7 +230,7 @@ class FailureDetector:
 
 
 def _surprise(
-    model: LanguageModel, transform: Callable[[np.ndarray], np.ndarray], context: Sequence[int], ids: Sequence[int]
+    model: NGramModel, transform: Callable[[np.ndarray], np.ndarray], context: Sequence[int], ids: Sequence[int]
 ) -> list[Window]:
     """Mean -log p, in nats per word, of each window of the text."""
     nats = -model.log_probabilities(transform(np.array([*context, *ids])))[len(context) :]

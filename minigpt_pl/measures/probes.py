@@ -86,8 +86,10 @@ def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
             count.
 
     Returns:
-        c -> (B',) losses, for the same targets and each c of `CONTEXTS` up to L.
+        c -> (B',) losses, for the same targets and each c of `CONTEXTS` up to L. Nothing without windows.
     """
+    if not len(windows):
+        return {}
     windows = windows[windows[:, -1] != UNKNOWN_ID]
     longest = windows.shape[1] - 1
     contexts = sorted({c for c in CONTEXTS if c < longest} | {longest})
