@@ -5,17 +5,13 @@ import logging
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import write_aside, write_figure
-
-if TYPE_CHECKING:
-    from minigpt_pl.data.corpus import Ids
-    from minigpt_pl.generation.text import TextModel
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +48,8 @@ def evaluate(config: EvaluateConfig) -> None:
     log.info("Wrote %s.json", run_folder / name)
 
 
-def _read_texts(config: EvaluateConfig, model: "TextModel", run_folder: Path) -> tuple[str, list[str], "Ids"]:
-    """Description and documents of the text to evaluate on, and the run's training text."""
+def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[str, list[str], Any]:
+    """Description and documents of the text to evaluate on, and the ids of the run's training text."""
     from minigpt_pl.data.corpus import held_out_texts, open_run_corpus
     from minigpt_pl.data.sources import text_documents
     from minigpt_pl.tokenizer import split_words

@@ -19,7 +19,7 @@ from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
 from minigpt_pl.exploration.scaling import MIN_SIZES, Run, held_out_documents, open_runs, power_laws, word_losses
-from minigpt_pl.exploration.summary import Summary, bootstrap, by_prompt, estimate_text, summarize_real
+from minigpt_pl.exploration.summary import Estimate, Summary, bootstrap, by_prompt, estimate_text, summarize_real
 from minigpt_pl.files import make_folder, write_aside
 from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.measures.evaluation import summarize_losses
@@ -90,19 +90,15 @@ def _record(
         documents: held-out documents; losses: run -> the losses of their tokens.
         texts_of: run -> its samples.
     """
-    held_out, longest = compared[0].held_out, max(run.model.network.max_length for run in compared)
+    longest = max(run.model.network.max_length for run in compared)
     summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
-    # The same targets for all runs, with shorter and shorter context, up to each run's own: (N, longest + 1)
-    windows = non_overlapping_windows(held_out.tokens, held_out.offsets, longest + 1, NUM_WINDOWS)
-    runs_record, by_context = {}, {}
+    runs_record = {}
     for run in compared:
-        length, (loss, less_first) = run.model.network.max_length, losses_of_words[run.name]
-        losses_by_context = loss_by_context(run.model.network, windows[:, -length - 1 :])
-        by_context[run.name] = {c: bootstrap(values[:, None]) for c, values in losses_by_context.items()}
+        loss, less_first = losses_of_words[run.name]
         runs_record[run.name] = {
             "parameters": run.parameters,
             "in_blocks": run.block_parameters,
-            "context": length,
+            "context": run.model.network.max_length,
             "text": run.text_tokens,
             "passes": run.epochs,
             "word_loss": loss,
@@ -111,8 +107,18 @@ def _record(
         }
     fits = power_laws(compared, {name: loss.mean for name, (loss, _) in losses_of_words.items()})
     counts = {"documents": len(documents)} | {name: summary["whole"][name] for name in ("tokens", "words")}
-    results = {"by_position": summary["by_position"], "by_context": by_context, "fits": fits}
+    results = {"by_position": summary["by_position"], "by_context": _by_context(compared, longest), "fits": fits}
     return counts | {"runs": runs_record} | results
+
+
+def _by_context(compared: Sequence[Run], longest: int) -> dict[str, dict[int, Estimate]]:
+    """The loss of the same tokens for all runs, with shorter and shorter context, up to each run's own."""
+    held_out, result = compared[0].held_out, {}
+    windows = non_overlapping_windows(held_out.tokens, held_out.offsets, longest + 1, NUM_WINDOWS)  # (N, longest + 1)
+    for run in compared:
+        losses = loss_by_context(run.model.network, windows[:, -run.model.network.max_length - 1 :])
+        result[run.name] = {c: bootstrap(values[:, None]) for c, values in losses.items()}
+    return result
 
 
 def _losses(compared: Sequence[Run], record: dict[str, Any]) -> Iterator[Block]:

@@ -120,7 +120,7 @@ class Question:
 
 
 def write_report(path: Path, blocks: Sequence[Block]) -> None:
-    """Write a report, and its charts as PNG beside it."""
+    """Write a Markdown report, and its charts as PNG into the same folder."""
     for block in blocks:
         if isinstance(block, Chart):
             write_figure(path.with_name(f"{block.name}.png"), block.figure, dpi=130)

@@ -164,9 +164,7 @@ def _failures(e: Exploration) -> Iterator[Block]:
         yield Table(["put into real text", *KINDS], rows)
     worst_first = sorted(zip(e.names, e.summaries, strict=True), key=lambda pair: -pair[1]["failure: any"].mean)
     summaries = [("real text (false alarms)", e.real_summary), *worst_first]
-    rows = [
-        [name, *(estimate_text(summary[failure], percent=True) for failure in FAILURES)] for name, summary in summaries
-    ]
+    rows = [[name, *(estimate_text(s[failure], percent=True) for failure in FAILURES)] for name, s in summaries]
     yield Table(["setting, worst first", *(name.removeprefix("failure: ") for name in FAILURES)], rows)
     for kind in KINDS:
         yield Heading(3, f"{kind}: the worst examples")

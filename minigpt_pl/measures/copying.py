@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_LENGTH = 4  # words; a large text contains most shorter runs
-FILTER_BITS = 24
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: Knuth's multiplicative hashing
 
 
@@ -60,10 +59,6 @@ def longest_copies(
     length = MIN_LENGTH
     while len(our_starts):
         wanted, numbers = np.unique(our_hashes, return_inverse=True)
-        in_filter = np.zeros(2**FILTER_BITS, bool)  # rejects most training positions without a search
-        in_filter[_short_hash(wanted)] = True
-        candidates = in_filter[_short_hash(hashes)]
-        starts, hashes = starts[candidates], hashes[candidates]
         indices = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
         matches = wanted[indices] == hashes
         starts, hashes, indices = starts[matches], hashes[matches], indices[matches]
@@ -90,10 +85,6 @@ def _hash(values: np.ndarray, length: int) -> np.ndarray:
     for i in range(1, length):
         hashes = hashes * MULTIPLIER + values[i : i + count]
     return hashes
-
-
-def _short_hash(hashes: np.ndarray) -> np.ndarray:
-    return (hashes * MULTIPLIER) >> np.uint64(64 - FILTER_BITS)
 
 
 def _copy(lengths: np.ndarray, found_at: np.ndarray, offsets: np.ndarray) -> Copy:
