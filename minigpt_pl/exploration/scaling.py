@@ -20,12 +20,9 @@ from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
 NUM_DOCUMENTS = 1_000  # held-out documents, from the beginning
 MIN_SIZES = 4  # a power law has two parameters; fewer sizes leave too little to estimate its error
-# Settings (or their prefixes) that only say where or how a run was trained.
-IGNORED_SETTINGS = ("run_name", "output_dir", "resume", "data.cache_dir", "data.source", "data.path") + (
-    "logger.",
-    "trainer.",
-    "text_generator.",
-)
+# Settings that only say where or how a run was trained.
+IGNORED_GROUPS = ("logger.", "trainer.", "text_generator.")
+IGNORED_SETTINGS = ("run_name", "output_dir", "resume", "data.cache_dir", "data.source", "data.path", *IGNORED_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -74,27 +71,24 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
             raise InputError(f"{problem} has no held-out text; train with data.validation_share above 0")
         first = opened[0] if opened else None
         if first and list_vocabulary(model.tokenizer) != list_vocabulary(first.model.tokenizer):
-            raise InputError(
-                f"{problem} has other words than {first.name}, so their losses do not compare; give runs of one text"
-                " and one model.vocab_size"
-            )
-        if first and not all(np.array_equal(getattr(held_out, a), getattr(first.held_out, a)) for a in vars(held_out)):
-            raise InputError(
-                f"{problem} has other held-out text than {first.name}, so their losses do not compare; give runs with"
-                " the same data.validation_share and data.validation_documents"
-            )
+            raise InputError(f"{problem} has other words than {first.name}; give runs of one text and vocabulary size")
+        if first and not (
+            np.array_equal(held_out.tokens, first.held_out.tokens)
+            and np.array_equal(held_out.offsets, first.held_out.offsets)
+        ):
+            remedy = "give runs with the same data.validation_share and data.validation_documents"
+            raise InputError(f"{problem} has other held-out text than {first.name}; {remedy}")
         opened.append(_run(checkpoint, model, data, corpus, held_out))
     return opened
 
 
 def _run(checkpoint: Path, model: TextModel, data: DataConfig, corpus: Corpus, held_out: Ids) -> Run:
     folder, network = checkpoint.parent.parent, model.network
+    contents = runs.read_checkpoint(checkpoint)
     settings: dict[str, Any] = {}
     for group, values in runs.read_settings(folder).items():
-        settings |= (
-            {f"{group}.{name}": v for name, v in values.items()} if isinstance(values, dict) else {group: values}
-        )
-    contents = runs.read_checkpoint(checkpoint)
+        nested = isinstance(values, dict)
+        settings |= {f"{group}.{name}": v for name, v in values.items()} if nested else {group: values}
     sequences = Sequences(corpus.train, network.max_length, data.cut, data.end_token, count_padding=False)
     seed = contents["hyper_parameters"].get("seed", 0)
     rows = BatchLoader(sequences, data.batch_size, seed, max_sequences=data.max_sequences).rows
