@@ -31,9 +31,11 @@ def evaluate(config: EvaluateConfig) -> None:
     from minigpt_pl.generation.text import load
     from minigpt_pl.measures.evaluation import MODELS, evaluate_texts
 
-    model = load(runs.choose_checkpoint(Path(config.output_dir), config.run))
-    run_folder = Path(str(model.checkpoint)).parent.parent
+    checkpoint = runs.choose_checkpoint(Path(config.output_dir), config.run)
+    model, run_folder = load(checkpoint), checkpoint.parent.parent
     description, texts, train = _read_texts(config, model, run_folder)
+    counts = f"{len(texts):,}", f"{len(train.tokens):,}"
+    log.info("Evaluating on %s documents, with n-grams of %s training tokens.", *counts)
     result = evaluate_texts(model, texts, train, description)
     _print(result, MODELS)
     parts = [config.text and Path(config.text).stem, config.num_documents]

@@ -12,8 +12,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
-
 from minigpt_pl.exploration import charts
 from minigpt_pl.exploration.markup import Block, Chart, Heading, MarkedSample, Paragraph, Question, Table, write_report
 from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT
@@ -209,8 +207,7 @@ def _network(e: Exploration) -> Iterator[Block]:
         if sample is not None:
             ids = [*sample["prompt_ids"], *sample["ids"]][: min(MAP_WORDS, network.max_length)]
             words = [str(e.model.tokenizer.id_to_token(id_)) for id_ in ids]
-            with torch.inference_mode():
-                figure = charts.attention(attention_maps(network, ids).numpy(), words)
+            figure = charts.attention(attention_maps(network, ids).numpy(), words)
             yield Chart(name, f"Attention in {title}: each row is one word (darker: more attention)", figure)
     yield Question("Which failure mode do you find most telling, and in which texts do you see it?")
     yield Question("Why does this happen in a small, single-block GPT model?")
