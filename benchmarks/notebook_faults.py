@@ -1,10 +1,10 @@
-"""Measures the costs of the notebook's faults, on a model that is trained as in the notebook.
+"""The cost of the notebook's faults, measured on a model trained as in the notebook.
 
     python benchmarks/notebook_faults.py RUN REVIEWS [OTHER_RUN ...]
 
 RUN is a run folder of `experiment=keras`. REVIEWS is a folder of IMDB in the hub's layout. The held-out reviews are the
-first 1,000 of `unsupervised`. Each further run is evaluated on the same reviews. The script prints one JSON object.
-docs/notebook_faults.md has the table. `write_as_the_notebook` is the notebook's own loop, with a switch for each fault.
+first 1,000 of `unsupervised`. Each further run is evaluated on the same reviews. The script prints one JSON object;
+docs/notebook_faults.md has the table.
 """
 
 import json
@@ -27,7 +27,7 @@ HELD_OUT, TEXTS, NEW_TOKENS, TOP_K, PROMPT_WORDS = 1_000, 64, 200, 10, 5
 
 
 @torch.inference_mode()
-def write_as_the_notebook(
+def generate_as_notebook(
     network: MiniGPT,
     prompts: list[list[int]],
     max_tokens: int,
@@ -36,9 +36,9 @@ def write_as_the_notebook(
     one_token_more: bool = True,
     specials_allowed: bool = True,
 ) -> list[list[int]]:
-    """New token ids for each prompt, as the notebook's `TextGenerator` draws them.
+    """The notebook's `TextGenerator`: the new ids of each prompt. A switch that is off corrects its fault.
 
-    A switch that is off corrects that fault. All prompts must have the same length.
+    All prompts must have the same length.
     """
     generator = torch.Generator().manual_seed(0)
     texts = torch.tensor(prompts)  # (B, L)
@@ -54,7 +54,7 @@ def write_as_the_notebook(
 
 
 def ids_of(model: minigpt_pl.TextModel, texts: list[str]) -> np.ndarray:
-    """The first 81 token ids of each text, padded: (N, 81)."""
+    """The first 81 ids of each text, with padding: (N, 81)."""
     length = model.network.max_length + 1
     rows = [encoding.ids[:length] for encoding in model.tokenizer.encode_batch(texts)]
     return np.array([row + [PADDING_ID] * (length - len(row)) for row in rows])
@@ -62,7 +62,7 @@ def ids_of(model: minigpt_pl.TextModel, texts: list[str]) -> np.ndarray:
 
 @torch.inference_mode()
 def held_out_losses(model: minigpt_pl.TextModel, texts: list[str]) -> dict[str, float]:
-    """Three losses in nats, and their perplexities: with padding as in the notebook, without it, without `[UNK]`."""
+    """Losses in nats, and perplexities: as in the notebook, without padding, and of words only (without `[UNK]`)."""
     rows = torch.from_numpy(ids_of(model, texts))
     targets, output = rows[:, 1:], model.network.output
     losses = torch.cat(
@@ -83,7 +83,7 @@ def held_out_losses(model: minigpt_pl.TextModel, texts: list[str]) -> dict[str, 
 
 @torch.inference_mode()
 def packed_loss(model: minigpt_pl.TextModel, texts: list[str]) -> float:
-    """Loss over every token of the texts, in the consecutive windows of `data.cut=pack`."""
+    """Loss of all tokens of the texts, in consecutive windows as with `data.cut=pack`."""
     length, end_id = model.network.max_length, model.tokenizer.token_to_id(END)
     ids = torch.tensor([id_ for text in texts for id_ in [*model.tokenizer.encode(text).ids, end_id]])
     losses = []
@@ -98,9 +98,9 @@ def packed_loss(model: minigpt_pl.TextModel, texts: list[str]) -> float:
 
 @torch.inference_mode()
 def past_the_context(network: MiniGPT, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, float]:
-    """The text after token 80: number of different words, and its perplexity.
+    """The tokens after token 80: different words per text, and perplexity under the same model.
 
-    The perplexity is that of the same model, which sees the last 80 tokens.
+    The model predicts each token from the last 80 tokens.
     """
     whole = torch.tensor([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
     length, losses = network.max_length, []
@@ -116,7 +116,7 @@ def past_the_context(network: MiniGPT, prompts: list[list[int]], texts: list[lis
 
 
 def lost_words(model: minigpt_pl.TextModel, texts: list[str]) -> dict[str, float]:
-    """Shares of words that become `[UNK]` in prompts of five words: split at spaces only, and with our tokenizer."""
+    """How many words of five-word prompts become `[UNK]`: with a split on spaces, and with this package."""
     vocabulary = model.tokenizer.get_vocab()
     prompts = [text.split()[:PROMPT_WORDS] for text in texts]
     notebook = [[word not in vocabulary for word in prompt] for prompt in prompts]
@@ -132,7 +132,10 @@ def lost_words(model: minigpt_pl.TextModel, texts: list[str]) -> dict[str, float
 
 
 def token_seconds(network: MiniGPT, prompt: list[int], everything: bool) -> float:
-    """Median seconds per new token with 80 tokens of context: all 80 rows of logits as in the notebook, or one."""
+    """Median seconds per new token at 80 tokens of context.
+
+    everything: compute all 80 rows of logits, as the notebook does, or only the last one.
+    """
     window = torch.tensor([(prompt * 80)[: network.max_length]])
     seconds = []
     with torch.inference_mode():
@@ -152,17 +155,17 @@ def main(run: str, reviews: str, *others: str) -> None:
     model = minigpt_pl.load(Path(run) / "checkpoints" / "last.ckpt")
     encoded = ids_of(model, texts)
     prompts = [row[:PROMPT_WORDS].tolist() for row in encoded if UNKNOWN_ID not in row[:PROMPT_WORDS]][:TEXTS]
-    as_the_notebook = write_as_the_notebook(model.network, prompts, NEW_TOKENS)
-    last_tokens = write_as_the_notebook(model.network, prompts, NEW_TOKENS, first_tokens_as_context=False)
+    as_notebook = generate_as_notebook(model.network, prompts, NEW_TOKENS)
+    last_tokens = generate_as_notebook(model.network, prompts, NEW_TOKENS, first_tokens_as_context=False)
     end_id = model.tokenizer.token_to_id(END)
     specials = [[id_ in (PADDING_ID, UNKNOWN_ID) for id_ in text] for text in last_tokens]
     print(
         json.dumps(
             {
-                "past_80_with_the_first_80": past_the_context(model.network, prompts, as_the_notebook),
+                "past_80_with_the_first_80": past_the_context(model.network, prompts, as_notebook),
                 "past_80_with_the_last_80": past_the_context(model.network, prompts, last_tokens),
                 "tokens_asked_for": NEW_TOKENS,
-                "tokens_written": len(as_the_notebook[0]),
+                "tokens_written": len(as_notebook[0]),
                 "prompts": lost_words(model, texts),
                 "specials_drawn": {
                     "tokens": sum(map(sum, specials)) / sum(map(len, specials)),

@@ -1,4 +1,4 @@
-"""python -m minigpt_pl.explore: the homework as an instrument: samples over a grid of settings, or runs, measured."""
+"""python -m minigpt_pl.explore: texts over a grid of settings, or of several runs, with their measures in a report."""
 
 import importlib.util
 import logging
@@ -12,69 +12,74 @@ from minigpt_pl.errors import InputError
 
 log = logging.getLogger(__name__)
 
-NEEDED = ("matplotlib", "sklearn", "sacrebleu", "vaderSentiment")  # the extra `explore`
+REQUIRED_PACKAGES = ("matplotlib", "sklearn", "sacrebleu", "vaderSentiment")  # the extra `explore`
 
 
 def main() -> None:
-    app.run("explore", ExploreConfig, explore, _as_lists)
+    app.run("explore", ExploreConfig, explore, _values_to_lists)
 
 
-def explore(config: ExploreConfig) -> Path:
-    """Write, measure, report.
+def explore(config: ExploreConfig) -> None:
+    """Generate texts, measure them, and write a report into a folder.
 
-    Returns:
-        The folder, with samples.jsonl, held_out.jsonl, network.json, report.md, report.html and the charts; of a
-        comparison with what `exploration.compare` writes.
+    The folder gets samples.jsonl, held_out.jsonl, network.json, report.md, report.html and the charts. With `compare`
+    it gets the files of `exploration.compare`.
 
     Raises:
-        InputError: no such run, no words or text of it, prompts or settings that nothing can be written with.
+        InputError: a run, its words or its text is missing, or prompts or settings cannot be used.
     """
     keep_freed_memory()
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"explore: {', '.join(missing)} is not installed; pip install 'minigpt_pl[explore]'")
     from minigpt_pl.checkpoints import choose_checkpoint
     from minigpt_pl.data.corpus import open_run_corpus
-    from minigpt_pl.exploration import compare, judging, network_study, report, samples
+    from minigpt_pl.exploration import samples
+    from minigpt_pl.exploration.compare import compare
+    from minigpt_pl.exploration.metrics import TextMetrics
+    from minigpt_pl.exploration.network_study import study_network
+    from minigpt_pl.exploration.report import Exploration, report
     from minigpt_pl.files import make_folder
     from minigpt_pl.text_model import load
 
     prompts = samples.read_prompts(Path(config.prompts or Path(app.CONFIG_DIR) / "prompts.yaml"))
     if config.compare is not None:
-        folder = Path(config.output_dir) / "compare" if config.folder is None else Path(config.folder)
-        compare.compare(config, prompts, folder)
+        folder = Path(config.folder or Path(config.output_dir) / "compare")
+        compare(config, prompts, folder)
         log.info("Comparison: %s", folder / "compare.md")
-        return folder
+        return
     checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
     run = checkpoint.parent.parent
     model = load(checkpoint)
     grid = samples.check_grid(config, model, prompts)
     _, corpus = open_run_corpus(run, model.tokenizer, config.source)
-    if corpus.validation is None:
-        raise InputError(f"run={run.name}: held no text out to compare with; train with data.validation_share above 0")
-    folder = run / "explore" if config.folder is None else Path(config.folder)
+    held_out = corpus.validation
+    if held_out is None:
+        raise InputError(f"run={run.name}: has no held-out text; train with data.validation_share above 0")
+    folder = Path(config.folder or run / "explore")
     make_folder(folder, "folder")
     log.info("Exploring %s: %d prompts, %d settings", checkpoint, len(prompts), len(grid))
-    made, broken = samples.make_samples(config, model, prompts, grid, folder)
-    for line in broken:
+    made, failed = samples.generate_samples(config, model, prompts, grid, folder)
+    for line in failed:
         log.warning("Left out: %s", line)
     if not made:
-        raise InputError("explore: nothing could be written with any of the settings; change them")
-    judge = judging.Judge.prepare(model, corpus, config.num_tokens)
-    log.info("Measuring %s texts and %s held-out ones.", f"{len(made):,}", f"{len(judge.real):,}")
-    judge.samples(made)
+        raise InputError("explore: the model can generate no text with these settings; change them")
+    grid = [setting for setting in grid if any(sample["settings"] == setting for sample in made)]
+    metrics = TextMetrics.fit(model, corpus.train, held_out, config.num_tokens)
+    log.info("Measuring %s texts and %s held-out texts.", f"{len(made):,}", f"{len(metrics.real_texts):,}")
+    metrics.add_to(made)
     samples.write_samples(folder / samples.SAMPLES, made)
-    real = judge.real_texts(folder / "held_out.jsonl")
-    log.info("Measuring what the network makes of its context.")
-    study = network_study.study(judge, corpus, [prompt for _, prompt in prompts], config.num_tokens,
-                                folder / "network.json")  # fmt: skip
-    log.info("Drawing and writing.")
-    report.write(folder, run.name, model, grid, made, real, judge, study, broken, corpus.record["source"])
+    real = metrics.of_real_texts(folder / "held_out.jsonl")
+    log.info("Measuring how the network uses its context.")
+    only_prompts = [prompt for _, prompt in prompts]
+    study = study_network(metrics, held_out, only_prompts, config.num_tokens, folder / "network.json")
+    log.info("Drawing the charts and writing the report.")
+    source, num_calibration = corpus.record["source"], metrics.num_calibration
+    report(Exploration(run.name, source, model, grid, made, failed, real, num_calibration, study), folder)
     log.info("Report: %s and %s", folder / "report.html", folder / "report.md")
-    return folder
 
 
-def _as_lists(arguments: list[str]) -> list[str]:
-    """`temperature=0.8` as `temperature=[0.8]`: a control with one value."""
+def _values_to_lists(arguments: list[str]) -> list[str]:
+    """Write a control with one value, such as `temperature=0.8`, as a list: `temperature=[0.8]`."""
     return [
         re.sub(r"=(?!\[)(.*)", r"=[\1]", argument, flags=re.DOTALL) if argument.split("=")[0] in GRID else argument
         for argument in arguments

@@ -71,6 +71,3 @@ def make_folder(path: Path, setting: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{setting}={path}: cannot be made ({error.strerror}); give a folder to write in") from error
-
-
-write_aside = write_text  # the old name, until all callers have the new one

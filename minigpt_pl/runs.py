@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import make_folder, write_aside
+from minigpt_pl.files import make_folder, write_text
 
 RECORD = "run.json"
 LAST = Path("checkpoints", "last.ckpt")
@@ -79,7 +79,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def update_record(folder: Path, **values: Any) -> None:
     """Add values to the record of a run, and the time in seconds since 1970 (UTC)."""
     record = read_record(folder) | values | {"updated": time.time()}
-    write_aside(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

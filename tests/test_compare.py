@@ -1,4 +1,4 @@
-"""Runs side by side: losses, power laws, and what is refused."""
+"""Comparison of runs: losses, power laws, and refused input."""
 
 import json
 import math
@@ -21,14 +21,13 @@ COMPARE = ["compare=[tiny,w8,w24,w32]", "prompts=prompts.yaml", "num_tokens=12",
 
 @pytest.fixture(scope="module")
 def compared(trained, story, tmp_path_factory):
-    """Four runs that differ in width alone, one that saw less text, and their comparison by the command line."""
+    """Runs that differ only in width, one run with less text, and a comparison made by the command line."""
     cwd = tmp_path_factory.mktemp("compared")
     shutil.copytree(trained, cwd, dirs_exist_ok=True)
     (cwd / "prompts.yaml").write_text(PROMPTS)
-    for name, change in {
-        "w8": "model.embed_dim=8", "w24": "model.embed_dim=24", "w32": "model.embed_dim=32",
-        "less": "data.max_sequences=64", "words": "model.vocab_size=12",
-    }.items():  # fmt: skip
+    changes = {name: f"model.embed_dim={name[1:]}" for name in ("w8", "w24", "w32")}
+    changes |= {"less": "data.max_sequences=64", "words": "model.vocab_size=12"}
+    for name, change in changes.items():
         given = [*TINY_RUN, f"data.path={story}", f"output_dir={cwd / 'outputs'}", f"run_name={name}", change]
         given += ["trainer.max_epochs=2", "text_generator.every_n_epochs=0"]
         train(app.to_settings(app.compose("train", given)))
@@ -44,14 +43,13 @@ class TestCompare:
 
     def test_the_folder(self, compared):
         folder = compared / "outputs/compare"
-        assert {path.name for path in folder.iterdir()} == {
-            "compare.md", "compare.json", "compare.png", "samples.jsonl", "held_out.jsonl"
-        }  # fmt: skip
+        files = {path.name for path in folder.iterdir()}
+        assert files == {"compare.md", "compare.json", "compare.png", "samples.jsonl", "held_out.jsonl"}
         made = records(compared, folder=folder)
         assert [s["run"] for s in made] == [name for name in ("tiny", "w8", "w24", "w32") for _ in range(4 * 2)]
         assert {(s["settings"]["temperature"], s["settings"]["top_k"]) for s in made} == {(0.8, 5)}
 
-    def test_loss_is_that_of_the_known_held_out_words(self, compared, found, monkeypatch):
+    def test_loss_of_the_known_held_out_words(self, compared, found, monkeypatch):
         monkeypatch.chdir(compared)
         for name in ("tiny", "w32"):
             model = load(compared / "outputs" / name)
@@ -59,7 +57,7 @@ class TestCompare:
             held_out = corpus.validation
             nats = []
             for start, end in zip(held_out.offsets, held_out.offsets[1:], strict=False):
-                ids = held_out.tokens[start : end - 1].tolist()  # the end token is no word
+                ids = held_out.tokens[start : end - 1].tolist()  # the end token is not a word
                 assert len(ids) <= 17, "one window"
                 logits, _ = model.network(torch.tensor([ids[:-1]]))
                 losses = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids[1:]), reduction="none")
@@ -70,7 +68,7 @@ class TestCompare:
         less = found["runs"]["w32"]["less_first"]
         assert less[0] == pytest.approx(found["runs"]["w32"]["word_loss"][0] - found["runs"]["tiny"]["word_loss"][0])
 
-    def test_what_a_run_learned_from(self, compared, found, monkeypatch):
+    def test_training_text_of_a_run(self, compared, found, monkeypatch):
         monkeypatch.chdir(compared)
         model = load(compared / "outputs/tiny")
         corpus = open_run_corpus(compared / "outputs/tiny", model.tokenizer, None)[1]
@@ -83,29 +81,29 @@ class TestCompare:
         saved = torch.load(compared / "outputs/w8/checkpoints/best.ckpt", weights_only=True)["global_step"]
         assert found["runs"]["w8"]["passes"] == pytest.approx(saved * 16 / len(corpus.train.offsets[1:]))
 
-    def test_a_power_law_where_the_points_allow_it(self, compared, found):
+    def test_power_law_of_four_runs(self, compared, found):
         (fit,) = found["fits"]
         sizes = {name: run["parameters"] for name, run in found["runs"].items()}
         assert fit["against"] == "parameters" and fit["of"] == sorted(sizes, key=sizes.get)
-        slope = np.polyfit(np.log([sizes[name] for name in fit["of"]]),
-                           np.log([found["runs"][name]["word_loss"][0] for name in fit["of"]]), 1)[0]  # fmt: skip
+        losses = [found["runs"][name]["word_loss"][0] for name in fit["of"]]
+        slope = np.polyfit(np.log([sizes[name] for name in fit["of"]]), np.log(losses), 1)[0]
         mean, low, high = fit["exponent"]
         assert mean == pytest.approx(-slope) and low < mean < high
         report = (compared / "outputs/compare/compare.md").read_text()
-        assert f"with a = {mean:.3f} [{low:.3f}, {high:.3f}], within this range" in report
-        assert "Against tokens: no two runs are alike but for data.max_sequences" in report
+        assert f"with a = {mean:.3f} [{low:.3f}, {high:.3f}], over 4 runs" in report
+        assert "Against tokens: no comparison, because no two runs differ only in data.max_sequences" in report
 
-    def test_too_few_points_are_said_to_be(self, compared):
+    def test_no_power_law_of_two_runs(self, compared):
         done = run_module("explore", *COMPARE, "compare=[tiny,less]", "folder=two", cwd=compared)
         assert done.returncode == 0, done.stderr
         report = (compared / "two/compare.md").read_text()
-        assert "Against tokens: less, tiny are alike but for data.max_sequences: too few for a power law" in report
-        assert "Against parameters: no two runs are alike but for the network" in report
+        assert "Against tokens: less, tiny differ only in data.max_sequences. These are too few for a power" in report
+        assert "Against parameters: no comparison, because no two runs differ only in the network" in report
         header, _, first, second = report[report.index("| run | parameters") :].splitlines()[:4]
-        assert header.endswith("| data.max_sequences |"), "the settings in which they differ"
+        assert header.endswith("| data.max_sequences |"), "the settings that differ"
         assert first.endswith("| None |") and second.endswith("| 64 |")
 
-    def test_figures_of_the_report_are_those_of_the_record(self, compared, found):
+    def test_report_has_the_figures_of_the_record(self, compared, found):
         report = (compared / "outputs/compare/compare.md").read_text()
         for name, run in found["runs"].items():
             line = next(line for line in report.splitlines() if line.startswith(f"| {name} | {run['parameters']:,} |"))
@@ -119,14 +117,14 @@ class TestCompare:
         [
             (["compare=[tiny]"], "compare=['tiny']: give two runs or more"),
             (["compare=[tiny,none]"], "compare=none: no such run folder or checkpoint"),
-            (["compare=[tiny,outputs/tiny]"], "compare=tiny: stands there twice"),
-            (["compare=[tiny,words]"], "compare=words: has other words than tiny, so their losses do not compare"),
-            (["compare=[tiny,held]"], "compare=held: held out other text than tiny, so their losses do not compare"),
-            (["run=tiny"], "run=tiny: not with compare="),
-            (["top_p=[0.5,1.0]"], "top_p=[0.5, 1.0]: compare= writes with one value of each control"),
+            (["compare=[tiny,outputs/tiny]"], "compare=tiny: occurs twice"),
+            (["compare=[tiny,words]"], "compare=words: has other words than tiny"),
+            (["compare=[tiny,held]"], "compare=held: has other held-out text than tiny"),
+            (["run=tiny"], "run=tiny: compare= names its own runs"),
+            (["top_p=[0.5,1.0]"], "top_p=[0.5, 1.0]: compare= takes one value of each control"),
         ],
     )
-    def test_what_does_not_compare_is_refused(self, compared, overrides, message):
+    def test_runs_that_do_not_compare_are_refused(self, compared, overrides, message):
         if "held" in overrides[0]:
             shutil.copytree(compared / "outputs/tiny", compared / "outputs/held")
             config, record = compared / "outputs/held/config.yaml", compared / "outputs/held/run.json"
@@ -137,16 +135,17 @@ class TestCompare:
         assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
         assert not (compared / "refused").exists()
 
-    def test_all_runs_predict_the_same_tokens_with_less_context(self):
+    def test_all_runs_predict_the_same_tokens(self):
         torch.manual_seed(0)
         sizes = {"vocab_size": 12, "embed_dim": 8, "num_heads": 1, "feed_forward_dim": 8}
         networks = [MiniGPT(max_length=length, **sizes).eval() for length in (4, 8)]
-        ids = torch.randint(2, 12, (5, 10))  # 5 documents of 9 words, and their end
-        corpus = SimpleNamespace(validation=SimpleNamespace(tokens=ids.numpy().ravel(), offsets=np.arange(0, 51, 10)))
-        some = [
-            SimpleNamespace(name=n, model=SimpleNamespace(network=net)) for n, net in zip("ab", networks, strict=True)
+        ids = torch.randint(2, 12, (5, 10))  # 5 documents of 9 words and an end token
+        held_out = SimpleNamespace(tokens=ids.numpy().ravel(), offsets=np.arange(0, 51, 10))
+        runs = [
+            SimpleNamespace(name=name, model=SimpleNamespace(network=network), held_out=held_out)
+            for name, network in zip("ab", networks, strict=True)
         ]
-        found = _by_context(some, corpus, longest=8)
+        found = _by_context(runs, longest=8)
         assert list(found["a"]) == [1, 2, 4] and list(found["b"]) == [1, 2, 5, 8]
         for name, network in zip("ab", networks, strict=True):
             for context, estimate in found[name].items():
@@ -157,20 +156,20 @@ class TestCompare:
     def test_power_law(self):
         x = [1e5, 2e5, 4e5, 8e5]
         fit = power_law(x, [9 * value**-0.07 for value in x])
-        assert fit.scale == pytest.approx(9) and fit.exponent == pytest.approx((0.07, 0.07, 0.07))
-        assert power_law(x[:3], [3.0, 2.0, 1.0]) is None and power_law([*x[:3], x[0]], [3.0, 2.0, 1.0, 3.1]) is None
+        assert fit["scale"] == pytest.approx(9) and fit["exponent"] == pytest.approx((0.07, 0.07, 0.07))
+        assert power_law(x[:3], [3.0, 2.0, 1.0]) == {} and power_law([*x[:3], x[0]], [3.0, 2.0, 1.0, 3.1]) == {}
         # By hand: 4 points at ln x = 0, 1, 2, 3, residuals +-0.01; t(2) at 97.5 % is 4.3027.
         loss = np.exp(-0.1 * np.arange(4) + 0.01 * np.array([1, -1, -1, 1]))
-        mean, low, high = power_law(np.exp(np.arange(4)), loss).exponent
+        mean, low, high = power_law(np.exp(np.arange(4)), loss)["exponent"]
         assert mean == pytest.approx(0.1)
         assert (high - low) / 2 == pytest.approx(4.3027 * math.sqrt(4 * 0.01**2 / 2 / 5), rel=1e-4)
 
-    def test_word_losses_draw_the_same_documents_for_all_runs(self):
+    def test_word_losses_resample_the_same_documents_for_all_runs(self):
         rng = np.random.default_rng(0)
         documents = [rng.integers(2, 9, rng.integers(2, 30)) for _ in range(80)]
-        documents[0][1:] = 1  # [UNK]: no known word
+        documents[0][1:] = 1  # only [UNK]: no known word
         easy = np.concatenate([np.full(len(d) - 1, rng.normal(4, 1)) for d in documents])
         found = word_losses({"a": easy, "b": easy - 0.25}, documents)
         assert found["a"][1] is None and found["b"][1] == pytest.approx((-0.25, -0.25, -0.25))
         assert found["a"][0].mean == pytest.approx(easy[len(documents[0]) - 1 :].mean())
-        assert found["a"][0].high - found["a"][0].low > 0.2  # documents differ, however many words they have
+        assert found["a"][0].high - found["a"][0].low > 0.2  # the documents differ

@@ -16,25 +16,22 @@ import minigpt_pl
 from minigpt_pl import InputError, MiniGPT, score
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.data.corpus import held_out_texts, open_corpus
-from minigpt_pl.evaluate import _ladder, evaluate
-from minigpt_pl.measures import likelihood
-from minigpt_pl.measures.likelihood import document_losses, spelling_nats, summarise
+from minigpt_pl.evaluate import evaluate
+from minigpt_pl.measures import likelihood, ngrams
+from minigpt_pl.measures.evaluation import ngram_losses, spelling_nats, summarize_losses
+from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import END, UNKNOWN_ID
 
-DEFAULTS = {
-    "output_dir": "outputs", "run": "tiny", "text": None, "document": "line", "num_documents": None, "source": None,
-}  # fmt: skip
-
 
 def evaluated(folder, **settings) -> dict:
-    evaluate(EvaluateConfig(**(DEFAULTS | settings)))
+    evaluate(EvaluateConfig(run="tiny", **settings))
     return json.loads((folder / "outputs" / "tiny" / "evaluation.json").read_text())
 
 
 @pytest.fixture
 def a_run(trained, tmp_path, monkeypatch):
-    """A copy of the small run to work in."""
+    """A copy of the small run, which a test may change."""
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -52,19 +49,19 @@ def some_documents():
 
 
 class TestLosses:
-    def test_each_token_sees_the_context_that_is_stated(self, network, monkeypatch):
-        monkeypatch.setattr(likelihood, "BATCH_TOKENS", 20)  # so that windows of one document fall into two batches
+    def test_each_token_has_the_documented_context(self, network, monkeypatch):
+        monkeypatch.setattr(likelihood, "BATCH_TOKENS", 20)  # windows of one document fall into two batches
         expected = []
         for document in some_documents():
             for place in range(1, len(document)):
-                # Windows end at 6, 9, 12 ...; the first of the three new tokens has 4 before it, the last 6.
+                # Windows end at 6, 9, 12, ... The first of the three new tokens has 4 tokens before it, the last has 6.
                 context = place if place <= 6 else 4 + (place - 7) % 3
                 ids = torch.from_numpy(document[place - context : place])[None]
                 logits = network(ids)[0][0, -1]
                 expected.append(-logits.log_softmax(dim=0)[document[place]].item())
         np.testing.assert_allclose(document_losses(network, some_documents()), expected, rtol=1e-4, atol=1e-6)
 
-    def test_no_token_has_one_before_it(self, network):
+    def test_documents_without_a_second_token(self, network):
         assert len(document_losses(network, [np.array([3]), np.array([], int)])) == 0
 
     def test_a_context_of_one(self):
@@ -72,11 +69,11 @@ class TestLosses:
         assert len(document_losses(network, [np.array([3, 4, 5, 6])])) == 3
 
 
-def test_summary_worked_by_hand():
+def test_summary_computed_by_hand():
     # One token is [UNK] (1), two are [END] (9); L = 2.
     documents = [np.array([4, 11, 1, 12, 9]), np.array([3, 9])]
     losses = {"a": np.array([1.0, 2.0, 3.0, 4.0, 6.0], np.float32)}
-    summary = summarise(losses, documents, max_length=2, end_id=9)
+    summary = summarize_losses(losses, documents, max_length=2, end_id=9)
     assert summary["whole"]["tokens"] == 5 and summary["whole"]["words"] == 2
     assert summary["whole"]["a"] == {
         "loss": pytest.approx(3.2),
@@ -98,33 +95,46 @@ def test_summary_worked_by_hand():
         {"band": "[UNK]", "tokens": 1, "a": 2.0},
         {"band": "[END]", "tokens": 2, "a": 5.0},
     ]
-    without_end = summarise(losses, documents, max_length=2, end_id=None)
-    assert without_end["whole"]["words"] == 4, "id 9 is a word of a vocabulary without an end"
+    without_end = summarize_losses(losses, documents, max_length=2, end_id=None)
+    assert without_end["whole"]["words"] == 4, "without an end token, id 9 is a word"
 
 
-def test_spelling_worked_by_hand():
-    # The vocabulary is "a" alone: after the mark an a, then its end. All counts are 1, all discounts 0.5.
+def test_spelling_computed_by_hand():
+    # The vocabulary has only "a": after the mark comes an a, then the end. All counts are 1, all discounts 0.5.
     unigram = 0.5 / 2 + 0.5 / 257
     first, then_end = 0.5 + 0.5 * unigram, 0.5 + 0.5 * (0.5 + 0.5 * unigram)
     expected = -math.log(first * then_end)
     assert spelling_nats(Counter({"a": 1}), ["a"]) == pytest.approx(expected)
     assert spelling_nats(Counter({"a": 3}), ["a"]) == pytest.approx(3 * expected)
-    # A letter that the vocabulary lacks has its share of 257 at the word's beginning.
+    # A letter that is not in the vocabulary has the uniform probability, 1 / 257, at the beginning of the word.
     other = -math.log(0.5 * 0.5 / 257) - math.log(0.5 / 2 + 0.5 / 257)
     assert spelling_nats(Counter({"z": 1}), ["a"]) == pytest.approx(other)
     assert spelling_nats(Counter(), ["a"]) == 0
 
 
-def test_ladder_counts_end_tokens_only_where_the_model_has_them():
+def test_ngrams_count_end_tokens_only_if_the_model_has_them():
     train = SimpleNamespace(tokens=np.array([2, 3, 9, 2, 9, 4, 2, 3, 9], np.uint16), offsets=np.array([0, 3, 5, 9]))
     documents = [np.array([2, 3]), np.array([4, 2])]
-    losses, first = _ladder(documents, train, vocab_size=10, end_id=None)
+    losses, first = ngram_losses(documents, train, vocab_size=10, end_id=None)
     without = NGramModel.fit(np.array([2, 3, 2, 4, 2, 3]), np.array([0, 2, 3, 6]), 10, 2)
     np.testing.assert_allclose(losses["bigram"], [-without.log_probabilities(ids)[1] for ids in documents])
     unigram = NGramModel.fit(np.array([2, 3, 2, 4, 2, 3]), np.array([0, 2, 3, 6]), 10, 1)
     assert first == pytest.approx(-sum(unigram.log_probabilities(ids)[0] for ids in documents))
-    with_end, _ = _ladder(documents, train, vocab_size=10, end_id=9)
+    with_end, _ = ngram_losses(documents, train, vocab_size=10, end_id=9)
     assert (with_end["bigram"] > losses["bigram"]).any()
+
+
+def test_counting_ngrams_shows_progress(monkeypatch):
+    shown = {}
+
+    def recorded(*args, desc, disable, **_):
+        shown[desc] = disable
+        return range(*args)
+
+    monkeypatch.setattr(ngrams, "trange", recorded)
+    train = SimpleNamespace(tokens=np.array([2, 3, 9]), offsets=np.array([0, 3]))
+    ngram_losses([np.array([2, 3])], train, vocab_size=10, end_id=9)
+    assert shown == {"Counting 1-grams": None, "Counting 2-grams": None, "Counting 5-grams": None}
 
 
 @pytest.mark.parametrize("own_file", [False, True])
@@ -148,7 +158,7 @@ class TestRun:
         assert means["loss"] == pytest.approx(float(best["val/loss"]), rel=1e-5)
         assert means["word_perplexity"] == pytest.approx(float(best["val/word_perplexity"]), rel=1e-5)
 
-    def test_ladder_and_bits_from_their_definitions(self, a_run):
+    def test_ngram_losses_and_bits_from_their_definitions(self, a_run):
         result = evaluated(a_run)
         model = minigpt_pl.load("outputs/tiny")
         settings = yaml.safe_load((a_run / "outputs" / "tiny" / "config.yaml").read_text())["data"]
@@ -169,7 +179,7 @@ class TestRun:
         bits = (losses.sum() + first) / math.log(2) / num_bytes + result["spelling_bits_per_byte"]
         assert result["whole"]["network"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
-    def test_own_text_beside_the_held_out(self, a_run):
+    def test_own_text(self, a_run):
         before = evaluated(a_run)
         text = a_run / "my text.txt"
         text.write_text("The cat sees the dog.\nAnd it's a zebra, \N{SNOWMAN}.\n<br />\n\nThe king\n", encoding="utf-8")
@@ -196,7 +206,7 @@ class TestRun:
             evaluated(a_run, text=str(text), document=document)
             assert json.loads((folder / "evaluation-my text.json").read_text())["documents"] == count
 
-    def test_text_that_lies_elsewhere_by_now(self, a_run, story):
+    def test_moved_training_text(self, a_run, story):
         settings = a_run / "outputs" / "tiny" / "config.yaml"
         contents = yaml.safe_load(settings.read_text())
         contents["data"]["path"] = "gone.txt"
@@ -215,14 +225,11 @@ class TestRun:
         assert "checkpoint: outputs/tiny/checkpoints/best.ckpt" in lines[0]
         (row,) = [line for line in lines if line.startswith("network") and line.count(".") == 4]
         whole = result["whole"]["network"]
-        assert row.split()[1:] == [
-            f"{whole['loss']:.4f}", f"{whole['perplexity']:,.2f}", f"{whole['word_perplexity']:,.2f}",
-            f"{whole['bits_per_byte']:.4f}",
-        ]  # fmt: skip
-        assert max(len(line) for line in lines if re.match(r" |[\w\[\]-]+ +[\d.]", line)) <= 60, "a table's row"
-        assert {path.name for path in (a_run / "outputs" / "tiny").glob("*evaluation*")} == {
-            "evaluation.json", "evaluation.png",
-        }  # fmt: skip
+        perplexities = [f"{whole[name]:,.2f}" for name in ("perplexity", "word_perplexity")]
+        assert row.split()[1:] == [f"{whole['loss']:.4f}", *perplexities, f"{whole['bits_per_byte']:.4f}"]
+        assert max(len(line) for line in lines if re.match(r" |[\w\[\]-]+ +[\d.]", line)) <= 60, "wide row"
+        files = {path.name for path in (a_run / "outputs" / "tiny").glob("*evaluation*")}
+        assert files == {"evaluation.json", "evaluation.png"}
         refused = run_module("evaluate", "num_documents=0", "document=page", cwd=a_run)
         assert refused.returncode == 2 and "Traceback" not in refused.stderr
         assert refused.stderr.count("error: ") == 2
@@ -232,12 +239,12 @@ class TestRun:
         [
             (None, "text=my.txt: no such file"),
             (b"", "text=my.txt: the file is empty"),
-            (b"  \n\n \n", "text=my.txt: holds no words"),
+            (b"  \n\n \n", "text=my.txt: has no words"),
             (b"\xff\xfe\x00", "text=my.txt: cannot be read"),
             (b"zebra xylophone\n", "text=my.txt: no document has a second word"),
         ],
     )
-    def test_texts_that_cannot_be_evaluated_on(self, a_run, contents, message):
+    def test_unusable_texts(self, a_run, contents, message):
         if contents is not None:
             (a_run / "my.txt").write_bytes(contents)
         with pytest.raises(InputError, match=message) as raised:
@@ -258,19 +265,19 @@ class TestRun:
         with pytest.raises(InputError, match=message):
             evaluated(a_run)
 
-    def test_another_text_than_the_run_learned_from(self, a_run):
+    def test_another_text_than_the_training_text(self, a_run):
         other = a_run / "other.txt"
         other.write_text("The cat sees the dog.\n" * 30 + "\n".join(f"The dog sees {i} cats." for i in range(200)))
         with pytest.raises(InputError, match="run=tiny: learned from .*give its place as source="):
             evaluated(a_run, source=str(other))
 
-    def test_nothing_held_out(self, a_run):
+    def test_no_held_out_text(self, a_run):
         folder = a_run / "outputs" / "tiny"
         contents = yaml.safe_load((folder / "config.yaml").read_text())
         contents["data"]["validation_share"] = 0
         (folder / "config.yaml").write_text(yaml.safe_dump(contents))
         (folder / "run.json").write_text("{}")
-        with pytest.raises(InputError, match="run=tiny: held no text out; give text=FILE"):
+        with pytest.raises(InputError, match="run=tiny: has no held-out text; give text=FILE"):
             evaluated(a_run)
 
 
@@ -297,7 +304,7 @@ class TestScore:
         ]
         assert len({word.rank for word in words[1:17]}) > 3
 
-    def test_equals_what_was_written(self, trained):
+    def test_equals_the_generated_probabilities(self, trained):
         model = minigpt_pl.load(trained / "outputs" / "tiny")
         record = minigpt_pl.generate(model, "the cat", 3 * model.network.max_length, 1.5, None, seed=1)[0]
         words = score(model, record.text)[2:]

@@ -1,28 +1,24 @@
 import json
 import math
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import HOSTILE, PROMPTS, records, run_module
+from conftest import HOSTILE, PROMPTS, TINY_RUN, records, run_module
 from scipy import stats
 
 from minigpt_pl import InputError, load
 from minigpt_pl.cli import app
 from minigpt_pl.exploration import samples as samples_
-from minigpt_pl.exploration import summary
+from minigpt_pl.exploration.markup import Heading, MarkedSample, Paragraph, Question, Table, escape_markdown
+from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
-from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, frontier, summarize
+from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, pareto_front, summarize
 
-SMALL = [
-    "num_tokens=12",
-    "num_seeds=2",
-    "temperature=[0.5,1.5]",
-    "top_k=[1,5,null]",
-    "run=tiny",
-    "prompts=prompts.yaml",
-]
+SMALL = ["run=tiny", "prompts=prompts.yaml", "num_tokens=12", "num_seeds=2"]
+SMALL += ["temperature=[0.5,1.5]", "top_k=[1,5,null]"]
 
 
 def settings(*overrides: str):
@@ -31,7 +27,7 @@ def settings(*overrides: str):
 
 @pytest.fixture(scope="module")
 def explored(trained, tmp_path_factory):
-    """A folder with a small run and its exploration, made by the command line."""
+    """A folder with a small run and an exploration of it, made by the command line."""
     cwd = tmp_path_factory.mktemp("explored")
     shutil.copytree(trained, cwd, dirs_exist_ok=True)
     (cwd / "prompts.yaml").write_text(PROMPTS)
@@ -46,20 +42,18 @@ def test_json_has_no_nan():
 
 
 class TestGrid:
-    def test_the_default_is_the_homeworks_grid(self):
+    def test_the_default_grid(self):
         grid = settings_grid(settings())
-        assert len(grid) == 26  # 5 x 6, of which 5 are greedy and the same
+        assert len(grid) == 26  # 5 x 6; 5 of them are greedy, which is one setting
         assert varied_controls(grid) == ["temperature", "top_k"]
-        assert [label(s, ["temperature", "top_k"]) for s in grid[:3]] == [
-            "greedy", "temperature=0.2 top_k=2", "temperature=0.2 top_k=10"
-        ]  # fmt: skip
+        labels = [label(setting, ["temperature", "top_k"]) for setting in grid[:3]]
+        assert labels == ["greedy", "temperature=0.2 top_k=2", "temperature=0.2 top_k=10"]
 
     def test_any_control_can_vary(self):
         grid = settings_grid(settings("temperature=[0,0.7]", "top_k=[null]", "repetition_penalty=[1.0,1.3]"))
-        assert [label(setting, varied_controls(grid)) for setting in grid] == [
-            "greedy repetition_penalty=1", "greedy repetition_penalty=1.3", "repetition_penalty=1",
-            "repetition_penalty=1.3",
-        ]  # fmt: skip
+        labels = ["repetition_penalty=1", "repetition_penalty=1.3"]
+        expected = [*(f"greedy {text}" for text in labels), *labels]
+        assert [label(setting, varied_controls(grid)) for setting in grid] == expected
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
@@ -76,17 +70,17 @@ class TestGrid:
             settings(*overrides)
         assert str(error.value).startswith(message)
 
-    def test_what_the_model_cannot_do(self, trained):
+    def test_values_that_the_model_cannot_use(self, trained):
         model, prompts = load(trained / "outputs/tiny"), [("short", "the cat")]
         with pytest.raises(InputError) as error:
             check_grid(settings("top_k=[5,999]", "min_tokens=[0,99]"), model, prompts)
         assert [line[:12] for line in error.value.problems] == ["top_k=999: t", "min_tokens=9"]
-        with pytest.raises(InputError, match=r"temperature=\[\]: must hold a value"):
+        with pytest.raises(InputError, match=r"temperature=\[\]: must have at least one value"):
             check_grid(settings("temperature=[]"), model, prompts)
         with pytest.raises(InputError, match=r"xyzzy.*"):
             check_grid(settings("top_k=[5]"), model, [("short", "xyzzy qwert")])
 
-    def test_many_texts_ask_to_be_confirmed(self, trained):
+    def test_many_texts_need_confirmation(self, trained):
         model, prompts = load(trained / "outputs/tiny"), [("short", "the cat")] * 12
         wanted = ["num_seeds=300", "top_k=[5]", "num_tokens=3"]
         with pytest.raises(InputError, match=r"confirm=false: 18,000 texts .* minutes .* add confirm=true"):
@@ -107,14 +101,14 @@ class TestPrompts:
         ("text", "message"),
         [
             ("", "must map each kind"),
-            ("short: []", "holds no prompt"),
+            ("short: []", "has no prompt"),
             ("short: a cat", "must map each kind"),
-            ("short: [10]", "10 is no text; write it in quotes"),
-            ("short: [a cat]\nlong: [a cat]", "'a cat' stands there twice"),
+            ("short: [10]", "10 is not text; write it in quotes"),
+            ("short: [a cat]\nlong: [a cat]", "'a cat' occurs twice"),
             ("short: [a", "cannot be read"),
         ],
     )
-    def test_what_is_no_prompt_set(self, tmp_path, text, message):
+    def test_bad_prompt_files(self, tmp_path, text, message):
         (tmp_path / "p.yaml").write_text(text)
         with pytest.raises(InputError, match=message):
             read_prompts(tmp_path / "p.yaml")
@@ -123,25 +117,37 @@ class TestPrompts:
 class TestCommand:
     def test_the_folder(self, explored):
         folder = explored / "outputs/tiny/explore"
-        assert {path.name for path in folder.iterdir()} == {
-            "samples.jsonl", "held_out.jsonl", "network.json", "plan.json", "report.md", "report.html",
-            *(f"{name}.png" for name in ("behaviour", "trade_off", "failures", "context", "attention_best",
-                                         "attention_loop")),
-        }  # fmt: skip
+        charts = {"behaviour", "trade_off", "failures", "context", "attention_best", "attention_loop"}
+        files = {"samples.jsonl", "held_out.jsonl", "network.json", "plan.json", "report.md", "report.html"}
+        assert {path.name for path in folder.iterdir()} == files | {f"{name}.png" for name in charts}
         made = records(explored)
-        # 4 prompts: greedy once, 4 settings with 2 seeds.
+        # 4 prompts: one greedy text, and 2 seeds for each of 4 settings.
         assert len(made) == 4 * (1 + 4 * 2)
         assert {sample["kind"] for sample in made} == {"short", "incomplete", "out_of_domain"}
         assert all(len(sample["words"]) <= 12 and sample["text"].startswith(sample["prompt"]) for sample in made)
 
-    def test_what_no_text_has_is_said_and_not_drawn(self, explored):
+    def test_no_loop_in_any_text(self, explored):
         one_word = ["num_tokens=1", "temperature=1", "top_k=null", "num_seeds=1", "folder=one_word"]
         done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *one_word, cwd=explored)
         assert done.returncode == 0, done.stderr
         assert not (explored / "one_word/attention_loop.png").exists()
         assert "### loop: the worst examples\n\nNo text was marked." in (explored / "one_word/report.md").read_text()
 
-    def test_a_sample_is_what_generate_text_gives(self, explored):
+    def test_held_out_documents_too_short_to_measure(self, tmp_path):
+        """Real texts start after 5 words. Here no document has so many, and the vocabulary has fewer than 20 words."""
+        nouns, verbs = ("cat", "dog", "king", "ship", "moon", "door"), ("sees", "likes", "finds", "keeps")
+        lines = [f"the {a} {verb} {b}" for a in nouns for verb in verbs for b in nouns]
+        (tmp_path / "text.txt").write_text("\n".join(lines))
+        (tmp_path / "prompts.yaml").write_text("short: [the cat, the dog]\n")
+        given = [*TINY_RUN, "data.path=text.txt", "run_name=tiny", "trainer.max_epochs=1", "data.validation_share=0.2"]
+        assert run_module("train", *given, cwd=tmp_path).returncode == 0
+        done = run_module("explore", *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert records(tmp_path, "held_out.jsonl") == []
+        report = (tmp_path / "outputs/tiny/explore/report.md").read_text()
+        assert "0 real held-out texts" in report and "| real text | – | – |" in report
+
+    def test_samples_equal_generate_text(self, explored):
         from minigpt_pl import generate_text
 
         model = load(explored / "outputs/tiny")
@@ -149,7 +155,7 @@ class TestCommand:
             again = generate_text(model, sample["prompt"], 12, seed=sample["seed"], **sample["settings"])
             assert again == sample["text"]
 
-    def test_figures_of_the_report_come_from_the_samples(self, explored):
+    def test_report_has_the_figures_of_the_samples(self, explored):
         made = records(explored)
         chosen = [s for s in made if s["settings"]["temperature"] == 1.5 and s["settings"]["top_k"] == 5]
         by = {
@@ -168,25 +174,25 @@ class TestCommand:
         real = np.mean([r["metrics"]["loss"] for r in records(explored, "held_out.jsonl")])
         assert "| real text | " in report and f" {real:.2f} [" in report[report.index("| real text |") :][:80]
 
-    def test_measures_of_a_sample_are_those_of_its_words(self, explored):
+    def test_metrics_of_a_sample(self, explored):
         from minigpt_pl.measures import repetition
 
         for sample in records(explored):
             assert sample["metrics"]["distinct_2"] == pytest.approx(repetition.distinct(sample["ids"], 2))
             assert sample["metrics"]["tokens"] == len(sample["words"])
 
-    def test_reports_name_no_place_of_this_machine(self, explored, story):
+    def test_reports_have_no_absolute_paths(self, explored, story):
         for name in ("report.md", "report.html"):
             report = (explored / "outputs/tiny/explore" / name).read_text()
             assert "story.txt" in report and str(story.parent) not in report and str(explored) not in report
 
-    def test_the_same_command_goes_on_where_it_was_ended(self, explored, tmp_path):
+    def test_the_same_command_continues_an_interrupted_one(self, explored, tmp_path):
         shutil.copytree(explored, tmp_path, dirs_exist_ok=True)
         folder = tmp_path / "outputs/tiny/explore"
         lines = (folder / "samples.jsonl").read_text().split("\n")
         marked = json.loads(lines[0]) | {"kept": True}
         half = [json.dumps(marked), *lines[1:9]]
-        (folder / "samples.jsonl").write_text("\n".join(half) + "\n" + lines[9][:40])  # cut short in a line
+        (folder / "samples.jsonl").write_text("\n".join(half) + "\n" + lines[9][:40])  # the last line is incomplete
         (folder / "report.md").unlink()
         spelled_otherwise = f"run={tmp_path / 'outputs/tiny'}"
         done = run_module("explore", *SMALL, spelled_otherwise, cwd=tmp_path)
@@ -198,15 +204,15 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["num_seeds=3"], "holds an exploration with other num_seeds; give folder=ANOTHER, or remove it"),
+            (["num_seeds=3"], "has an exploration with other num_seeds; give folder=ANOTHER, or remove it"),
             (["run=none"], "run=none: no such run folder or checkpoint"),
             (["prompts=none.yaml"], "prompts=none.yaml: cannot be read"),
-            (["prompts=empty.yaml"], "prompts=empty.yaml: holds no prompt"),
-            (["top_k=[5,9999]", "folder=new"], "top_k=9999: the model knows"),
+            (["prompts=empty.yaml"], "prompts=empty.yaml: has no prompt"),
+            (["top_k=[5,9999]", "folder=new"], "top_k=9999: the model has only"),
             (["banned_words=[the]", "num_tokens=0"], "num_tokens=0: must be at least 1"),
         ],
     )
-    def test_bad_input_is_one_line_and_nothing_is_lost(self, explored, overrides, message):
+    def test_bad_input_gives_one_line_and_changes_no_file(self, explored, overrides, message):
         (explored / "empty.yaml").write_text("short: []\n")
         before = {path: path.stat().st_mtime_ns for path in explored.rglob("*") if path.is_file()}
         done = run_module("explore", *SMALL, *overrides, cwd=explored)
@@ -217,19 +223,18 @@ class TestCommand:
         after = {path: path.stat().st_mtime_ns for path in explored.rglob("*") if path.is_file()}
         assert before.items() <= {path: after.get(path) for path in before}.items()
 
-    def test_a_run_without_its_words(self, explored, tmp_path):
+    def test_a_run_without_a_tokenizer(self, explored, tmp_path):
         shutil.copytree(explored, tmp_path, dirs_exist_ok=True)
         (tmp_path / "outputs/tiny/tokenizer.json").unlink()
         done = run_module("explore", *SMALL, cwd=tmp_path)
         assert done.returncode == 2 and "tokenizer.json: no such file" in done.stderr.splitlines()[-1]
         assert records(tmp_path) == records(explored)
 
-    def test_a_setting_that_cannot_be_written_with_is_left_out(self, explored):
-        # Every pair of so few words is used up, so no_repeat_ngram_size=1 leaves nothing after some 200 words.
-        done = run_module(
-            "explore", "run=tiny", "prompts=prompts.yaml", "num_tokens=300", "num_seeds=1", "temperature=1.0",
-            "min_tokens=300", "top_k=[null]", "no_repeat_ngram_size=[0,1]", "folder=broken", cwd=explored,
-        )  # fmt: skip
+    def test_a_setting_without_texts_is_left_out(self, explored):
+        # The vocabulary has fewer than 300 words, so no_repeat_ngram_size=1 leaves no word to draw.
+        settings = ["num_tokens=300", "num_seeds=1", "temperature=1.0", "min_tokens=300", "top_k=[null]"]
+        settings += ["no_repeat_ngram_size=[0,1]", "folder=broken"]
+        done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *settings, cwd=explored)
         assert done.returncode == 0, done.stderr
         assert "Left out: " in done.stderr and "no_repeat_ngram_size=1: nothing is left to draw" in done.stderr
         assert {s["settings"]["no_repeat_ngram_size"] for s in records(explored, folder="broken")} == {0}
@@ -247,19 +252,19 @@ class TestCommand:
 
 
 class TestSummary:
-    def test_bootstrap_against_scipys(self):
+    def test_bootstrap_equals_scipy(self):
         values = np.random.default_rng(1).gamma(2.0, size=(40, 1))
         mean, low, high = bootstrap(values)
         theirs = stats.bootstrap((values[:, 0],), np.mean, method="percentile", rng=0).confidence_interval
         assert mean == pytest.approx(values.mean())
         assert (low, high) == pytest.approx(tuple(theirs), rel=0.03)
 
-    def test_texts_of_one_prompt_are_no_independent_evidence(self):
+    def test_more_texts_of_a_prompt_do_not_narrow_the_interval(self):
         prompts = np.random.default_rng(1).normal(size=(6, 1))
         alone, copies = bootstrap(prompts), bootstrap(np.repeat(prompts, 50, axis=1))
         assert copies.high - copies.low == pytest.approx(alone.high - alone.low, rel=0.1)
 
-    def test_what_is_missing_is_left_out(self):
+    def test_bootstrap_leaves_out_nan(self):
         values = np.array([[1.0, np.nan], [3.0, 5.0], [np.nan, np.nan]])
         assert bootstrap(values).mean == pytest.approx((1 + 4) / 2)
         assert math.isnan(bootstrap(np.full((2, 2), np.nan)).mean)
@@ -268,7 +273,7 @@ class TestSummary:
     def sample(prompt, seed, temperature, loss, kinds=(), top_k=5):
         chosen = {"temperature": temperature, "top_k": top_k}
         marks = [{"kind": kind, "start": 0, "end": 1, "note": ""} for kind in kinds]
-        names = {**dict.fromkeys(summary.MEASURES, 0.0), "ngram_loss": loss}
+        names = {**dict.fromkeys(METRICS, 0.0), "ngram_loss": loss}
         return {"prompt": prompt, "seed": seed, "settings": chosen, "metrics": names, "failures": marks}
 
     def test_by_prompt(self):
@@ -279,22 +284,44 @@ class TestSummary:
     def test_effect_is_the_difference_prompt_by_prompt(self):
         rng = np.random.default_rng(0)
         some = [
-            self.sample(prompt, seed, t, 10 * place + t + 0.01 * rng.normal())
-            for place, prompt in enumerate("abcd") for seed in range(3) for t in (0.5, 1.0, 2.0)
-        ]  # fmt: skip
-        some += [self.sample(prompt, 0, 0.0, 99.0, top_k=1) for prompt in "abcd"]  # greedy: belongs to none
+            self.sample(prompt, seed, t, 10 * i + t + 0.01 * rng.normal())
+            for i, prompt in enumerate("abcd")
+            for seed in range(3)
+            for t in (0.5, 1.0, 2.0)
+        ]
+        some += [self.sample(prompt, 0, 0.0, 99.0, top_k=1) for prompt in "abcd"]  # greedy: left out
         low, high, difference = effect(some, "temperature", "ngram_loss")
         assert (low, high) == (0.5, 2.0) and difference.mean == pytest.approx(1.5, abs=0.02)
-        assert difference.high - difference.low < 0.1  # the prompts' own differences of 10 do not count
+        assert difference.high - difference.low < 0.1  # the differences between the prompts, 10, do not count
 
     def test_the_rule(self):
         losses, failing = {0.5: 2.0, 1.0: 3.0, 1.5: 2.5}, {0.5: ["loop"], 1.0: [], 1.5: []}
         grid = [{"temperature": t, "top_k": 5} for t in losses]
         some = [self.sample(p, s, t, losses[t], failing[t]) for p in "abc" for s in range(4) for t in losses]
-        assert best_settings(summarize(some, grid)) == [2, 1]  # without failures, the lower n-gram loss first
+        assert best_settings(summarize(some, grid)) == [2, 1]  # no failures; the lower n-gram loss comes first
 
-    def test_frontier(self):
-        assert frontier([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (float("nan"), 0)]) == [1, 2, 0]
+    def test_pareto_front(self):
+        assert pareto_front([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (float("nan"), 0)]) == [1, 2, 0]
+
+
+class TestMarkdown:
+    """Marks in a text must not become formatting."""
+
+    def test_marks_are_escaped(self):
+        assert escape_markdown("*a* `b` <c> d|e # _f_ $g$ \\ &lt;") == (
+            r"\*a\* \`b\` \<c\> d\|e \# \_f\_ \$g\$ \\ \&lt;"
+        )
+        assert escape_markdown("[a](b) [c][d] [e]: f") == r"[a\](b) [c\][d] [e\]: f"
+        assert escape_markdown("two\nlines") == "two lines"
+
+    def test_harmless_marks_stay(self):
+        assert escape_markdown("ngram_loss 1.50 [1.20, 1.80] [UNK]") == "ngram_loss 1.50 [1.20, 1.80] [UNK]"
+
+    def test_all_blocks_escape(self):
+        sample = {"prompt": "*p*", "words": ["*w*"], "failures": []}
+        blocks = [Heading(2, "*h*"), Paragraph("*p*"), Table(["*t*"], [["*c*"]]), Question("*q*")]
+        for block in [*blocks, MarkedSample(sample, "*s*")]:
+            assert not re.search(r"(?<![*\\])\*\w\*", block.markdown()), block
 
 
 @pytest.fixture(scope="module")
@@ -313,14 +340,14 @@ class TestPage:
     @pytest.fixture
     def page(self, browser, explored):
         page = browser.new_page(viewport={"width": 1200, "height": 900})
-        complaints, asked = [], []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        messages, requests = [], []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(f"file://{explored}/outputs/tiny/explore/report.html")
         yield page
-        assert complaints == []
-        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        assert messages == []
+        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
         page.close()
 
     def test_tables_sort_by_number(self, page):
@@ -331,7 +358,7 @@ class TestPage:
             numbers = [float(text.split()[0]) for text in table.locator("tbody tr td:nth-child(2)").all_inner_texts()]
             assert numbers == sorted(numbers, reverse=order < 0) and len(set(numbers)) > 2
 
-    def test_a_wide_table_scrolls_in_its_frame_beside_its_first_column(self, page):
+    def test_a_wide_table_scrolls_next_to_its_first_column(self, page):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         frame = page.locator(".scroll:has(th:text-is('self_bleu'))").first
         assert frame.evaluate("frame => frame.scrollWidth > frame.clientWidth")
@@ -351,8 +378,8 @@ class TestPage:
     def test_samples_side_by_side(self, page, explored):
         page.select_option("#prompt", "a dog")
         page.locator("#side select").nth(1).select_option("temperature=1.5 top_k=5")
-        sample = next(s for s in records(explored) if s["prompt"] == "a dog" and s["seed"] == 0
-                      and s["settings"]["temperature"] == 1.5 and s["settings"]["top_k"] == 5)  # fmt: skip
+        samples = [s for s in records(explored) if s["prompt"] == "a dog" and s["seed"] == 0]
+        (sample,) = [s for s in samples if (s["settings"]["temperature"], s["settings"]["top_k"]) == (1.5, 5)]
         text = page.locator("#side div p").nth(1).inner_text()
         assert " ".join(text.split()) == " ".join(["a dog", *sample["words"]])
 
@@ -361,6 +388,6 @@ class TestPage:
         assert marked
         assert page.locator("#samples mark").count() >= len({id(s) for s, _ in marked})
 
-    def test_nothing_of_a_text_is_read_as_html(self, page):
-        assert page.locator("img").count() == 0  # nor has the fixture heard of a failed request
+    def test_texts_are_not_interpreted_as_html(self, page):
+        assert page.locator("img").count() == 0  # the fixture also checks that no request was made
         assert page.locator("#prompt option").all_inner_texts()[-1] == HOSTILE

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from minigpt_pl import MiniGPT
 from minigpt_pl.measures import copying, probes, repetition
-from minigpt_pl.measures.failures import FALSE_ALARMS, KINDS, Detectors, Topics, brackets, loops, skeleton
+from minigpt_pl.measures.failures import FALSE_ALARMS, KINDS, FailureDetector, TopicModel, brackets, loops, skeleton
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import build_tokenizer, build_vocabulary, count_words, split_words
 
 
-class TestTexts:
+class TestRepetition:
     def test_distinct_counts_different_ngrams(self):
         ids = [1, 2, 1, 2, 1]  # pairs 12 21 12 21, triples 121 212 121
         assert repetition.distinct(ids, 1) == 2 / 5
@@ -22,14 +22,14 @@ class TestTexts:
         assert repetition.distinct(ids, 3) == 2 / 3
         assert math.isnan(repetition.distinct([1, 2], 3))
 
-    def test_recurring_follows_words_into_the_second_half(self):
-        # second half 2 9 7 9 30; 9 stood in the text, 2 and 30 before it; 2 weighs nothing, 30 twice as much
+    def test_recurring_is_the_weighted_share_of_the_second_half(self):
+        # Second half 2 9 7 9 30. 9 occurs in the first half, 2 and 30 in the context. Weights: 0 for 2, 2 for 30.
         weights = np.array([0, 0, 0, *[1] * 27, 2])
         assert repetition.recurring([30, 2], [1, 9, 6, 3, 2, 9, 7, 9, 30], weights) == 4 / 5
         assert repetition.recurring([], [9, 8, 7, 6], weights) == 0
         assert math.isnan(repetition.recurring([9], [9, 9, 1, 2], weights))
 
-    def test_repeated_is_the_share_that_came_before(self):
+    def test_repeated_is_the_share_that_already_occurred(self):
         ids = [1, 2, 3, 4, 1, 2, 3, 4, 5]  # 1234 2341 3412 4123 1234 2345
         assert repetition.repeated(ids, 4) == pytest.approx(1 / 6)
         assert repetition.repeated(range(9), 4) == 0
@@ -40,7 +40,7 @@ class TestTexts:
             ([1, 2, 3, 4], (0, 0, 0)),
             ([], (0, 0, 0)),
             ([5, 1, 1, 1, 2], (1, 1, 3)),
-            ([9, 1, 2, 3, 1, 2, 3, 1, 8], (1, 3, 7)),  # two turns and a third of one
+            ([9, 1, 2, 3, 1, 2, 3, 1, 8], (1, 3, 7)),  # two turns and a third
             ([1, 2, 3, 1, 2, 9], (0, 0, 0)),  # less than two turns
             ([1, 1, 2, 3, 2, 3, 2, 4], (2, 2, 5)),  # the longest, not the first
         ],
@@ -53,7 +53,7 @@ class TestTexts:
         assert repetition.self_bleu([one, one]) == pytest.approx([100, 100])
         assert max(repetition.self_bleu([one, other])) < 10
         assert math.isnan(repetition.self_bleu([one])[0])
-        # BLEU by hand: 6 of 7 words, 4 of 6 pairs, 2 of 5 triples, 1 of 4 fours; equal length.
+        # BLEU by hand: 6 of 7 words, 4 of 6 pairs, 2 of 5 triples, 1 of 4 runs of 4 words; equal length.
         changed = split_words("the cat sees the king and runs")
         by_hand = 100 * math.prod([6 / 7, 4 / 6, 2 / 5, 1 / 4]) ** 0.25
         assert repetition.self_bleu([changed, one])[0] == pytest.approx(by_hand)
@@ -62,53 +62,54 @@ class TestTexts:
 class TestCopying:
     TRAINING = [[2, 3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3], [1, 1, 1, 1, 1, 3]]
 
-    def copies(self, *ids, never=()):
+    def copies(self, *ids, ignored_ids=()):
         tokens = np.array([id_ for document in self.TRAINING for id_ in [*document, 99]], dtype=np.uint16)
         offsets = np.cumsum([0, *(len(document) + 1 for document in self.TRAINING)])
-        return copying.longest_copies(list(ids), tokens, offsets, never)
+        return copying.longest_copies(list(ids), tokens, offsets, ignored_ids)
 
     def test_the_longest_run_and_its_document(self):
         copy, reverse, none, short = self.copies([5, 3, 4, 5, 6, 7, 2], [6, 5, 4, 3], [2, 4, 6, 8, 3], [3])
         assert (copy.start, copy.length, copy.document) == (1, 5, 0)
-        assert copy.seen == pytest.approx(2 / 4)  # 3456 and 4567, not 5345 and 5672
-        assert (reverse.start, reverse.length, reverse.document, reverse.seen) == (0, 4, 1, 1.0)
-        assert (none.length, none.document, none.seen) == (0, -1, 0.0)
-        assert short.length == 0 and math.isnan(short.seen)
+        assert copy.seen_4grams == pytest.approx(2 / 4)  # 3456 and 4567, not 5345 and 5672
+        assert (reverse.start, reverse.length, reverse.document, reverse.seen_4grams) == (0, 4, 1, 1.0)
+        assert (none.length, none.document, none.seen_4grams) == (0, -1, 0.0)
+        assert short.length == 0 and math.isnan(short.seen_4grams)
 
     def test_a_run_never_crosses_documents(self):
         assert self.copies([7, 8, 9, 8])[0].length == 0
-        assert self.copies([7, 8, 99, 9, 8])[0].length == 5  # only because the closing id was asked for
+        assert self.copies([7, 8, 99, 9, 8])[0].length == 5  # only because the text contains the end id
 
     def test_ids_that_match_nothing(self):
         assert self.copies([1, 1, 1, 1])[0].length == 4
-        assert self.copies([1, 1, 1, 1], never=[1])[0].length == 0
-        assert self.copies([3, 4, 5, 6, 1, 7, 8], never=[1])[0].length == 4
+        assert self.copies([1, 1, 1, 1], ignored_ids=[1])[0].length == 0
+        assert self.copies([3, 4, 5, 6, 1, 7, 8], ignored_ids=[1])[0].length == 4
 
-    @pytest.mark.parametrize("filter_bits", [1, copying.FILTER_BITS])  # with 1 it lets nearly everything through
-    def test_equals_the_plain_search_on_random_texts(self, filter_bits, monkeypatch):
-        monkeypatch.setattr(copying, "FILTER_BITS", filter_bits)
+    def test_equals_a_plain_search_on_random_texts(self):
         rng = np.random.default_rng(0)
         tokens = np.append(rng.integers(2, 6, 400), 7).astype(np.uint16)
         text = "".join(map(str, tokens))
-        asked = [rng.integers(2, 6, rng.integers(1, 30)).tolist() for _ in range(40)]
-        for ids, copy in zip(asked, copying.longest_copies(asked, tokens, np.array([0, 401])), strict=True):
-            runs = [(b - a, -a) for a in range(len(ids)) for b in range(a + 4, len(ids) + 1)
-                    if "".join(map(str, ids[a:b])) in text]  # fmt: skip
-            length, start = max(runs, default=(0, 0))
+        texts = [rng.integers(2, 6, rng.integers(1, 30)).tolist() for _ in range(40)]
+        for ids, copy in zip(texts, copying.longest_copies(texts, tokens, np.array([0, 401])), strict=True):
+            runs = [(a, b) for a in range(len(ids)) for b in range(a + 4, len(ids) + 1)]
+            copied = [(b - a, -a) for a, b in runs if "".join(map(str, ids[a:b])) in text]
+            length, start = max(copied, default=(0, 0))
             assert (copy.length, copy.start) == (length, -start)
 
     @pytest.mark.slow
     def test_13_million_words_take_seconds(self):
         rng = np.random.default_rng(0)
         tokens = rng.zipf(1.2, 13_000_000).clip(2, 19_999).astype(np.uint16)
-        asked = [tokens[i * 1000 : i * 1000 + 60].tolist() for i in range(1000)]
+        texts = [tokens[i * 1000 : i * 1000 + 60].tolist() for i in range(1000)]
         start = time.monotonic()
-        copies = copying.longest_copies(asked, tokens, np.array([0, len(tokens)]))
+        copies = copying.longest_copies(texts, tokens, np.array([0, len(tokens)]))
         print(f"{time.monotonic() - start:.1f} s")  # seen with -s; no assertion on time
         assert all(copy.length == 60 for copy in copies)
 
+    def test_no_texts(self):
+        assert self.copies() == []
 
-class TestMarks:
+
+class TestMarkedWords:
     @pytest.mark.parametrize(
         ("text", "marked"),
         [
@@ -126,7 +127,7 @@ class TestMarks:
         text = text.split(" ")
         assert [" ".join(text[span.start : span.end]) for span in loops(text)] == marked
 
-    def test_a_loop_says_its_period(self):
+    def test_the_note_of_a_loop_has_its_period(self):
         assert loops(split_words("so the end the end the end the end"))[0].note == "4 turns of 2 words"
 
     @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ class TestMarks:
             ('he said "no" and left', []),
             ('he said "no and left' + " and left" * 30, [2]),
             ("he said (no and left" + " and left" * 30, [2]),
-            ("he said (no and left", []),  # there is still time
+            ("he said (no and left", []),  # it may still be closed
         ],
     )
     def test_brackets(self, text, places):
@@ -157,7 +158,7 @@ class TestSkeleton:
 
 @pytest.fixture(scope="module")
 def real(imdb_texts):
-    """Detectors on 6,000 real reviews, thresholds from 400 held-out ones, and 400 others."""
+    """A detector fitted on 6,000 real reviews and calibrated on 400 held-out ones, and 400 other reviews."""
     reviews = imdb_texts("train")
     random.Random(0).shuffle(reviews)
     reviews = [split_words(review) for review in reviews[:7_500]]
@@ -167,36 +168,36 @@ def real(imdb_texts):
     encoded = [[*(ids.get(word, 1) for word in review), len(vocabulary) - 1] for review in training]
     tokens, offsets = np.concatenate(encoded), np.cumsum([0, *map(len, encoded)])
     held_out = [([ids.get(w, 1) for w in review[:5]], [ids.get(w, 1) for w in review[5:65]]) for review in rest]
-    detectors = Detectors(
+    detector = FailureDetector(
         NGramModel.fit(tokens, offsets, len(vocabulary), 3),
         NGramModel.fit(skeleton(tokens), offsets, 151, 4),
-        Topics.fit(tokens, offsets, len(vocabulary)),
+        TopicModel.fit(tokens, offsets, len(vocabulary)),
         build_tokenizer(vocabulary).decode,
         vocabulary,
         held_out[:400],
     )
-    return detectors, held_out[400:]
+    return detector, held_out[400:]
 
 
-class TestDetectors:
-    def share(self, detectors, texts) -> dict[str, float]:
-        found = [{span.kind for span in detectors.find(*text)[0]} for text in texts]
+class TestFailureDetector:
+    def share(self, detector, texts) -> dict[str, float]:
+        found = [{span.kind for span in detector.detect(*text)[0]} for text in texts]
         return {kind: sum(kind in kinds for kinds in found) / len(texts) for kind in KINDS}
 
     def test_false_alarms_on_real_reviews(self, real):
-        detectors, held_out = real
-        shares = self.share(detectors, held_out)
+        detector, held_out = real
+        shares = self.share(detector, held_out)
         print(shares)
         assert shares["loop"] < 0.02 and shares["bracket"] < 0.05
         for kind in ("grammar", "nonsense", "drift", "sentiment"):
             assert 0 < shares[kind] < 2.2 * FALSE_ALARMS, kind
 
     def test_planted_failures_are_found(self, real):
-        detectors, held_out = real
+        detector, held_out = real
         rng, usual = random.Random(0), self.share(*real)
 
         def planted(change) -> dict[str, float]:
-            return self.share(detectors, [(context, change(list(ids))) for context, ids in held_out])
+            return self.share(detector, [(context, change(list(ids))) for context, ids in held_out])
 
         assert planted(lambda ids: ids[:30] + ids[25:30] * 3)["loop"] == 1
         shuffled = planted(lambda ids: ids[:20] + rng.sample(ids[20:40], 20) + ids[40:])
@@ -205,42 +206,42 @@ class TestDetectors:
         assert drawn["nonsense"] > 0.9
         others = rng.sample(held_out, len(held_out))
         spliced = [(a[0], a[1][:30] + b[1][30:]) for a, b in zip(held_out, others, strict=True)]
-        print(self.share(detectors, spliced)["drift"], usual["drift"])
-        assert self.share(detectors, spliced)["drift"] > 2.5 * usual["drift"]
+        print(self.share(detector, spliced)["drift"], usual["drift"])
+        assert self.share(detector, spliced)["drift"] > 2.5 * usual["drift"]
 
-    def test_a_planted_place_is_the_marked_place(self, real):
-        detectors, held_out = real
+    def test_planted_words_are_marked(self, real):
+        detector, held_out = real
         rng, hits = random.Random(0), 0
         for context, ids in held_out:
             strange = [*ids[:20], *(rng.randrange(2_000, 19_000) for _ in range(10)), *ids[30:]]
-            hits += any(span.kind == "nonsense" and span.start < 30 and span.end > 20
-                        for span in detectors.find(context, strange)[0])  # fmt: skip
+            spans = [span for span in detector.detect(context, strange)[0] if span.kind == "nonsense"]
+            hits += any(span.start < 30 and span.end > 20 for span in spans)
         assert hits > 0.8 * len(held_out)
 
     def test_praise_that_turns_to_blame(self, real):
-        detectors, _ = real
-        ids = {word: id_ for id_, word in enumerate(detectors.vocabulary)}
+        detector, _ = real
+        ids = {word: id_ for id_, word in enumerate(detector.vocabulary)}
         praise = "this film is great and wonderful and i love it it is the best and most beautiful film ever made"
         blame = "it is awful and terrible and i hate it it is the worst and most horrible film ever made so bad"
         flip, same = ([ids[word] for word in f"{praise} {second}".split()] for second in (blame, praise))
-        assert "sentiment" in {span.kind for span in detectors.find([], flip)[0]}
-        assert "sentiment" not in {span.kind for span in detectors.find([], same)[0]}
+        assert "sentiment" in {span.kind for span in detector.detect([], flip)[0]}
+        assert "sentiment" not in {span.kind for span in detector.detect([], same)[0]}
 
     def test_a_text_shorter_than_a_window(self, real):
-        spans, worst = real[0].find([5, 6], [7])
+        spans, worst = real[0].detect([5, 6], [7])
         assert spans == [] and all(map(math.isnan, worst.values()))
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def model(request) -> MiniGPT:
     torch.manual_seed(0)
-    return MiniGPT(30, max_length=12, embed_dim=8, num_heads=2, head_dim=4, feed_forward_dim=8,
-                   num_blocks=request.param).eval()  # fmt: skip
+    sizes = {"embed_dim": 8, "num_heads": 2, "head_dim": 4, "feed_forward_dim": 8, "num_blocks": request.param}
+    return MiniGPT(30, max_length=12, **sizes).eval()
 
 
-class TestNetwork:
-    def test_scores_equal_the_plain_forward_on_the_last_words(self, model):
-        ids = torch.randint(2, 30, (20,)).tolist()  # longer than the model's 12
+class TestProbes:
+    def test_scores_equal_the_plain_forward_pass(self, model):
+        ids = torch.randint(2, 30, (20,)).tolist()  # longer than max_length
         score, empty = probes.score_texts(model, [(ids[:3], ids[3:]), (ids[:2], [])])
         logits = torch.stack([model(torch.tensor([ids[max(0, i - 12) : i]]))[0][0, -1] for i in range(3, 20)])
         log_p = logits.log_softmax(-1)
@@ -251,9 +252,9 @@ class TestNetwork:
 
     def test_windows_stay_within_documents(self):
         tokens, offsets = np.arange(30), np.array([0, 11, 14, 30])
-        windows = probes.windows_of(tokens, offsets, 5, 100)
+        windows = probes.non_overlapping_windows(tokens, offsets, 5, 100)
         assert windows.tolist() == [list(range(a, a + 5)) for a in (0, 5, 14, 19, 24)]
-        assert len(probes.windows_of(tokens, offsets, 5, 2)) == 2
+        assert len(probes.non_overlapping_windows(tokens, offsets, 5, 2)) == 2
 
     def test_loss_by_context_sees_the_last_words_only(self, model):
         windows = torch.randint(2, 30, (6, 11))
@@ -262,9 +263,9 @@ class TestNetwork:
         plain = F.cross_entropy(model(windows[:, 8:10])[0][:, -1], windows[:, 10], reduction="none")
         assert losses[2] == pytest.approx(plain.detach().numpy(), rel=1e-5)
 
-    def test_copying_compares_the_same_words(self, model):
+    def test_induction_losses_compare_the_same_words(self, model):
         words = torch.randint(2, 30, (4, 6))
-        losses = probes.copying_losses(model, words)
+        losses = probes.induction_losses(model, words)
         assert {values.shape for values in losses.values()} == {(4, 5)}
         sequence = torch.cat([words[2], words[2]])
         plain = F.cross_entropy(model(sequence[None, :-1])[0][0, 6:], sequence[7:], reduction="none")
@@ -273,15 +274,15 @@ class TestNetwork:
         plain = F.cross_entropy(model(sequence[None, :-1])[0][0, 6:], sequence[7:], reduction="none")
         assert losses["real, first"][2] == pytest.approx(plain.detach().numpy(), rel=1e-5)
 
-    def test_a_network_that_copies_is_seen_to(self):
-        # Its output layer likes what it has just read: of a repeated word the loss is low.
+    def test_induction_losses_of_a_network_that_copies(self):
+        # The network predicts the word that it just read, so a repeated word has a low loss.
         torch.manual_seed(0)
         model = MiniGPT(30, max_length=12, embed_dim=30, num_heads=1, feed_forward_dim=8).eval()
         with torch.no_grad():
             model.token_embedding.weight.copy_(torch.eye(30))
             model.position_embedding.weight.zero_()
             model.output.weight.copy_(10 * torch.eye(30))
-        losses = probes.copying_losses(model, torch.full((4, 6), 7))
+        losses = probes.induction_losses(model, torch.full((4, 6), 7))
         assert losses["real, again"].mean() < 1 < losses["random, again"].mean()
 
     def test_attention_maps(self, model):
@@ -294,11 +295,11 @@ class TestNetwork:
             expected = maps[:, :, rows, [row - distance for row in rows]].mean(-1)
             assert torch.allclose(torch.from_numpy(by_distance[..., distance]), expected)
 
-    def test_a_shorter_context_is_another_text_on_the_same_weights(self, model):
+    def test_limit_context_shares_the_weights(self, model):
         from minigpt_pl.generation.controls import Controls
         from minigpt_pl.generation.engine import generate_ids
 
-        shorter = probes.with_context(model, 3)
+        shorter = probes.limit_context(model, 3)
         assert shorter.output.weight is model.output.weight and model.max_length == 12
         controls = Controls(vocab_size=30, num_tokens=8, temperature=0, top_k=None)
         new = generate_ids(shorter, [[5, 6, 7, 8]], controls, [0])[0]

@@ -13,13 +13,13 @@ def fit(documents, vocab_size, order):
 
 
 def distribution(model, context):
-    """Probabilities of all words after a document's beginning."""
+    """The probabilities of all words after a context that begins a document."""
     ends = [model.log_probabilities(np.array([*context, word]))[-1] for word in range(model.vocab_size)]
     return np.exp(ends)
 
 
 def some_documents(seed, count, vocab_size):
-    """Words of very different frequency, some of which depend on the word before."""
+    """Documents with words of very different frequency; some words depend on the word before."""
     rng = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
@@ -30,11 +30,11 @@ def some_documents(seed, count, vocab_size):
     return [*documents, []]
 
 
-def test_bigrams_worked_by_hand():
-    # Documents "0 1 0 1", "0 2" and "1 0", each after the mark <s>; no count occurs often enough to estimate discounts
-    # (no bigram and no word has a count of 4), so they are 0.5, 1 and 1.5.
+def test_bigrams_computed_by_hand():
+    # Documents "0 1 0 1", "0 2" and "1 0", each after the mark <s>. No word and no bigram has a count of 4, so the
+    # discounts are the fallback 0.5, 1 and 1.5.
     model = fit([[0, 1, 0, 1], [0, 2], [1, 0]], vocab_size=4, order=2)
-    # Words that come before 0: <s>, 1; before 1: 0, <s>; before 2: 0. Counts 2, 2, 1, 0 of 5, discounts 1, 1, 0.5.
+    # Words before 0: <s>, 1; before 1: 0, <s>; before 2: 0. Counts 2, 2, 1, 0 of 5, discounts 1, 1, 0.5.
     uniform = 2.5 / 5 / 4
     unigram = [1 / 5 + uniform, 1 / 5 + uniform, 0.5 / 5 + uniform, uniform]
     # After 0: 1 twice, 2 once; discounts 1 and 0.5 of 3. After <s>: 0 twice, 1 once.
@@ -42,11 +42,11 @@ def test_bigrams_worked_by_hand():
     first = [1 / 3 + 0.5 * unigram[0], 0.5 / 3 + 0.5 * unigram[1], 0.5 * unigram[2], 0.5 * unigram[3]]
     np.testing.assert_allclose(distribution(model, [0]), after_0, rtol=1e-6)
     np.testing.assert_allclose(distribution(model, []), first, rtol=1e-6)
-    np.testing.assert_allclose(distribution(model, [2]), unigram, rtol=1e-6)  # no word ever came after 2
+    np.testing.assert_allclose(distribution(model, [2]), unigram, rtol=1e-6)  # no word occurs after 2
 
 
 def test_unigrams_count_occurrences():
-    # Counts 5, 3, 2, 1 and, for 4, none: discounts 1.5, 1.5, 1, 0.5.
+    # Words 0 to 4 have the counts 5, 3, 2, 1, 0: discounts 1.5, 1.5, 1, 0.5, 0.
     model = fit([[0, 0, 0, 1, 1], [0, 0, 1, 2, 2, 3]], vocab_size=5, order=1)
     uniform = 4.5 / 11 / 5
     expected = [3.5 / 11 + uniform, 1.5 / 11 + uniform, 1 / 11 + uniform, 0.5 / 11 + uniform, uniform]
@@ -76,7 +76,7 @@ def test_probabilities_sum_to_1_in_seen_and_unseen_contexts(order):
 
 
 class Plain:
-    """The equations of the report's section 3.3 and KenLM's mark, word by word, with dictionaries of tuples."""
+    """A plain implementation: the equations of the report's section 3.3 with KenLM's mark, word by word."""
 
     def __init__(self, documents, vocab_size, order):
         self.vocab_size, self.order = vocab_size, order
@@ -136,8 +136,8 @@ def test_equals_a_plain_implementation(order):
 
 
 def test_equals_kenlm():
-    # What KenLM 0.3.0 gives: lmplz -o 3 --discount_fallback on documents of words 0 to 13, then query -v word on these
-    # three. It closes a document with </s>, here 14, and takes an unknown word for <unk>, here 15.
+    # Results of KenLM 0.3.0: lmplz -o 3 --discount_fallback on documents of words 0 to 13, then query -v word on these
+    # three documents. KenLM ends a document with </s>, here 14, and replaces an unknown word by <unk>, here 15.
     documents = [[i * (i + j) * j % (7 + i % 9) for j in range(1, i % 11 + 2)] + [14] for i in range(1, 120)]
     expected = {
         (0, 2, 6, 9, 14): [-0.6454116, -1.4290395, -0.9090352, -1.7519338, -0.86088276],
@@ -157,12 +157,12 @@ def test_documents_shorter_than_the_order():
 
 
 def test_ids_outside_the_vocabulary_are_refused():
-    with pytest.raises(ValueError, match="0 to 3"):
+    with pytest.raises(ValueError, match="must be from 0 to 3"):
         fit([[0, 4]], vocab_size=4, order=2)
     model = fit([[0, 1]], vocab_size=4, order=2)
-    with pytest.raises(ValueError, match="0 to 3"):
+    with pytest.raises(ValueError, match="must be from 0 to 3"):
         model.log_probabilities(np.array([4]))
-    with pytest.raises(ValueError, match="0 to 3"):
+    with pytest.raises(ValueError, match="must be from 0 to 3"):
         model.log_probabilities(np.array([0, -1]))
     with pytest.raises(ValueError, match="order=0"):
         fit([[0, 1]], vocab_size=4, order=0)

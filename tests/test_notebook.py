@@ -1,4 +1,4 @@
-"""docs/homework.ipynb, run from its first cell to its last against a small run."""
+"""Runs all cells of docs/homework.ipynb with a small trained run."""
 
 from pathlib import Path
 
@@ -20,21 +20,17 @@ def test_it_runs(trained, monkeypatch):
     resources = {"metadata": {"path": str(trained)}}
     nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", resources=resources).execute()
 
-    printed = [
-        "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")
-        for cell in notebook.cells if cell.cell_type == "code"
-    ]  # fmt: skip
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    printed = ["".join(o.get("text", "") for o in cell.outputs if o.get("name") == "stdout") for cell in code]
     model = minigpt_pl.load(trained / "outputs" / "tiny")
     assert printed[1] == minigpt_pl.generate_text(model, "the film is", 40, 0.8, 20, seed=1) + "\n"
     assert printed[2].count("different pairs") == 5 and printed[3].count("\n") == 7
     assert printed[4].count("repeated 4-word runs") == 9 and "words of context" in printed[-1]
-    assert (
-        sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])) == 1
-    )
+    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) == 1
 
 
-def test_what_is_stored_is_whole_and_small():
-    """Every cell's output comes from one run of all cells, in order."""
+def test_stored_outputs_are_complete_and_small():
+    """The stored outputs come from one run of all cells in order."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

@@ -1,4 +1,4 @@
-"""The measures of texts against cases worked by hand."""
+"""Distinct-n and seq-rep-n against values computed by hand."""
 
 import math
 

@@ -1,1 +1,1 @@
-"""What `explore` does: samples over a grid of settings, their measures, a summary, charts, a report."""
+"""The parts of `explore`: samples over a grid of settings, their metrics, a summary, charts and a report."""

@@ -1,4 +1,4 @@
-"""The texts of an exploration: what is to be made, and `samples.jsonl`, to which they are added as they are made."""
+"""The texts of an exploration: the grid of settings, and `samples.jsonl`, which grows while texts are generated."""
 
 import itertools
 import json
@@ -13,49 +13,52 @@ from tqdm import tqdm  # comes with lightning
 
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_text
 from minigpt_pl.generation.prompts import encode_prompts, unknown_words
-from minigpt_pl.generation.text import TextModel, generate_texts
+from minigpt_pl.generation.text import generate_texts
+from minigpt_pl.text_model import TextModel
 
 SAMPLES, PLAN = "samples.jsonl", "plan.json"
 GREEDY = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-MANY = 10_000  # texts; more are made only when it is confirmed
+MAX_UNCONFIRMED = 10_000  # texts; more need confirm=true
 
-Setting = dict[str, Any]
-Sample = dict[str, Any]
+Setting = dict[str, Any]  # control -> value
+Sample = dict[str, Any]  # a line of samples.jsonl
+Prompts = Sequence[tuple[str, str]]  # (kind, prompt)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(kind, prompt) of a YAML file that maps kinds to lists of prompts.
+    """Read (kind, prompt) from a YAML file that maps kinds to lists of prompts.
 
     Raises:
-        InputError: it cannot be read, has another form, holds no prompt, or one twice.
+        InputError: the file is unreadable, has another form, or contains no prompt or one prompt twice.
     """
+    example = "as in short: [this movie is, the end]"
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, kind: [prompts]") from error
+        raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, {example}") from error
     if not isinstance(contents, dict) or not all(isinstance(group, list) for group in contents.values()):
-        raise InputError(f"prompts={path}: must map each kind to a list, as in short: [this movie is, the end]")
+        raise InputError(f"prompts={path}: must map each kind to a list, {example}")
     prompts = [(str(kind), prompt) for kind, group in contents.items() for prompt in group]
     if not prompts:
-        raise InputError(f"prompts={path}: holds no prompt; write some, as in short: [this movie is, the end]")
+        raise InputError(f"prompts={path}: has no prompt; write some, {example}")
     seen = set()
     for _, prompt in prompts:
         if not isinstance(prompt, str):
-            raise InputError(f"prompts={path}: {prompt!r} is no text; write it in quotes")
+            raise InputError(f"prompts={path}: {prompt!r} is not text; write it in quotes")
         if prompt in seen:
-            raise InputError(f"prompts={path}: {prompt!r} stands there twice; remove one")
+            raise InputError(f"prompts={path}: {prompt!r} occurs twice; remove one")
         seen.add(prompt)
     return prompts
 
 
 def settings_grid(config: ExploreConfig) -> list[Setting]:
-    """All values of the controls with each other.
+    """All combinations of the controls' values.
 
-    What is greedy (temperature 0 or top_k 1) writes one text whatever its temperature, seed and other cuts: such
-    settings are one, named by temperature 0 and top_k 1.
+    With temperature 0 or top_k 1 the text is greedy: it does not depend on temperature, random seed, top_p, min_p and
+    typical_p. Such combinations become one setting, with the values of `GREEDY`.
     """
     grid: list[Setting] = []
     for values in itertools.product(*(getattr(config, name) for name in GRID)):
@@ -68,130 +71,133 @@ def settings_grid(config: ExploreConfig) -> list[Setting]:
 
 
 def is_greedy(setting: Setting) -> bool:
-    return setting["temperature"] == 0 or setting["top_k"] == 1
+    return bool(setting["temperature"] == 0 or setting["top_k"] == 1)
 
 
 def label(setting: Setting, varied: Sequence[str]) -> str:
-    """A setting's short name: the controls that the grid varies."""
-    if is_greedy(setting):
-        others = [name for name in varied if name not in GREEDY]
-        return " ".join(["greedy", *(f"{name}={value_text(setting[name])}" for name in others)])
-    return " ".join(f"{name}={value_text(setting[name])}" for name in varied) or "the only setting"
+    """A short name of a setting: the values of the varied controls."""
+    greedy = is_greedy(setting)
+    values = [f"{name}={value_text(setting[name])}" for name in varied if not (greedy and name in GREEDY)]
+    return " ".join(["greedy"] * greedy + values) or "the only setting"
 
 
 def varied_controls(grid: Sequence[Setting]) -> list[str]:
-    """The controls of which the grid has several values, greedy settings aside."""
-    open_settings = [setting for setting in grid if not is_greedy(setting)]
-    return [name for name in GRID if len({setting[name] for setting in open_settings}) > 1]
+    """The controls with several values in the grid, apart from greedy settings."""
+    sampled = [setting for setting in grid if not is_greedy(setting)]
+    return [name for name in GRID if len({setting[name] for setting in sampled}) > 1]
 
 
 def value_text(value: float | None) -> str:
-    """A control's value; None sets no limit."""
+    """A control's value; None means no limit."""
     return "all" if value is None else f"{value:g}"
 
 
-def check_grid(config: ExploreConfig, model: TextModel, prompts: Sequence[tuple[str, str]]) -> list[Setting]:
-    """The grid, once it is known that the model can write for it.
+def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> list[Setting]:
+    """The grid, after a check that the model can generate with it.
 
     Raises:
-        InputError: one line for each value that no text could be written with, for prompts without a known word, and
-            for more than `MANY` texts without `confirm`.
+        InputError: one line for each value that the model cannot use and for each prompt without a known word; or more
+            than `MAX_UNCONFIRMED` texts without `confirm`.
     """
-    problems = [f"{name}=[]: must hold a value" for name in GRID if not getattr(config, name)]
-    grid = [] if problems else settings_grid(config)
+    vocab_size = model.network.vocab_size
+    problems = [f"{name}=[]: must have at least one value" for name in GRID if not getattr(config, name)]
     for k in config.top_k:
-        if k is not None and k > model.network.vocab_size:
-            problems.append(f"top_k={k}: the model knows {model.network.vocab_size} words; give at most that, or null")
+        if k is not None and k > vocab_size:
+            problems.append(f"top_k={k}: the model has only {vocab_size} words; give at most that, or null")
     for count in config.min_tokens:
         if count > config.num_tokens:
             problems.append(f"min_tokens={count}: must be at most num_tokens={config.num_tokens}")
     if problems:
         raise InputError(*problems)
+    grid = settings_grid(config)
     encode_prompts(model.tokenizer, [prompt for _, prompt in prompts], "prompts: prompt")
-    count = sum(len(seeds_of(config, setting)) for setting in grid) * len(prompts)
-    if count > MANY and not config.confirm:
+    count = sum(len(_seeds(config, setting)) for setting in grid) * len(prompts)
+    if count > MAX_UNCONFIRMED and not config.confirm:
         start = time.monotonic()
         trial = generate_texts(model, [prompts[0][1]] * 32, config.num_tokens, seed=0)
         minutes = (time.monotonic() - start) / len(trial) * count / 60
         raise InputError(
-            f"confirm=false: {count:,} texts ({len(prompts)} prompts, {len(grid)} settings, {config.num_seeds} seeds),"
-            f" some {minutes:,.0f} minutes of writing and about {count / 1e3:,.0f} MB; add confirm=true, or try less"
+            f"confirm=false: {count:,} texts ({len(prompts)} prompts, {len(grid)} settings, {config.num_seeds} seeds)"
+            f" take about {minutes:,.0f} minutes and {count / 1e3:,.0f} MB; add confirm=true, or try fewer"
         )
     return grid
 
 
-def seeds_of(config: ExploreConfig, setting: Setting) -> range:
+def _seeds(config: ExploreConfig, setting: Setting) -> range:
     return range(config.seed, config.seed + (1 if is_greedy(setting) else config.num_seeds))
 
 
-def make_samples(
-    config: ExploreConfig, model: TextModel, prompts: Sequence[tuple[str, str]], grid: Sequence[Setting], folder: Path
+def generate_samples(
+    config: ExploreConfig, model: TextModel, prompts: Prompts, grid: Sequence[Setting], folder: Path
 ) -> tuple[list[Sample], list[str]]:
-    """Write the texts that `samples.jsonl` does not have yet, and return all in the grid's order.
+    """Generate the texts that `samples.jsonl` does not have yet.
 
     Returns:
-        The samples, and a line for each setting that no text could be written with, of which there are then none.
+        All samples in the order of the grid, and one line for each setting that failed, which has no samples.
 
     Raises:
         InputError: the folder belongs to another exploration.
     """
-    _hold_to_plan(config, model, prompts, grid, folder)
+    _check_plan(config, model, prompts, grid, folder)
     path = folder / SAMPLES
-    made = {_key(sample): sample for sample in read_samples(path)}
-    write_aside(path, "".join(_line(sample) for sample in made.values()))  # without a line that was cut short
-    broken = []
-    with path.open("a", encoding="utf-8") as file, _progress(len(grid), "Writing", " settings") as bar:
-        for setting in grid:
-            seeds = seeds_of(config, setting)
+    samples = {_key(sample["prompt"], sample["seed"], sample["settings"]): sample for sample in read_samples(path)}
+    write_samples(path, samples.values())  # drops an incomplete last line
+    failed = []
+    with path.open("a", encoding="utf-8") as file:
+        for setting in tqdm(grid, desc="Generating", unit=" settings", disable=None, leave=False):
+            seeds = _seeds(config, setting)
             missing = [
-                (kind, prompt) for kind, prompt in prompts
-                if any((prompt, seed, *setting.values()) not in made for seed in seeds)
-            ]  # fmt: skip
+                (kind, prompt)
+                for kind, prompt in prompts
+                if any(_key(prompt, seed, setting) not in samples for seed in seeds)
+            ]
             try:
-                samples = list(write_texts(config, model, missing, setting, seeds)) if missing else []
+                new = list(generate_setting(config, model, missing, setting, seeds)) if missing else []
             except InputError as error:
-                broken.append(f"{label(setting, varied_controls(grid))}: {error}")
-                samples = []
-            for sample in samples:
-                made[_key(sample)] = sample
-                file.write(_line(sample))
+                failed.append(f"{label(setting, varied_controls(grid))}: {error}")
+                continue
+            samples |= {_key(sample["prompt"], sample["seed"], setting): sample for sample in new}
+            file.write("".join(map(_line, new)))
             file.flush()
-            bar.update()
-    order = [(prompt, seed, *setting.values())
-             for setting in grid for _, prompt in prompts for seed in seeds_of(config, setting)]  # fmt: skip
-    return [made[key] for key in order if key in made], broken
+    keys = [_key(prompt, seed, s) for s in grid for _, prompt in prompts for seed in _seeds(config, s)]
+    return [samples[key] for key in keys if key in samples], failed
 
 
-def write_texts(
-    config: ExploreConfig, model: TextModel, prompts: Sequence[tuple[str, str]], setting: Setting, seeds: range
+def generate_setting(
+    config: ExploreConfig, model: TextModel, prompts: Prompts, setting: Setting, seeds: range
 ) -> Iterator[Sample]:
-    """A sample for each prompt and seed, not yet measured."""
-    texts = generate_texts(
-        model, [prompt for _, prompt in prompts], config.num_tokens, seed=seeds[0], num_samples=len(seeds),
-        banned_words=config.banned_words, **setting,
-    )  # fmt: skip
+    """A sample for each prompt and random seed, without metrics."""
+    controls = setting | {"seed": seeds[0], "num_samples": len(seeds), "banned_words": config.banned_words}
+    texts = generate_texts(model, [prompt for _, prompt in prompts], config.num_tokens, **controls)
     for (kind, prompt), group in zip(prompts, texts, strict=True):
-        asked = model.tokenizer.encode(prompt).ids
+        prompt_ids = model.tokenizer.encode(prompt).ids
         for seed, text in zip(seeds, group, strict=True):
-            ids = model.tokenizer.encode(text).ids[len(asked) :]
+            ids = model.tokenizer.encode(text).ids[len(prompt_ids) :]
             yield {
-                "prompt": prompt, "kind": kind, "settings": setting, "num_tokens": config.num_tokens, "seed": seed,
-                "unknown_in_prompt": unknown_words(model.tokenizer, prompt), "text": text,
-                "words": [model.tokenizer.id_to_token(id_) for id_ in ids], "prompt_ids": asked, "ids": ids,
-            }  # fmt: skip
+                "prompt": prompt,
+                "kind": kind,
+                "settings": setting,
+                "num_tokens": config.num_tokens,
+                "seed": seed,
+                "unknown_in_prompt": unknown_words(model.tokenizer, prompt),
+                "text": text,
+                "words": [model.tokenizer.id_to_token(id_) for id_ in ids],
+                "prompt_ids": prompt_ids,
+                "ids": ids,
+            }
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file; a last line that was cut short is left out."""
+    """Read a file of samples, without an incomplete last line."""
     if not path.is_file():
         return []
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """All of them anew, aside and renamed."""
-    write_aside(path, "".join(_line(sample) for sample in samples))
+    """Write a file of samples atomically."""
+    write_text(path, "".join(map(_line, samples)))
 
 
 def _line(sample: Sample) -> str:
@@ -199,7 +205,7 @@ def _line(sample: Sample) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no nan: null."""
+    """Replace nan, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -207,28 +213,22 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _key(sample: Sample) -> tuple:
-    return (sample["prompt"], sample["seed"], *sample["settings"].values())
+def _key(prompt: str, seed: int, setting: Setting) -> tuple[Any, ...]:
+    return (prompt, seed, *setting.values())
 
 
-def _hold_to_plan(
-    config: ExploreConfig, model: TextModel, prompts: Sequence[tuple[str, str]], grid: Sequence[Setting], folder: Path
+def _check_plan(
+    config: ExploreConfig, model: TextModel, prompts: Prompts, grid: Sequence[Setting], folder: Path
 ) -> None:
-    """A folder holds one exploration: the same command goes on with it, another is refused."""
-    checkpoint = model.checkpoint
-    plan = {
-        "checkpoint": checkpoint.name, "size": checkpoint.stat().st_size, "modified": checkpoint.stat().st_mtime,
-        "num_tokens": config.num_tokens, "seed": config.seed, "num_seeds": config.num_seeds,
-        "banned_words": config.banned_words, "prompts": [list(prompt) for prompt in prompts], "settings": list(grid),
-    }  # fmt: skip
-    path = folder / PLAN
+    """A folder holds one exploration. The same command continues it; another command is refused."""
+    checkpoint = Path(str(model.checkpoint))
+    status, path = checkpoint.stat(), folder / PLAN
+    plan: dict[str, Any] = {"checkpoint": checkpoint.name, "size": status.st_size, "modified": status.st_mtime}
+    plan |= {name: getattr(config, name) for name in ("num_tokens", "seed", "num_seeds", "banned_words")}
+    plan |= {"prompts": [list(prompt) for prompt in prompts], "settings": list(grid)}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else plan
     if changed := [name for name in plan if before.get(name) != plan[name]]:
         raise InputError(
-            f"folder={folder}: holds an exploration with other {', '.join(changed)}; give folder=ANOTHER, or remove it"
+            f"folder={folder}: has an exploration with other {', '.join(changed)}; give folder=ANOTHER, or remove it"
         )
-    write_aside(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
-
-
-def _progress(total: int, doing: str, unit: str) -> tqdm:
-    return tqdm(total=total, desc=doing, unit=unit, disable=None, leave=False)
+    write_text(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")

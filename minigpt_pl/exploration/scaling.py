@@ -1,7 +1,7 @@
-"""Runs as points: how large each network is, how much text it learned from, its loss, and power laws through them."""
+"""Runs as data points: size of the network, tokens of training text, loss, and power laws through them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,172 +11,172 @@ from scipy import stats  # comes with scikit-learn
 
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import read_checkpoint
+from minigpt_pl.config import DataConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
-from minigpt_pl.data.corpus import Corpus, open_run_corpus
+from minigpt_pl.data.corpus import Corpus, Ids, open_run_corpus
 from minigpt_pl.errors import InputError
-from minigpt_pl.exploration.summary import CONFIDENCE, RESAMPLES, Estimate
+from minigpt_pl.exploration.summary import CONFIDENCE, RESAMPLES, Estimate, interval
 from minigpt_pl.text_model import TextModel, load
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
-DOCUMENTS = 1_000  # held-out ones, the first
-SIZES = 4  # a power law has two unknowns; fewer different sizes leave too little to tell how sure it is
-NOT_COMPARED = (
-    "run_name", "output_dir", "resume", "data.cache_dir", "data.source", "data.path", "logger.", "trainer.",
-    "text_generator.",
-)  # fmt: skip
+NUM_DOCUMENTS = 1_000  # held-out documents, from the beginning
+MIN_SIZES = 4  # a power law has two parameters; fewer sizes leave too little to estimate its error
+# Settings that only say where or how a run was trained.
+IGNORED_GROUPS = ("logger.", "trainer.", "text_generator.")
+IGNORED_SETTINGS = ("run_name", "output_dir", "resume", "data.cache_dir", "data.source", "data.path", *IGNORED_GROUPS)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what it learned from.
+    """A run and its training text.
 
     Attributes:
-        parameters: all of them; `in_blocks`: without embeddings and the output layer.
-        text: predicted tokens of its training text, padding aside.
-        passes: how often it saw them, up to the checkpoint; nan where that is not known (a model from Keras).
-        settings: name -> value, those that do not say where or how it ran.
+        parameters: all parameters; `block_parameters`: without embeddings and the output layer.
+        text_tokens: tokens of the training text that the run could predict, without padding.
+        epochs: passes over them up to the checkpoint; nan if unknown, as for a model from Keras.
+        settings: name -> value, without `IGNORED_SETTINGS`.
     """
 
     name: str
     model: TextModel
+    corpus: Corpus
+    held_out: Ids
     parameters: int
-    in_blocks: int
-    text: int
-    passes: float
+    block_parameters: int
+    text_tokens: int
+    epochs: float
     settings: dict[str, Any]
 
     @property
     def tokens(self) -> float:
-        """Trained on, repeats counted."""
-        return self.text * self.passes
+        """Tokens of training, with repetitions."""
+        return self.text_tokens * self.epochs
 
 
-@dataclass(frozen=True)
-class Fit:
-    """loss = scale * x ** -exponent, by least squares of the logarithms; the interval is Student's."""
+def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
+    """Open runs with the same words and the same held-out text.
 
-    scale: float
-    exponent: Estimate
-    points: int
-
-
-def open_runs(checkpoints: Sequence[Path], source: str | None) -> tuple[Corpus, list[Run]]:
-    """The text that the runs share, and the runs."""
-    first, opened = None, []
+    Raises:
+        InputError: they differ in these, or two runs have the same name.
+    """
+    opened: list[Run] = []
     for checkpoint in checkpoints:
         folder = checkpoint.parent.parent
+        problem = f"compare={folder.name}:"
         if folder.name in [run.name for run in opened]:
-            raise InputError(f"compare={folder.name}: stands there twice; give runs of different names")
+            raise InputError(f"{problem} occurs twice; give runs of different names")
         model = load(checkpoint)
         data, corpus = open_run_corpus(folder, model.tokenizer, source)
-        if corpus.validation is None:
-            raise InputError(f"compare={folder.name}: held no text out; train with data.validation_share above 0")
-        first = first or (model, corpus)
-        if list_vocabulary(model.tokenizer) != list_vocabulary(first[0].tokenizer):
-            raise InputError(
-                f"compare={folder.name}: has other words than {opened[0].name}, so their losses do not compare;"
-                " give runs of one text and one model.vocab_size"
-            )
-        ours, theirs = corpus.validation, first[1].validation
-        if not (np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.offsets, theirs.offsets)):
-            raise InputError(
-                f"compare={folder.name}: held out other text than {opened[0].name}, so their losses do not compare;"
-                " give runs with the same data.validation_share and data.validation_documents"
-            )
-        opened.append(_run(folder, checkpoint, model, data, corpus))
-    return first[1], opened
+        held_out = corpus.validation
+        if held_out is None:
+            raise InputError(f"{problem} has no held-out text; train with data.validation_share above 0")
+        first = opened[0] if opened else None
+        if first and list_vocabulary(model.tokenizer) != list_vocabulary(first.model.tokenizer):
+            raise InputError(f"{problem} has other words than {first.name}; give runs of one text and vocabulary size")
+        if first and not (
+            np.array_equal(held_out.tokens, first.held_out.tokens)
+            and np.array_equal(held_out.offsets, first.held_out.offsets)
+        ):
+            remedy = "give runs with the same data.validation_share and data.validation_documents"
+            raise InputError(f"{problem} has other held-out text than {first.name}; {remedy}")
+        opened.append(_run(checkpoint, model, data, corpus, held_out))
+    return opened
 
 
-def _run(folder: Path, checkpoint: Path, model: TextModel, data: Any, corpus: Corpus) -> Run:
-    contents, groups = read_checkpoint(checkpoint), runs.read_settings(folder)
-    settings = {name: value for name, value in groups.items() if not isinstance(value, dict)} | {
-        f"{group}.{name}": value for group, values in groups.items() if isinstance(values, dict)
-        for name, value in values.items()
-    }  # fmt: skip
-    sequences = Sequences(corpus.train, model.network.max_length, data.cut, data.end_token, count_padding=False)
+def _run(checkpoint: Path, model: TextModel, data: DataConfig, corpus: Corpus, held_out: Ids) -> Run:
+    folder, network = checkpoint.parent.parent, model.network
+    contents = read_checkpoint(checkpoint)
+    settings: dict[str, Any] = {}
+    for group, values in runs.read_settings(folder).items():
+        nested = isinstance(values, dict)
+        settings |= {f"{group}.{name}": v for name, v in values.items()} if nested else {group: values}
+    sequences = Sequences(corpus.train, network.max_length, data.cut, data.end_token, count_padding=False)
     seed = contents["hyper_parameters"].get("seed", 0)
     rows = BatchLoader(sequences, data.batch_size, seed, max_sequences=data.max_sequences).rows
-    steps = contents.get("global_step", math.nan)
-    network = model.network
+    batches = contents.get("global_step", math.nan) * settings.get("trainer.accumulate_grad_batches", 1)
     return Run(
         folder.name,
         model,
-        sum(p.numel() for p in network.parameters()),
-        sum(p.numel() for p in network.blocks.parameters()),
-        int(sequences.target_counts[rows].sum()),
-        steps * settings.get("trainer.accumulate_grad_batches", 1) * data.batch_size / len(rows),
-        {name: value for name, value in settings.items() if not name.startswith(NOT_COMPARED)},
+        corpus,
+        held_out,
+        parameters=sum(p.numel() for p in network.parameters()),
+        block_parameters=sum(p.numel() for p in network.blocks.parameters()),
+        text_tokens=int(sequences.target_counts[rows].sum()),
+        epochs=batches * data.batch_size / len(rows),
+        settings={name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)},
     )
 
 
-def held_out_documents(corpus: Corpus) -> list[np.ndarray]:
-    """The first `DOCUMENTS`, without the token that closes each: not all runs have learned one."""
-    tokens, offsets = corpus.validation.tokens, corpus.validation.offsets[: DOCUMENTS + 1]
-    return [tokens[start : end - 1] for start, end in zip(offsets, offsets[1:], strict=False)]
+def held_out_documents(held_out: Ids) -> list[np.ndarray]:
+    """The first `NUM_DOCUMENTS` documents, without end tokens, because not all runs have learned one."""
+    offsets = held_out.offsets[: NUM_DOCUMENTS + 1]
+    return [held_out.tokens[start : end - 1] for start, end in zip(offsets, offsets[1:], strict=False)]
 
 
 def word_losses(
     losses: dict[str, np.ndarray], documents: Sequence[np.ndarray]
 ) -> dict[str, tuple[Estimate, Estimate | None]]:
-    """For each run the loss of a known word, and that less the first run's, with 95 % bootstrap intervals.
+    """The mean loss of a known word for each run, and its difference from the first run's.
 
-    Documents are drawn with replacement, for all runs the same, so a difference is sure where documents agree on it.
+    The intervals come from a bootstrap over documents. All runs use the same resampled documents, so the interval of a
+    difference is narrow if the documents agree on it.
 
     Args:
-        losses: run -> (T,) nats, as `document_losses` gives them.
-        documents: each one's ids.
+        losses: run -> (T,) nats, as from `document_losses`.
+        documents: token ids of each document.
     """
     known = np.concatenate([document[1:] for document in documents]) != UNKNOWN_ID
     numbers = np.repeat(np.arange(len(documents)), [max(len(document) - 1, 0) for document in documents])[known]
     counts = np.bincount(numbers, minlength=len(documents))
-    drawn = np.random.default_rng(0).integers(len(documents), size=(RESAMPLES, len(documents)))
-    means, resampled = {}, {}
+    rows = np.random.default_rng(0).integers(len(documents), size=(RESAMPLES, len(documents)))
+    result: dict[str, tuple[Estimate, Estimate | None]] = {}
+    first: tuple[float, np.ndarray] | None = None
     for name, values in losses.items():
         sums = np.bincount(numbers, values[known].astype(np.float64), minlength=len(documents))
-        means[name], resampled[name] = sums.sum() / counts.sum(), sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    first, tail = next(iter(losses)), (1 - CONFIDENCE) / 2
-
-    def estimate(mean: float, values: np.ndarray) -> Estimate:
-        return Estimate(float(mean), *map(float, np.quantile(values, [tail, 1 - tail])))
-
-    return {
-        name: (
-            estimate(means[name], resampled[name]),
-            None if name == first else estimate(means[name] - means[first], resampled[name] - resampled[first]),
-        )
-        for name in losses
-    }
+        mean, resampled = sums.sum() / counts.sum(), sums[rows].sum(axis=1) / counts[rows].sum(axis=1)
+        difference = None if first is None else interval(mean - first[0], resampled - first[1])
+        result[name] = interval(mean, resampled), difference
+        first = first or (mean, resampled)
+    return result
 
 
-def power_law(x: Sequence[float], loss: Sequence[float]) -> Fit | None:
-    """The power law through points (Kaplan et al., arXiv 2001.08361); None with fewer than `SIZES` different x.
+def power_law(x: Sequence[float], loss: Sequence[float]) -> dict[str, Any]:
+    """Fit loss = scale * x ** -exponent (Kaplan et al., arXiv 2001.08361) by least squares of the logarithms.
 
-    It has no floor, which so few points cannot tell from a smaller exponent: it holds for the range of the points.
+    There is no constant term, because so few points cannot distinguish it from a smaller exponent. So the law holds
+    only for the range of the points.
+
+    Returns:
+        scale, exponent (with its interval from Student's t) and points; nothing for fewer than `MIN_SIZES` different x.
     """
-    if len(set(x)) < SIZES:
-        return None
+    if len(set(x)) < MIN_SIZES:
+        return {}
     line = stats.linregress(np.log(x), np.log(loss))
-    wide = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * line.stderr
-    return Fit(float(np.exp(line.intercept)), Estimate(-line.slope, -line.slope - wide, -line.slope + wide), len(x))
+    error = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * line.stderr
+    exponent = Estimate(-line.slope, -line.slope - error, -line.slope + error)
+    return {"scale": float(np.exp(line.intercept)), "exponent": exponent, "points": len(x)}
 
 
-def power_laws(compared: Sequence[Run], loss: dict[str, float]) -> Iterator[tuple[str, list[str], Fit | None]]:
-    """Power laws against parameters and against tokens, each through runs that are alike but for it.
+def power_laws(compared: Sequence[Run], loss: dict[str, float]) -> list[dict[str, Any]]:
+    """A power law for each group of two or more runs that differ only in their parameters, or only in their tokens.
 
-    Yields:
-        "parameters" or "tokens", the names of two runs or more that differ in it, from small to large, and the fit.
+    Returns:
+        against: "parameters" or "tokens"; of: names of the runs, from small to large; and the result of `power_law`.
     """
-    varied = {"parameters": "model.", "tokens": "data.max_sequences"}
-    for what, prefix in varied.items():
-        groups: dict[tuple, list[Run]] = {}
+    result = []
+    for variable, prefix in {"parameters": "model.", "tokens": "data.max_sequences"}.items():
+        groups: dict[tuple[Any, ...], list[Run]] = {}
         for run in compared:
-            if math.isnan(run.passes):
-                continue
-            same = [(name, str(value)) for name, value in run.settings.items() if not name.startswith((prefix, "seed"))]
-            seen = (run.text if what == "parameters" else None, round(run.passes, 1))
-            groups.setdefault((*sorted(same), *seen), []).append(run)
+            if not math.isnan(run.epochs):
+                same = [
+                    (key, str(value)) for key, value in run.settings.items() if not key.startswith((prefix, "seed"))
+                ]
+                text = run.text_tokens if variable == "parameters" else None
+                groups.setdefault((*sorted(same), text, round(run.epochs, 1)), []).append(run)
         for group in groups.values():
-            group.sort(key=lambda run: getattr(run, what))
-            x = [getattr(run, what) for run in group]
+            group.sort(key=lambda run: getattr(run, variable))
+            x, names = [getattr(run, variable) for run in group], [run.name for run in group]
             if x[0] < x[-1]:
-                yield what, [run.name for run in group], power_law(x, [loss[run.name] for run in group])
+                fit = power_law(x, [loss[name] for name in names])
+                result.append({"against": variable, "of": names} | fit)
+    return result

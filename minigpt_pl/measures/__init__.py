@@ -1,1 +1,1 @@
-"""Measures of a network and of text. Knows nothing of training."""
+"""Measures of texts and of networks. They know nothing of training."""

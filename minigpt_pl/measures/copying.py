@@ -1,105 +1,95 @@
-"""How much of a text is copied: its longest run of words that stands in the training text."""
+"""How much of a text is copied: its longest run of words that also occurs in the training text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-SHORTEST = 4  # words; shorter runs stand in any large text
-FILTER_BITS = 24
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: Knuth's multiplicative hashing
+MIN_LENGTH = 4  # words; a large text contains most shorter runs
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: Knuth's multiplicative hashing
 
 
 class Copy(NamedTuple):
-    """A text's longest run that stands in the training text; of several the first.
+    """The longest run of a text that occurs in the training text; the first one if there are several.
 
     Attributes:
-        start: its place in the text.
-        length: in words; 0 where no run of `SHORTEST` words does.
-        document: of the training text, where it stands; -1 for none.
-        seen: the share of the text's runs of `SHORTEST` words that stand in the training text, in [0, 1]; nan for a
-            shorter text. Real held-out text shows what is usual: much lower is odd phrasing, much higher is copying.
+        start: position in the text.
+        length: words; 0 if no run of `MIN_LENGTH` words occurs in the training text.
+        document: number of a training document that contains the run; -1: none.
+        seen_4grams: share of the text's runs of `MIN_LENGTH` words that occur in the training text, in [0, 1]; nan for
+            a shorter text. Compare it with real held-out text: a much lower value means odd phrases, a much higher
+            value means copying.
     """
 
     start: int
     length: int
     document: int
-    seen: float
+    seen_4grams: float
 
 
 def longest_copies(
-    texts: Sequence[Sequence[int]], tokens: np.ndarray, offsets: np.ndarray, never: Sequence[int] = ()
+    texts: Sequence[Sequence[int]], tokens: np.ndarray, offsets: np.ndarray, ignored_ids: Sequence[int] = ()
 ) -> list[Copy]:
-    """The longest copied run of each text. 13 million tokens take some seconds, however many texts there are.
+    """Find the longest copied run of each text. 13 million tokens take some seconds for any number of texts.
 
-    All texts at once are held against the training text, for runs of 4, 5, 6 ... words; only places where the run
-    before was found stay in play. After n-gram novelty, McCoy et al. (RAVEN), arXiv 2111.09509.
+    The search compares runs of 4, 5, 6 ... words of all texts with the training text. A position is searched further
+    only if its shorter run was found. After n-gram novelty, McCoy et al. (RAVEN), arXiv 2111.09509.
 
     Args:
-        texts: ids.
-        tokens: (T,) ids of the training text, documents end to end, each closed by an id that no text has.
+        texts: token ids of each text.
+        tokens: (T,) ids of all training documents. Each document ends with an id that no text contains.
         offsets: (N + 1,); document i is `tokens[offsets[i]:offsets[i + 1]]`.
-        never: ids that match nothing, as `[UNK]`, which may stand for different words.
+        ignored_ids: ids that match nothing, such as `[UNK]`, which stands for different words.
     """
-    # Random 64-bit values for the ids make the hash of a run (they are multiplied up and added) one that no text is
-    # likely to fool: 1e13 pairs at 2^-64.
-    size = 1 + max(int(tokens.max()), *(max(text, default=0) for text in texts))
+    text_offsets = np.cumsum([0, *map(len, texts)])
+    ours = np.concatenate([np.zeros(0, np.int64), *(np.array(text, np.int64) for text in texts)])
+    # Each id gets a random 64-bit value. The hash of a run combines them, so a false match is very unlikely: 1e13 pairs
+    # with a probability of 2^-64 each.
+    size = 1 + max(int(tokens.max()), int(ours.max(initial=0)))
     values = np.random.default_rng(0).integers(2**63, size=size, dtype=np.uint64)
-    sizes = [len(text) for text in texts]
-    text_offsets = np.concatenate([[0], np.cumsum(sizes)])
-    ours = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
-    ends = np.repeat(text_offsets[1:], sizes)
-    lengths, found_at = np.zeros(len(ours), np.int64), np.full(len(ours), -1)
+    # A run ends before the next ignored id, or with its text.
+    ignored = np.append(np.flatnonzero(np.isin(ours, ignored_ids)), len(ours))
+    ends = np.repeat(text_offsets[1:], np.diff(text_offsets))
+    ends = np.minimum(ends, ignored[np.searchsorted(ignored, np.arange(len(ours)))])
 
-    our_places = np.flatnonzero(np.arange(len(ours)) + SHORTEST <= ends)
-    for id_ in never:
-        bad = np.flatnonzero(ours == id_)
-        ends = np.minimum(ends, np.append(bad, len(ours))[np.searchsorted(bad, np.arange(len(ours)))])
-    our_places = our_places[our_places + SHORTEST <= ends[our_places]]
-    places = np.arange(len(tokens) - SHORTEST + 1)
-    our_hash, hashes = _hash(values[ours], SHORTEST)[our_places], _hash(values[tokens], SHORTEST)
-    length = SHORTEST
-    while len(our_places):
-        wanted, numbers = np.unique(our_hash, return_inverse=True)
-        known = np.zeros(2**FILTER_BITS, bool)  # says at once of most that they are not wanted
-        known[_short(wanted)] = True
-        maybe = known[_short(hashes)]
-        places, hashes = places[maybe], hashes[maybe]
-        at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
-        hit = wanted[at] == hashes
-        places, hashes, at = places[hit], hashes[hit], at[hit]
+    lengths, found_at = np.zeros(len(ours), np.int64), np.full(len(ours), -1)
+    our_starts = np.flatnonzero(np.arange(len(ours)) + MIN_LENGTH <= ends)
+    starts = np.arange(len(tokens) - MIN_LENGTH + 1)
+    our_hashes, hashes = _hash(values[ours], MIN_LENGTH)[our_starts], _hash(values[tokens], MIN_LENGTH)
+    length = MIN_LENGTH
+    while len(our_starts):
+        wanted, numbers = np.unique(our_hashes, return_inverse=True)
+        indices = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+        matches = wanted[indices] == hashes
+        starts, hashes, indices = starts[matches], hashes[matches], indices[matches]
         first = np.full(len(wanted), -1)
-        first[at[::-1]] = places[::-1]
-        alive = first[numbers] >= 0
-        our_places, our_hash, numbers = our_places[alive], our_hash[alive], numbers[alive]
-        lengths[our_places], found_at[our_places] = length, first[numbers]
-        # One word more.
-        inside = our_places + length < ends[our_places]
-        our_places, our_hash = our_places[inside], our_hash[inside]
-        our_hash = our_hash * SPREAD + values[ours[our_places + length]]
-        inside = places + length < len(tokens)
-        places, hashes = places[inside], hashes[inside]
-        hashes = hashes * SPREAD + values[tokens[places + length]]
+        first[indices[::-1]] = starts[::-1]
+        found = first[numbers] >= 0
+        our_starts, our_hashes, numbers = our_starts[found], our_hashes[found], numbers[found]
+        lengths[our_starts], found_at[our_starts] = length, first[numbers]
+        # Extend every run that was found by one word.
+        fits = our_starts + length < ends[our_starts]
+        our_starts, our_hashes = our_starts[fits], our_hashes[fits]
+        our_hashes = our_hashes * MULTIPLIER + values[ours[our_starts + length]]
+        fits = starts + length < len(tokens)
+        starts, hashes = starts[fits], hashes[fits]
+        hashes = hashes * MULTIPLIER + values[tokens[starts + length]]
         length += 1
     return [_copy(lengths[a:b], found_at[a:b], offsets) for a, b in zip(text_offsets, text_offsets[1:], strict=False)]
 
 
 def _hash(values: np.ndarray, length: int) -> np.ndarray:
-    """(T,) -> (T - length + 1,): of each run of this length; numbers wrap round at 2^64."""
+    """Hash each run of this length: (T,) -> (T - length + 1,). Overflow at 2^64 is intended."""
     count = max(len(values) - length + 1, 0)
     hashes = values[:count].copy()
     for i in range(1, length):
-        hashes = hashes * SPREAD + values[i : i + count]
+        hashes = hashes * MULTIPLIER + values[i : i + count]
     return hashes
 
 
-def _short(hashes: np.ndarray) -> np.ndarray:
-    return (hashes * SPREAD) >> np.uint64(64 - FILTER_BITS)
-
-
 def _copy(lengths: np.ndarray, found_at: np.ndarray, offsets: np.ndarray) -> Copy:
-    runs = len(lengths) - SHORTEST + 1
-    seen = float(np.mean(lengths[:runs] >= SHORTEST)) if runs > 0 else float("nan")
+    runs = len(lengths) - MIN_LENGTH + 1
+    seen = float(np.mean(lengths[:runs] >= MIN_LENGTH)) if runs > 0 else float("nan")
     if not lengths.any():
         return Copy(0, 0, -1, seen)
     start = int(lengths.argmax())

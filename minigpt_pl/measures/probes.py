@@ -1,33 +1,35 @@
-"""What the network itself says: how sure it is of a text, and which of the words before it makes use of.
+"""Probes of a network: how likely and how predictable it finds a text, and how it uses its context.
 
-All losses are in nats a token, entropies in bits.
+Losses are in nats per token, entropies in bits. The networks must be in eval mode.
 """
 
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt_pl.cpu.linear import pack_linear_layers
+from minigpt_pl.loss import token_losses
+from minigpt_pl.measures.likelihood import predictions
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID
 
-ROWS = 64  # rows of logits at once: 5 MB at 20,000 words, which caches hold; 512 take twice the time
+ROWS = 64  # rows of logits at once: 5 MB for 20,000 words, which fit the cache; 512 rows take twice the time
 CONTEXTS = (1, 2, 5, 10, 20, 40, 80)  # words
 
 
 class TextScores(NamedTuple):
-    """Means over the words of a text, each given all that stands before it (the model's `max_length` at most).
+    """Means over the words of a text, each predicted from all words before it (at most the model's `max_length`).
 
     Attributes:
-        loss: -log p of the words that stand there, at temperature 1 and with no control: its exponential is the model's
-            own perplexity. Real held-out text shows what is usual; far lower is dull, far higher is strange.
-        entropy: of the model's distribution, in bits, in [0, log2 V]: how open it finds what comes next.
-        unknown: the probability it gives `[UNK]`, which is never written: how often it lacks a word, in [0, 1].
+        loss: -log p of the words at temperature 1 without controls. exp(loss) is the perplexity. Compare it with real
+            held-out text: a far lower loss means dull text, a far higher loss means strange text.
+        entropy: entropy of the model's distribution in bits, in [0, log2 V].
+        unknown: probability of `[UNK]`, which is never generated, in [0, 1]: how often the model lacks a word.
     """
 
     loss: float
@@ -37,138 +39,120 @@ class TextScores(NamedTuple):
 
 @torch.inference_mode()
 def score_texts(network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TextScores]:
-    """Score texts given as (context ids, ids); nan for an empty text.
-
-    Args:
-        network: in eval mode.
-    """
-    network, device = pack_linear_layers(network), network.output.weight.device
-    hidden, targets, sizes = [], [], [len(ids) for _, ids in texts]
-    for context, ids in texts:
-        hidden.append(_hidden_before(network, [*context, *ids], len(ids)))
-        targets.append(torch.tensor(ids, dtype=torch.long, device=device))
-    values = _from_hidden(network, torch.cat(hidden), torch.cat(targets)).cpu().numpy()  # (N, 3)
-    ends = np.cumsum(sizes)
+    """Score texts, given as (context ids, ids). Contexts have at least one id; an empty text scores nan."""
+    output = pack_linear_layers(network).output
+    documents = [[*context, *ids] for context, ids in texts]
+    scores = []  # of each batch: (N, 3)
+    for hidden, targets in predictions(network, documents, stride=1, show_progress=False):
+        for rows, ids in zip(torch.split(hidden, ROWS), torch.split(targets, ROWS), strict=True):
+            log_p = output(rows).log_softmax(dim=-1)  # (R, V)
+            p = log_p.exp()
+            entropy = torch.linalg.vecdot(p, log_p) / -math.log(2)
+            scores.append(torch.stack([-log_p.gather(1, ids[:, None])[:, 0], entropy, p[:, UNKNOWN_ID]], dim=1))
+    all_scores = torch.cat(scores).cpu().numpy() if scores else np.zeros((0, 3))
+    ends = np.cumsum([len(document) - 1 for document in documents])
     return [
-        TextScores(*map(float, values[end - size : end].mean(axis=0))) if size else TextScores(*[float("nan")] * 3)
-        for end, size in zip(ends, sizes, strict=True)
+        TextScores(*map(float, all_scores[end - len(ids) : end].mean(axis=0))) if ids else TextScores(*[math.nan] * 3)
+        for end, (_, ids) in zip(ends, texts, strict=True)
     ]
 
 
-def _hidden_before(network: MiniGPT, ids: list[int], count: int) -> Tensor:
-    """The hidden states that the last `count` ids are predicted from. (count, D)"""
-    length = network.max_length
-    inputs = torch.tensor(ids[:-1], dtype=torch.long, device=network.output.weight.device)
-    hidden = network.hidden_states(inputs[None, :length])[0]  # (L, D)
-    if len(inputs) > length:  # from here on the window slides, and each word is the last of its own
-        windows = inputs.unfold(0, length, 1)[1:]  # (B, W)
-        hidden = torch.cat([hidden, *(network.hidden_states(part)[:, -1] for part in windows.split(ROWS))])
-    return hidden[len(hidden) - count :]
-
-
-def _from_hidden(network: MiniGPT, hidden: Tensor, targets: Tensor) -> Tensor:
-    """(N, D), (N,) -> (N, 3): -log p of the target, entropy, probability of [UNK]."""
-    parts = []
-    for rows, ids in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-        logits = network.output(rows)  # (R, V)
-        largest, places = logits.max(dim=-1, keepdim=True)
-        probabilities = logits.softmax(dim=-1)
-        normalizer = (largest - probabilities.gather(1, places).log())[:, 0]  # log of the sum of exp(logits)
-        loss = normalizer - logits.gather(1, ids[:, None])[:, 0]
-        entropy = (normalizer - torch.linalg.vecdot(probabilities, logits)) / math.log(2)
-        parts.append(torch.stack([loss, entropy, probabilities[:, UNKNOWN_ID]], dim=1))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, 3)
-
-
 @torch.inference_mode()
-def last_losses(network: MiniGPT, sequences: Tensor) -> Tensor:
-    """The loss of each sequence's last id given those before it: (B, L + 1) -> (B,)."""
+def last_token_losses(network: MiniGPT, sequences: Tensor) -> Tensor:
+    """The loss of each sequence's last id, given the ids before it: (B, L + 1) -> (B,)."""
     network = pack_linear_layers(network)
-    hidden = [network.hidden_states(part[:, :-1])[:, -1] for part in sequences.split(ROWS)]
-    return _from_hidden(network, torch.cat(hidden), sequences[:, -1])[:, 0]
+    hidden = [network.hidden_states(part[:, :-1])[:, -1] for part in torch.split(sequences, ROWS)]  # each (R, D)
+    return token_losses(torch.cat(hidden), network.output.weight, network.output.bias, sequences[:, -1])
 
 
-def windows_of(tokens: np.ndarray, offsets: np.ndarray, length: int, most: int) -> Tensor:
-    """Rows of `length` ids, each from one document and overlapping none, spread over the text: (B, length)."""
-    starts = np.concatenate([
-        np.arange(a, b - length, length) for a, b in zip(offsets, offsets[1:], strict=False)  # without its end token
-    ])  # fmt: skip
-    starts = starts[np.linspace(0, len(starts) - 1, min(most, len(starts)), dtype=int)] if len(starts) else starts
-    return torch.from_numpy(tokens[starts[:, None].astype(int) + np.arange(length)].astype(np.int64))
+def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int, max_windows: int) -> Tensor:
+    """Windows of `length` ids, each inside one document, evenly spread over the text: (B, length).
+
+    Args:
+        tokens, offsets: a text as in `NGramModel.fit`. The last token of each document is left out: its end token.
+    """
+    documents = zip(offsets.tolist(), offsets[1:].tolist(), strict=False)
+    starts = np.array([start for a, b in documents for start in range(a, b - length, length)], dtype=np.int64)
+    if len(starts) > max_windows:
+        starts = starts[np.linspace(0, len(starts) - 1, max_windows, dtype=int)]
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
 
 
 def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
-    """How much the words further back help: the loss of the same words given only the last c words before them.
+    """The loss of the same words, given only the last c words before them.
 
     Args:
-        windows: (B, L + 1), L at most `max_length`; the last id is the one predicted. `[UNK]` as a target is left out.
+        windows: (B, L + 1), L at most `max_length`; the last id is the target. Windows with the target `[UNK]` do not
+            count.
 
     Returns:
-        c -> (B',) losses, of the same targets for each c of `CONTEXTS` up to L.
+        c -> (B',) losses, for the same targets and each c of `CONTEXTS` up to L. Nothing without windows.
     """
+    if not len(windows):
+        return {}
     windows = windows[windows[:, -1] != UNKNOWN_ID]
     longest = windows.shape[1] - 1
     contexts = sorted({c for c in CONTEXTS if c < longest} | {longest})
-    return {c: last_losses(network, windows[:, -c - 1 :]).cpu().numpy() for c in contexts}
+    return {c: last_token_losses(network, windows[:, -c - 1 :]).cpu().numpy() for c in contexts}
 
 
-def copying_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str, np.ndarray]:
-    """Does the network go on with what stood there before? Two tests, after Olsson et al., arXiv 2209.11895.
+@torch.inference_mode()
+def induction_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str, np.ndarray]:
+    """Does the network continue a sequence that occurred before? After Olsson et al., arXiv 2209.11895.
 
-    A network that can copy predicts the second of two equal halves far better than the first. That needs a head which
-    looks for where the present word stood before and takes the word after it: an induction head. It takes two
-    layers of attention; one block can only learn that a word makes another likelier.
+    A network that can copy predicts a repeated half far better than its first occurrence. It needs an induction head:
+    one that finds an earlier occurrence of the current word and predicts the word after it. That takes two attention
+    layers. A single block can only learn that a word makes another word more likely.
 
     Args:
-        texts: (B, L) ids of real text, with L at most half of `max_length`, at least 2.
-        seed: of the words drawn at random.
+        texts: (B, L) ids of real text, with L at least 2 and at most half of `max_length`.
+        seed: random seed of the random words.
 
     Returns:
-        Losses (B, L - 1) of a text's second to last word: "random, first" and "random, again" for words drawn evenly,
-        in two equal halves; "real, first" (after another real text), "real, again" (after itself).
+        Losses (B, L - 1) of the second half from its second word on. "random, again": random words after themselves;
+        "random, first": after other random words. "real, again" and "real, first": the same for the texts.
     """
-    count, length = texts.shape
+    network, (count, length) = pack_linear_layers(network), texts.shape
+    weight, bias = network.output.weight, network.output.bias
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(NUM_SPECIAL - 1, network.vocab_size - 1, (2, count, length), generator=generator)
-    pairs = {
+    halves = {
         "random, first": (drawn[0], drawn[1]),
         "random, again": (drawn[1], drawn[1]),
         "real, first": (texts.roll(1, 0), texts),
         "real, again": (texts, texts),
     }
-    return {name: _losses_of_second(network, *halves) for name, halves in pairs.items()}
-
-
-@torch.inference_mode()
-def _losses_of_second(network: MiniGPT, first: Tensor, second: Tensor) -> np.ndarray:
-    network, (count, length) = pack_linear_layers(network), second.shape
-    hidden = network.hidden_states(torch.cat([first, second[:, :-1]], dim=1))[:, length:]  # (B, L - 1, D)
-    losses = _from_hidden(network, hidden.flatten(0, 1), second[:, 1:].flatten())[:, 0]
-    return losses.view(count, length - 1).cpu().numpy()
+    losses = {}
+    for name, (first, second) in halves.items():
+        hidden = network.hidden_states(torch.cat([first, second[:, :-1]], dim=1))[:, length:]  # (B, L - 1, D)
+        losses[name] = token_losses(hidden, weight, bias, second[:, 1:]).cpu().numpy()
+    return losses
 
 
 @torch.inference_mode()
 def attention_maps(network: MiniGPT, ids: Sequence[int]) -> Tensor:
-    """Where each head of each block looks, for up to `max_length` ids: (blocks, H, L, L), row i over places j <= i."""
-    x, maps = network.embed(torch.tensor([list(ids)], device=network.output.weight.device)), []
-    for block in network.blocks:
+    """Attention weights of each head for up to `max_length` ids: (blocks, H, L, L); row i covers positions j <= i."""
+    x = network.embed(torch.tensor([list(ids)], device=network.output.weight.device))  # (1, L, D)
+    maps = []
+    blocks: Any = network.blocks  # PyTorch does not declare the type of a ModuleList's items
+    for block in blocks:
         maps.append(block.attention.attention_weights(x)[0])
         x = block(x)
     return torch.stack(maps).cpu()
 
 
 def attention_by_distance(network: MiniGPT, texts: Tensor) -> np.ndarray:
-    """The mean weight of the word d places back, from the second half of the places: (B, L) -> (blocks, H, L / 2)."""
+    """Mean attention weight by distance, from the second half of each text: (B, L) -> (blocks, H, L / 2)."""
     half = texts.shape[1] // 2
     maps = torch.stack([attention_maps(network, text) for text in texts.tolist()]).mean(dim=0)  # (blocks, H, L, L)
-    rows = torch.arange(half, 2 * half)
-    distances = torch.arange(half)
-    return maps[:, :, rows[:, None], rows[:, None] - distances].mean(dim=2).numpy()
+    rows, distances = torch.arange(half, 2 * half), torch.arange(half)
+    means: np.ndarray = maps[:, :, rows[:, None], rows[:, None] - distances].mean(dim=2).numpy()
+    return means
 
 
-def with_context(network: MiniGPT, length: int) -> MiniGPT:
-    """The same network, able to see only the last `length` words. Weights are shared."""
+def limit_context(network: MiniGPT, length: int) -> MiniGPT:
+    """The same network with a shorter context: it sees only the last `length` words. The weights are shared."""
     shorter = copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
     shorter.max_length = length
-    shorter.position_embedding = torch.nn.Embedding.from_pretrained(network.position_embedding.weight[:length])
+    shorter.position_embedding.weight = torch.nn.Parameter(network.position_embedding.weight[:length])
     return shorter.eval()

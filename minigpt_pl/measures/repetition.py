@@ -1,4 +1,4 @@
-"""What can be measured on a text alone: plain functions on its token ids, or its words."""
+"""Repetition, diversity and cohesion of a text, from its token ids or words alone."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 
 
 class Loop(NamedTuple):
-    """A stretch of a text that goes round in circles.
+    """A stretch of a text that repeats itself.
 
     Attributes:
-        onset: place of its first token.
+        onset: position of its first token.
         period: tokens in one turn.
-        length: tokens from the onset to the end of the last turn, which may be cut short.
+        length: tokens from the onset to the end of the last turn, which may be incomplete.
     """
 
     onset: int
@@ -20,76 +20,77 @@ class Loop(NamedTuple):
     length: int
 
 
-def distinct(ids: Sequence[int], n: int) -> float:
-    """Distinct-n: different n-grams / n-grams.
+def distinct(ids: Sequence[object], n: int) -> float:
+    """Distinct-n: the number of different n-grams divided by the number of n-grams.
 
-    Range (0, 1]; 1: none comes twice. Higher is more diverse. Falls with the length of a text, so compare texts of one
-    length. nan for fewer than n tokens. Source: Li et al., arXiv 1510.03055.
+    Range (0, 1]; 1: no n-gram occurs twice. Higher is more diverse. The value falls with the length of a text, so
+    compare texts of equal length. nan for fewer than n tokens. Source: Li et al., arXiv 1510.03055.
     """
     ngrams = list(zip(*(ids[i:] for i in range(n)), strict=False))
     return len(set(ngrams)) / len(ngrams) if ngrams else float("nan")
 
 
-def repeated(ids: Sequence[int], n: int = 4) -> float:
-    """seq-rep-n: 1 - different n-grams / n-grams, the share of n-grams that stand earlier in the text.
+def repeated(ids: Sequence[object], n: int = 4) -> float:
+    """seq-rep-n: the share of n-grams that already occurred in the text, 1 - `distinct`.
 
-    Range [0, 1); 0: none comes twice. Lower is less repetitive. nan for fewer than n tokens.
+    Range [0, 1); 0: no n-gram occurs twice. Lower is less repetitive. nan for fewer than n tokens.
     Source: Welleck et al., arXiv 1908.04319, equation 9.
     """
     return 1 - distinct(ids, n)
 
 
 def recurring(context: Sequence[int], ids: Sequence[int], weights: np.ndarray) -> float:
-    """Lexical cohesion: of the words in a text's second half, the share that stand before that half too, by weight.
+    """Lexical cohesion: the weighted share of words in a text's second half that occurred before that half.
 
-    Range [0, 1]; higher: the text holds to the people and things that it spoke of, or goes round in circles. nan where
-    the second half weighs nothing. Names count as the rare words they are: lower-cased text does not tell them apart.
-    Source: reiteration in Halliday and Hasan, Cohesion in English, 1976; Barzilay and Lapata's entity grid
+    Range [0, 1]. A high value means that the text keeps its people and things, or that it loops. nan if the words of
+    the second half have no weight. Names need no special treatment, because they are rare words with a high weight.
+    Source: reiteration in Halliday and Hasan, Cohesion in English, 1976. Barzilay and Lapata's entity grid
     (Computational Linguistics 34, 2008) follows nouns in the same way.
 
     Args:
-        context: what the text continues; it counts as what stands before.
-        weights: (V,), 0 or above; inverse document frequencies let rare words count.
+        context: the prompt; its words count as words that occurred before.
+        ids: the text that continues it.
+        weights: (V,), at least 0; inverse document frequencies give rare words a higher weight.
     """
     half = len(ids) // 2
-    before, second = {*context, *ids[:half]}, np.asarray(ids[half:], dtype=np.int64)
+    before, second = {*context, *ids[:half]}, np.array(ids[half:], dtype=np.int64)
     total, returning = weights[second].sum(), weights[[id_ for id_ in second.tolist() if id_ in before]].sum()
     return float(returning / total) if total else float("nan")
 
 
-def longest_loop(ids: Sequence[int]) -> Loop:
-    """The longest stretch that repeats itself with one period for at least two whole turns.
+def longest_loop(ids: Sequence[object]) -> Loop:
+    """The longest stretch with `ids[i] == ids[i + period]` throughout and at least two complete turns.
 
-    `ids[i] == ids[i + period]` throughout. Its length is 0 where there is none; shorter is less repetitive. Of equal
-    ones the shortest period counts, then the earliest. Such stretches are the "runs" of Main, Discrete Applied
-    Mathematics 25 (1989).
+    The length is 0 if there is none. Of stretches with equal length, the shortest period wins, then the earliest. Such
+    stretches are the "runs" of Main, Discrete Applied Mathematics 25 (1989).
     """
     best = Loop(0, 0, 0)
     for period in range(1, len(ids) // 2 + 1):
-        for start, length in equal_at(ids, period):
+        for start, length in equal_stretches(ids, period):
             if length >= period and length + period > best.length:
                 best = Loop(start, period, length + period)
     return best
 
 
-def equal_at(ids: Sequence[int], distance: int) -> list[tuple[int, int]]:
-    """(start, length) of the stretches that come again this many tokens later."""
-    same = np.asarray(ids[distance:]) == np.asarray(ids[: len(ids) - distance])
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]])))
+def equal_stretches(ids: Sequence[object], distance: int) -> list[tuple[int, int]]:
+    """(start, length) of the stretches that occur again `distance` tokens later."""
+    equal = np.array(ids[distance:]) == np.array(ids[: len(ids) - distance])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], equal, [False]])))
     return [(int(start), int(end - start)) for start, end in edges.reshape(-1, 2)]
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> list[float]:
-    """Self-BLEU: each text's BLEU-4 (sacrebleu's, exponential smoothing) with the others as its references.
+    """Self-BLEU: each text's BLEU-4 (sacrebleu's, exponential smoothing) with the other texts as references.
 
-    Range [0, 100]; 100: the others say the same. Lower is more diverse. nan for a text that is alone.
+    Range [0, 100]; 100: the other texts are the same. Lower is more diverse. nan for a single text.
     Source: Zhu et al. (Texygen), arXiv 1802.01886.
     """
     import sacrebleu
 
+    if len(texts) < 2:
+        return [float("nan")] * len(texts)
     joined = [" ".join(words) for words in texts]
     return [
-        sacrebleu.sentence_bleu(text, others, tokenize="none").score if others else float("nan")
+        float(sacrebleu.sentence_bleu(text, joined[:i] + joined[i + 1 :], tokenize="none").score)
         for i, text in enumerate(joined)
-        for others in [joined[:i] + joined[i + 1 :]]
     ]

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 
 from minigpt_pl.config import TextGeneratorConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside
-from minigpt_pl.generation.text import TextModel, generate_texts
+from minigpt_pl.files import write_text
+from minigpt_pl.generation.text import generate_texts
+from minigpt_pl.text_model import TextModel
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class TextGenerator(L.Callback):
         if self.path.exists():  # a resumed run writes again what came after its checkpoint
             with self.path.open(encoding="utf-8") as file:  # not splitlines: a text may hold U+0085 and the like
                 lines = list(file)
-            write_aside(self.path, "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step))
+            write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step))
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

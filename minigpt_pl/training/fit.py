@@ -24,7 +24,7 @@ from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside, write_figure
+from minigpt_pl.files import write_figure, write_text
 from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.runs import IMPORTED_FROM
 from minigpt_pl.tokenizer import END, UNKNOWN_ID, load_tokenizer
@@ -89,7 +89,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     trainer = build_trainer(config, folder, datamodule, prompts, resume_from)
     if first_process:
         datamodule.corpus.tokenizer.save(str(folder / "tokenizer.json"))
-        write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         runs.update_record(folder, status="running", overrides=overrides, **_circumstances(trainer, datamodule))
         parameters = sum(parameter.numel() for parameter in module.parameters())
         log.info("Run: %s (%s parameters, %s)", folder, f"{parameters:,}", trainer.precision)

@@ -1,0 +1,173 @@
+"""Compare a network with n-gram models on the same text: loss, perplexity and bits per byte."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm  # comes with lightning
+
+from minigpt_pl.data.corpus import Ids
+from minigpt_pl.errors import InputError
+from minigpt_pl.measures.likelihood import document_losses
+from minigpt_pl.measures.ngrams import NGramModel
+from minigpt_pl.text_model import TextModel
+from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID, list_vocabulary, split_words
+
+NETWORK = "network"
+NGRAM_ORDERS = {"unigram": 1, "bigram": 2, "5-gram": 5}  # all with modified Kneser-Ney smoothing
+MODELS = (*NGRAM_ORDERS, NETWORK)
+RANKS = 10, 100, 1_000, 10_000  # upper ends of the bands of word frequency
+SPELLING_ORDER = 5
+
+
+def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, description: str) -> dict[str, Any]:
+    """Evaluate a network, and n-gram models of its training text, on the same documents.
+
+    Args:
+        texts: documents, each with at least one word.
+        train: the training text of the network.
+        description: name of the texts, for the result and for errors.
+
+    Returns:
+        Plain values, ready for JSON: the counts, and the summary of `summarize_losses`. Bits per byte are the losses of
+        all tokens, plus the first words under the unigram model, plus the spelling of the unknown words.
+
+    Raises:
+        InputError: no document has a known word after its first.
+    """
+    vocabulary = list_vocabulary(model.tokenizer)
+    ids = {word: id_ for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1)}
+    end = [] if model.end_id is None else [model.end_id]
+    documents: list[np.ndarray] = []
+    unknown: Counter[str] = Counter()
+    for text in texts:
+        words = split_words(text)
+        unknown.update(word for word in words if word not in ids)
+        documents.append(np.array([*(ids.get(word, UNKNOWN_ID) for word in words), *end]))
+    if not any(np.isin(document[1:], list(ids.values())).any() for document in documents):
+        raise InputError(f"{description}: no document has a second word that the model knows; give other text")
+
+    network_losses = document_losses(model.network, documents, show_progress=True)
+    losses, first_words_nats = ngram_losses(documents, train, len(vocabulary), model.end_id)
+    losses[NETWORK] = network_losses
+    summary = summarize_losses(losses, documents, model.network.max_length, model.end_id)
+
+    num_bytes = sum(len(text.encode()) for text in texts)
+    spelling = spelling_nats(unknown, list(ids))
+    for name, values in losses.items():
+        total = float(values.sum(dtype=np.float64)) + first_words_nats + spelling
+        summary["whole"][name]["bits_per_byte"] = total / math.log(2) / num_bytes
+    return {
+        "checkpoint": str(model.checkpoint),
+        "text": description,
+        "documents": len(documents),
+        "bytes": num_bytes,
+        "unknown_words": unknown.total(),
+        "spelling_bits_per_byte": spelling / math.log(2) / num_bytes,
+        "max_length": model.network.max_length,
+        **summary,
+    }
+
+
+def ngram_losses(
+    documents: Sequence[np.ndarray], train: Ids, vocab_size: int, end_id: int | None
+) -> tuple[dict[str, np.ndarray], float]:
+    """Losses of the n-gram models, in the order of `document_losses`, and the unigram loss of all first words, in nats.
+
+    Args:
+        end_id: None removes the end tokens from the training text.
+    """
+    tokens, offsets = train.tokens, train.offsets
+    if end_id is None:
+        tokens, offsets = np.delete(tokens, offsets[1:] - 1), offsets - np.arange(len(offsets))
+    losses, first_words_nats = {}, 0.0
+    for name, order in NGRAM_ORDERS.items():
+        ngrams = NGramModel.fit(tokens, offsets, vocab_size, order, show_progress=True)
+        progress = tqdm(documents, desc=f"{name} losses", unit=" documents", disable=None, leave=False)
+        nats = [-ngrams.log_probabilities(document) for document in progress]
+        losses[name] = np.concatenate([values[1:] for values in nats])
+        if order == 1:
+            first_words_nats = float(sum(values[0] for values in nats))
+    return losses, first_words_nats
+
+
+def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
+    """Nats to spell the unknown words, byte by byte and with an end mark.
+
+    The spelling model is a Kneser-Ney model of the vocabulary's own words. Together with the loss of `[UNK]`, this is a
+    complete code of the text, so models with different vocabularies can be compared.
+
+    Args:
+        unknown: how often each unknown word occurs.
+        vocabulary: known words; each counts once.
+    """
+    end, spelled = 256, [word.encode() for word in vocabulary]
+    letters = np.array([byte for word in spelled for byte in (*word, end)])
+    offsets = np.cumsum([0, *(len(word) + 1 for word in spelled)])
+    model = NGramModel.fit(letters, offsets, vocab_size=257, order=SPELLING_ORDER)
+    return -sum(
+        count * float(model.log_probabilities(np.array([*word.encode(), end])).sum()) for word, count in unknown.items()
+    )
+
+
+def summarize_losses(
+    losses: Mapping[str, np.ndarray], documents: Sequence[np.ndarray], max_length: int, end_id: int | None
+) -> dict[str, Any]:
+    """Means of several models' losses over the same tokens.
+
+    Args:
+        losses: model -> (T,) nats, in the order of `document_losses`.
+        documents: token ids of each document.
+        max_length: L of the network.
+        end_id: the end token, which is not a word; None: the documents have none.
+
+    Returns:
+        Plain values, ready for JSON. Losses are in nats per token; a perplexity is exp(loss).
+
+        - beginning, whole: tokens 1 to L of the documents, and all tokens. Each model has loss, perplexity, word_loss
+          and word_perplexity. The last two leave out [UNK] and [END], as val/word_perplexity in training.
+        - by_position: loss by the number of tokens before the token in its document. A network sees at most L.
+        - by_frequency: loss by the word's frequency rank in the training text, and of [UNK] and [END].
+    """
+    targets = np.concatenate([document[1:] for document in documents]).astype(np.int64)
+    positions = np.concatenate([np.arange(1, len(document)) for document in documents])
+    is_word = (targets != UNKNOWN_ID) & (targets != (-1 if end_id is None else end_id))
+
+    def means(part: np.ndarray) -> dict[str, Any]:
+        result: dict[str, Any] = {"tokens": int(part.sum()), "words": int((part & is_word).sum())}
+        for name, values in losses.items():
+            result[name] = {}
+            for prefix, chosen in (("", part), ("word_", part & is_word)):
+                loss = float(values[chosen].mean())
+                result[name] |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(loss)}
+        return result
+
+    def rows(bands: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+        return [
+            {"band": band, "tokens": int(part.sum())} | {name: float(v[part].mean()) for name, v in losses.items()}
+            for band, part in bands.items()
+            if part.any()
+        ]
+
+    powers_of_2 = [2**power for power in range(max_length.bit_length()) if 2**power < max_length]
+    ranks = np.where(is_word, targets - UNKNOWN_ID, 0)  # the vocabulary lists words by frequency
+    by_frequency = _bands(ranks, RANKS) | {"[UNK]": targets == UNKNOWN_ID}
+    if end_id is not None:
+        by_frequency["[END]"] = targets == end_id
+    return {
+        "beginning": means(positions <= max_length),
+        "whole": means(np.ones(len(targets), bool)),
+        "by_position": rows(_bands(positions, [*powers_of_2, max_length])),
+        "by_frequency": rows(by_frequency),
+    }
+
+
+def _bands(values: np.ndarray, ends: Sequence[int]) -> dict[str, np.ndarray]:
+    """Name of each band -> mask of the values in it. Bands start at 1; a value of 0 is in none."""
+    bands = {}
+    for before, end in zip([0, *ends[:-1]], ends, strict=True):
+        name = f"{before + 1:,}-{end:,}" if end > before + 1 else f"{end:,}"
+        bands[name] = (before < values) & (values <= end)
+    return bands | {f"over {ends[-1]:,}": values > ends[-1]}
