@@ -9,7 +9,7 @@ from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import ConvertConfig, TrainConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_text
 from minigpt_pl.tokenizer import END, PADDING, UNKNOWN, build_tokenizer, list_vocabulary, split_words
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _import(config: ConvertConfig) -> Path:
     folder = runs.make_run_folder(output_dir, config.run_name, "keras")
     build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     _save_checkpoint(folder / "checkpoints" / "last.ckpt", settings, model.state_dict)
-    write_aside(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
     runs.update_record(
         folder,
         status="finished",
@@ -108,7 +108,7 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict) -> None:
 
     module = MiniGPTModule(
         model=dataclasses.asdict(settings.model),
-        optimizer=dataclasses.asdict(settings.optimizer) | {"second_moment": "by_occurrence"},
+        optimizer=dataclasses.asdict(settings.optimizer),
         schedule=dataclasses.asdict(settings.schedule),
         total_steps=1,  # a resumed run counts its own
         end_id=None,
@@ -148,7 +148,7 @@ def _export(config: ConvertConfig) -> Path:
     write_keras(target, model.network)
     if config.vocabulary is not None:
         words = list_vocabulary(model.tokenizer)[:-1]  # less [END], which Keras knows nothing of
-        write_aside(Path(config.vocabulary), "\n".join(words) + "\n")
+        write_text(Path(config.vocabulary), "\n".join(words) + "\n")
     log.info("Wrote %s from %s", target, model.checkpoint)
     return target
 

@@ -14,7 +14,7 @@ from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside, write_figure
+from minigpt_pl.files import write_figure, write_text
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> None:
     parts = [config.text and Path(config.text).stem, config.num_documents]
     name = "-".join(["evaluation", *(str(part) for part in parts if part is not None)])
     target = model.checkpoint.parent.parent / name
-    write_aside(target.with_name(f"{name}.json"), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_text(target.with_name(f"{name}.json"), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     try:
         figure = _draw(result)
     except ImportError:

@@ -1,31 +1,71 @@
-"""Folders and files, made so that nothing that stands is harmed."""
+"""Atomic writes: a reader sees the old file or the new one, never a part of it."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minigpt_pl.errors import InputError
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file or a folder atomically.
+
+    Yields a temporary path in the same folder, for the caller to write. Afterwards it is flushed to the disk and
+    renamed to `path`. After an exception it is removed, and `path` is unchanged.
+
+    Example:
+        >>> with atomic_write(Path("model.pt")) as temporary:
+        ...     torch.save(weights, temporary)
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _remove(temporary)  # left by a killed process with the same number
+    try:
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            _flush(written)
+        temporary.replace(path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 120) -> None:
-    """Write a matplotlib figure as PNG, aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(aside, format="png", dpi=dpi)
-    aside.replace(path)
+    """Write a matplotlib figure as PNG, atomically."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def make_folder(path: Path, setting: str) -> None:
-    """Make a folder and those above it, where they are missing.
+    """Make a folder and its parents, if they are missing.
 
     Raises:
-        InputError: it cannot be made; the message names `setting`.
+        InputError: the folder cannot be made. The message names `setting`.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import yaml
 
 from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import make_folder, write_aside
+from minigpt_pl.files import make_folder, write_text
 from minigpt_pl.model import MiniGPT
 
 RECORD = "run.json"
@@ -106,7 +106,7 @@ def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
 def update_record(folder: Path, **values: Any) -> None:
     """Add values to a run's record, and the time (seconds since 1970, UTC)."""
     record = read_record(folder) | values | {"updated": time.time()}
-    write_aside(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def hold(folder: Path) -> Any:

@@ -130,7 +130,8 @@ def test_shares_add_up_to_the_steps_exact_mean():
     shares = [list(BatchLoader(sequences(), rank=rank, **options)) for rank in range(2)]
     counted = sum(int((b.targets != 0).sum()) for share in shares for b in share)
     assert counted == 10
-    assert [b.targets_per_share for share in shares for b in share] == [10 / 4] * 4
+    assert [b.step_targets for share in shares for b in share] == [10] * 4
+    assert [sum(b.num_targets for b in share) for share in shares] == [10, 10]
 
 
 def test_limits():

@@ -105,7 +105,7 @@ def test_processes_that_start_together_share_one_encoding(config, tmp_path):
 
 def test_few_words_are_warned_of(config, caplog):
     open_corpus(config, 200)
-    assert "words to learn from: expect poor text under 1,000,000" in caplog.text
+    assert "words. Under 1,000,000 expect poor results" in caplog.text
 
 
 def test_ids_equal_the_tokenizers_on_real_reviews(imdb, imdb_texts, tmp_path):

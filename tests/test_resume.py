@@ -55,7 +55,7 @@ class TestResume:
         whole = train(tiny_config(*options, "run_name=whole"))
         seconds = iter(range(100))
         with monkeypatch.context() as patch:
-            patch.setattr(callbacks.Ending, "_seconds", lambda self: next(seconds))
+            patch.setattr(callbacks.GracefulStop, "_seconds", lambda self: next(seconds))
             parts = train(tiny_config(*options, "run_name=parts", limit))
         assert 0 < checkpoint(parts)["global_step"] < checkpoint(whole)["global_step"] // 3, "not in the first epoch"
         assert len(losses(parts, "val/loss")) == 1, "no last validation"
@@ -76,8 +76,8 @@ class TestResume:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("data.batch_size=8", "data.batch_size: the checkpoint stands inside an epoch that began with 16, not 8"),
-            ("seed=3", "seed: the checkpoint stands inside an epoch that began with 0, not 3"),
+            ("data.batch_size=8", "data.batch_size: the checkpoint is inside an epoch that started with 16, not 8"),
+            ("seed=3", "seed: the checkpoint is inside an epoch that started with 0, not 3"),
         ],
     )
     def test_the_order_of_a_begun_epoch_must_stay(self, tiny_config, override, message):
@@ -111,6 +111,6 @@ class TestResume:
     def test_another_text_is_refused(self, tiny_config, tmp_path):
         folder = train(tiny_config("trainer.max_steps=1"))
         (tmp_path / "other.txt").write_text("another line of words\n" * 50)
-        with pytest.raises(InputError, match="data: the text is not the one"):
+        with pytest.raises(InputError, match="data: this is not the text"):
             other = tiny_config(f"data.path={tmp_path / 'other.txt'}", "data.validation_share=0")
             train(other, resume_from=folder / "checkpoints" / "last.ckpt")

@@ -157,7 +157,7 @@ class TestText:
 
     def test_held_out_text_is_another(self, tmp_path):
         (tmp_path / "a.txt").write_text("one\n")
-        with pytest.raises(InputError, match="data.validation_path=.*is the text of data.path"):
+        with pytest.raises(InputError, match="data.validation_path=.*is the same text as data.path"):
             sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "a.txt")))
 
     def test_a_description_names_no_place_of_this_machine(self, tmp_path):
@@ -214,7 +214,7 @@ class TestText:
             ("none.txt", None, "no such file or folder"),
             ("empty.txt", b"", "the file is empty"),
             ("latin.txt", "caf\u00e9".encode("latin-1"), "cannot be read.*UTF-8"),
-            ("text.doc", b"x", "unknown kind of file"),
+            ("text.doc", b"x", "unknown format"),
             ("broken.parquet", b"PAR1 no", "cannot be read"),
             ("broken.jsonl", b"{no json\n", "cannot be read"),
         ],
@@ -228,12 +228,12 @@ class TestText:
     def test_mixed_folder(self, tmp_path):
         (tmp_path / "a.txt").write_text("x")
         (tmp_path / "b.csv").write_text("text\nx\n")
-        with pytest.raises(InputError, match=r"files of several kinds \(.csv, .txt\)"):
+        with pytest.raises(InputError, match=r"the files have several formats \(.csv, .txt\)"):
             sources.open_source(text_config(tmp_path))
 
     def test_unknown_hub_id(self, silent_hub, monkeypatch):
         monkeypatch.setattr(sources, "HUB_SECONDS", 1)
-        with pytest.raises(InputError, match="data.path=owner/name: no such file here, and the hub cannot be asked"):
+        with pytest.raises(InputError, match="data.path=owner/name: no such file here, and the hub does not give it"):
             sources.open_source(text_config("owner/name"))
 
 

@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from minigpt_pl import generate_text, load, runs
 from minigpt_pl import loss as loss_module
-from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import progress
-from minigpt_pl.training.fit import _build_module
+from minigpt_pl.training.fit import _build_module, _open_text
 
 NO_DROPOUT = "model.dropout=0"
 
@@ -31,11 +30,9 @@ class TestLoss:
 
     def test_measures_of_a_validation(self, tiny_config):
         """Against the plain formula, on the weights of the checkpoint."""
-        from minigpt_pl.data.datamodule import TextDataModule
-
         config = tiny_config("trainer.max_epochs=1", "data.loss_on_padding=true")
         folder = train(config)
-        data = TextDataModule(config)
+        data = _open_text(config, None)
         network = load(folder / "checkpoints" / "last.ckpt").network
         end_id = data.corpus.tokenizer.token_to_id("[END]")
         every, words = [], []
@@ -52,11 +49,9 @@ class TestLoss:
         assert every < words, "padding is easy, which is why it is left out by default"
 
     def test_the_epochs_mean_is_over_targets(self, tiny_config):
-        from minigpt_pl.data.datamodule import TextDataModule
-
         config = tiny_config("trainer.max_epochs=1", EVERY_STEP, "data.cut=pack", "data.batch_size=50")
         folder = train(config)
-        weights = [batch.targets_per_share for batch in TextDataModule(config).train_dataloader()]
+        weights = [batch.num_targets for batch in _open_text(config, None).train_dataloader()]
         steps = list(losses(folder).values())
         assert len(set(weights)) > 1, "the batches do not differ in size"
         mean = sum(w * s for w, s in zip(weights, steps, strict=True)) / sum(weights)
@@ -64,14 +59,12 @@ class TestLoss:
 
     @pytest.mark.parametrize("loss_on_padding", ["true", "false"])
     def test_unigram_bias_begins_at_the_words_shares(self, tiny_config, loss_on_padding):
-        from minigpt_pl.data.datamodule import TextDataModule
-
         options = [EVERY_STEP, "trainer.max_steps=1", f"data.loss_on_padding={loss_on_padding}", "data.cut=pack"]
         without = losses(train(tiny_config(*options)))[0]
         config = tiny_config(*options, "unigram_bias=true", "optimizer.learning_rate=1e-30")
         folder = train(config)
         shares = torch.zeros(26)
-        for batch in TextDataModule(config).train_dataloader():
+        for batch in _open_text(config, None).train_dataloader():
             ids = batch.targets[batch.targets >= (loss_on_padding == "false")]
             shares += torch.bincount(ids.flatten(), minlength=26)
         bias = checkpoint(folder)["state_dict"]["model.output.bias"]
@@ -116,11 +109,11 @@ def test_a_step_on_a_gpu_never_waits_for_values(monkeypatch, tiny_config, clip):
             return func(*args, **(kwargs or {}))
 
     config = tiny_config()
-    module = _build_module(config, TextDataModule(config))
-    module.trainer = SimpleNamespace(world_size=1)
-    module.log = lambda *args, **kwargs: None
+    module = _build_module(config, _open_text(config, None))
+    module.trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
+    module.log_dict = lambda *args, **kwargs: None
     optimizer = module.configure_optimizers()["optimizer"]
-    for batch in itertools.islice(TextDataModule(config).train_dataloader(), 2):
+    for batch in itertools.islice(_open_text(config, None).train_dataloader(), 2):
         with Watch():
             module.training_step(batch, 0).backward()
             module.configure_gradient_clipping(optimizer, clip)
@@ -241,7 +234,7 @@ class TestSettings:
         contents = torch.load(last, weights_only=True)
         contents["state_dict"]["model.output.bias"].fill_(torch.nan)
         torch.save(contents, folder / "checkpoints" / "broken.ckpt")
-        with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the loss is no number any more at step"):
+        with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the training has diverged"):
             train(tiny_config("trainer.max_epochs=2"), resume_from=folder / "checkpoints" / "broken.ckpt")
         assert last.read_bytes() == before and runs.read_record(folder)["status"] == "failed"
 

@@ -21,7 +21,7 @@ from minigpt_pl.exploration.network_study import CUT, WINDOWS
 from minigpt_pl.exploration.samples import Sample, Setting, label, without_nan, write_samples, write_texts
 from minigpt_pl.exploration.scaling import SIZES, Fit, Run, held_out_documents, open_runs, power_laws, word_losses
 from minigpt_pl.exploration.summary import MEASURES, Estimate, bootstrap, by_prompt, summarize_real
-from minigpt_pl.files import make_folder, write_aside
+from minigpt_pl.files import make_folder, write_text
 from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.measures.likelihood import document_losses, summarise
 from minigpt_pl.measures.probes import loss_by_context, windows_of
@@ -79,10 +79,10 @@ def compare(config: ExploreConfig, prompts: Sequence[tuple[str, str]], folder: P
         "fits": [{"against": what, "of": names} | (dataclasses.asdict(fit) if fit else {})
                  for what, names, fit in fits],
     }  # fmt: skip
-    write_aside(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
+    write_text(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
     charts.save(charts.compared(compared, by_document, measured["by_position"], fits), folder / "compare.png")
     blocks = _blocks(compared, corpus, setting, everything, measured, by_document, contexts, consistency, fits)
-    write_aside(folder / "compare.md", "\n\n".join(as_markdown(block) for block in blocks) + "\n")
+    write_text(folder / "compare.md", "\n\n".join(as_markdown(block) for block in blocks) + "\n")
 
 
 def _by_context(compared: Sequence[Run], corpus: Corpus, longest: int) -> dict[str, dict[int, Estimate]]:

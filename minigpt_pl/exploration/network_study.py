@@ -11,7 +11,7 @@ from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.exploration.judging import Judge
 from minigpt_pl.exploration.samples import without_nan
 from minigpt_pl.exploration.summary import bootstrap
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_text
 from minigpt_pl.generation.text import TextModel, generate_texts
 from minigpt_pl.measures import probes, repetition
 
@@ -50,7 +50,7 @@ def study(judge: Judge, corpus: Corpus, prompts: Sequence[str], num_tokens: int,
         "planted": judge.planted(),
         "thresholds": judge.detectors.thresholds,
     }  # fmt: skip
-    write_aside(path, json.dumps(without_nan(result), indent=1) + "\n")
+    write_text(path, json.dumps(without_nan(result), indent=1) + "\n")
     return result
 
 

@@ -37,7 +37,7 @@ from minigpt_pl.exploration.summary import (
     summarize,
     summarize_real,
 )
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_text
 from minigpt_pl.generation.text import TextModel
 from minigpt_pl.measures.failures import KINDS
 from minigpt_pl.measures.probes import attention_maps
@@ -64,7 +64,7 @@ def write(
 ) -> None:  # fmt: skip
     """Write report.md, report.html and the charts as PNG into the folder."""
     blocks = list(_blocks(folder, run, model, grid, samples, real, judge, study, broken, text))
-    write_aside(folder / "report.md", "\n\n".join(as_markdown(block) for block in blocks) + "\n")
+    write_text(folder / "report.md", "\n\n".join(as_markdown(block) for block in blocks) + "\n")
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     varied = varied_controls(grid)
     data = [
@@ -72,7 +72,7 @@ def write(
          "words": s["words"], "failures": s["failures"], "copied": s["copied"], "metrics": _rounded(s["metrics"])}
         for s in samples
     ]  # fmt: skip
-    write_aside(folder / "report.html", page.substitute(
+    write_text(folder / "report.html", page.substitute(
         title=html.escape(f"Exploring {run}"), body="\n".join(as_html(block) for block in blocks),
         data=json.dumps(data, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\u0021--"),
     ))  # fmt: skip

@@ -13,7 +13,7 @@ from tqdm import tqdm  # comes with lightning
 
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_aside
+from minigpt_pl.files import write_text
 from minigpt_pl.generation.prompts import encode_prompts, unknown_words
 from minigpt_pl.generation.text import TextModel, generate_texts
 
@@ -138,7 +138,7 @@ def make_samples(
     _hold_to_plan(config, model, prompts, grid, folder)
     path = folder / SAMPLES
     made = {_key(sample): sample for sample in read_samples(path)}
-    write_aside(path, "".join(_line(sample) for sample in made.values()))  # without a line that was cut short
+    write_text(path, "".join(_line(sample) for sample in made.values()))  # without a line that was cut short
     broken = []
     with path.open("a", encoding="utf-8") as file, _progress(len(grid), "Writing", " settings") as bar:
         for setting in grid:
@@ -191,7 +191,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """All of them anew, aside and renamed."""
-    write_aside(path, "".join(_line(sample) for sample in samples))
+    write_text(path, "".join(_line(sample) for sample in samples))
 
 
 def _line(sample: Sample) -> str:
@@ -227,7 +227,7 @@ def _hold_to_plan(
         raise InputError(
             f"folder={folder}: holds an exploration with other {', '.join(changed)}; give folder=ANOTHER, or remove it"
         )
-    write_aside(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
 
 
 def _progress(total: int, doing: str, unit: str) -> tqdm:
