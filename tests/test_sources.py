@@ -1,4 +1,3 @@
-import hashlib
 import http.server
 import importlib.util
 import json
@@ -9,6 +8,7 @@ import time
 
 import pytest
 from conftest import imdb_config, text_config
+from huggingface_hub import constants
 
 from minigpt_pl.cli import app
 from minigpt_pl.data import sources
@@ -19,17 +19,44 @@ DOCUMENTS = ["the first document.", "the second, with a comma", "the third"]
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Says where the hub is."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return lambda address: monkeypatch.setenv("HF_ENDPOINT", address)
+    """Sets the address of the hub. `huggingface_hub` reads its environment variables once, on import."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
 
 
 @pytest.fixture
 def silent_hub(hub):
-    """A hub that takes the call and never answers."""
+    """A hub that accepts a connection and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         hub(f"http://127.0.0.1:{server.getsockname()[1]}")
         yield
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def answering_hub(hub):
+    """A hub that knows all data sets. Yields the requests: (path, authorization)."""
+    requests = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append((self.path, self.headers["Authorization"]))
+            body = json.dumps({"id": "owner/name", "sha": COMMIT}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub(f"http://127.0.0.1:{server.server_port}")
+    yield requests
+    server.shutdown()
 
 
 needs_package = pytest.mark.skipif(
@@ -77,28 +104,26 @@ class TestImdb:
         with pytest.raises(InputError, match="data.source=hub.*cannot be reached.*data.source=packaged"):
             sources.open_source(imdb_config("hub"))
 
-    def test_the_hubs_revision_is_asked_for_and_kept(self, hub):
-        class Answer(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                body = json.dumps({"sha": hashlib.sha1(self.path.encode()).hexdigest()}).encode()
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        hub(f"http://127.0.0.1:{server.server_port}")
+    def test_newest_revision_of_the_hub(self, answering_hub):
         source = sources.open_source(imdb_config("auto"))
-        server.shutdown()
-        revision = hashlib.sha1(b"/api/datasets/stanfordnlp/imdb").hexdigest()
-        assert source.identity["revision"] == revision and revision[:8] in source.description
+        assert [path for path, _ in answering_hub] == ["/api/datasets/stanfordnlp/imdb"]
+        assert source.identity["revision"] == COMMIT and COMMIT[:8] in source.description
         assert source.validation is not None
 
-    def test_offline_switch_needs_no_waiting(self, silent_hub, monkeypatch):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def test_chosen_revision_of_the_hub(self, answering_hub):
+        source = sources.open_source(imdb_config("hub", revision="v1/old"))
+        assert [path for path, _ in answering_hub] == ["/api/datasets/stanfordnlp/imdb/revision/v1%2Fold"]
+        assert source.identity["revision"] == COMMIT
+        with pytest.raises(InputError, match="data.revision=v1: has no effect with data.source=packaged"):
+            sources.open_source(imdb_config("packaged", revision="v1"))
+
+    def test_token_goes_to_the_hub(self, answering_hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        sources.hub_revision("owner/name")
+        assert answering_hub[0][1] == "Bearer hf_secret"
+
+    def test_offline_needs_no_waiting(self, silent_hub, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         start = time.monotonic()
         with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
             sources.hub_revision("stanfordnlp/imdb")
