@@ -484,6 +484,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if isinstance(data, TextConfig) and data.validation_path is not None:
         yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
     yield from optimizer_problems(optimizer, config.model)
+    if config.find_learning_rate:
+        yield from without_effect(config, ("run_name", "resume"), "", "find_learning_rate=true")
     if schedule.name == "constant":
         yield from without_effect(schedule, ["final_ratio"], "schedule.", "schedule.name=constant")
     if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])\d+:\d\d:\d\d:\d\d", trainer.max_time):

@@ -21,15 +21,16 @@ def train(config: TrainConfig) -> None:
         _refuse_in_sweep(config)
 
     from minigpt_pl.training.callbacks import Interrupted  # Lightning: three seconds, once the settings are right
-    from minigpt_pl.training.fit import fit, rank_zero_only
+    from minigpt_pl.training.fit import fit
+    from minigpt_pl.training.trainer import is_first_process
 
-    name_prefix = app.group_choice("experiment") or app.group_choice("data")
+    name_prefix = app.group_choice("experiment") or app.group_choice("data") or "run"
     overrides = [override for override in app.overrides_given() if _name(override) != "resume"]
     try:
         fit(config, name_prefix, overrides, _checkpoint_to_resume(config))
     except Interrupted:
         # Only the first process reports it: a launcher would kill the others' siblings for an exit code.
-        sys.exit(130 if rank_zero_only.rank == 0 else 0)
+        sys.exit(130 if is_first_process() else 0)
 
 
 def _refuse_in_sweep(config: TrainConfig) -> None:

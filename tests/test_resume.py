@@ -62,6 +62,15 @@ class TestResume:
         self.go_on(tiny_config, parts, *options)
         self.assert_equal(whole, parts)
 
+    def test_goes_on_exactly_after_an_early_stop_inside_an_epoch(self, tiny_config):
+        """The weights do not change here, so the second validation is not better than the first."""
+        options = ["trainer.max_epochs=2", EVERY_STEP, "trainer.val_check_interval=4", "optimizer.learning_rate=1e-30"]
+        whole = train(tiny_config(*options, "run_name=whole"))
+        parts = train(tiny_config(*options, "run_name=parts", "trainer.patience=1"))
+        assert checkpoint(parts)["global_step"] == 8 < checkpoint(whole)["global_step"] // 2
+        self.go_on(tiny_config, parts, *options)
+        self.assert_equal(whole, parts)
+
     def go_on(self, tiny_config, folder, *options):
         train(tiny_config(*options, "run_name=parts"), resume_from=folder / "checkpoints" / "last.ckpt")
         assert runs.read_record(folder)["status"] == "finished"

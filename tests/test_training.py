@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import shutil
+import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -17,7 +19,9 @@ from minigpt_pl import generate_text, load, runs
 from minigpt_pl import loss as loss_module
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import progress
+from minigpt_pl.training.callbacks import GracefulStop, Throughput
 from minigpt_pl.training.fit import _build_module, _open_text
+from minigpt_pl.training.loss_curve import read_metrics
 
 NO_DROPOUT = "model.dropout=0"
 
@@ -70,6 +74,30 @@ class TestLoss:
         bias = checkpoint(folder)["state_dict"]["model.output.bias"]
         assert_close(bias, ((shares + 1) / (shares + 1).sum()).log(), atol=1e-4, rtol=0)
         assert losses(folder)[0] < without - 0.2
+
+    def test_losses_of_a_partial_last_step(self, tiny_config):
+        """18 batches, 4 in a step: the last step has 2. No update changes the weights here."""
+        frozen = ["optimizer.learning_rate=1e-30", NO_DROPOUT, EVERY_STEP, "trainer.max_epochs=1"]
+        config = tiny_config(*frozen, "trainer.accumulate_grad_batches=4")
+        folder = train(config)
+        network = load(folder / "checkpoints" / "last.ckpt").network
+        sums, counts = [], []
+        for batch in _open_text(config, None).train_dataloader():
+            with torch.no_grad():
+                logits = network(batch.inputs)[0].transpose(1, 2)
+            sums.append(torch.nn.functional.cross_entropy(logits, batch.targets, ignore_index=0, reduction="sum"))
+            counts.append(batch.num_targets)
+        assert len(counts) % 4 == 2
+        mean = sum(sums).item() / sum(counts)
+        assert losses(folder, "train/epoch_loss").popitem()[1] == pytest.approx(mean, abs=1e-5)
+        assert list(losses(folder).values())[-1] == pytest.approx(sums[-1].item() / counts[-1], abs=1e-5)
+
+    def test_steps_of_the_schedule_count_the_processes(self, tiny_config):
+        """Two processes cannot share a last batch of one sequence, so they leave it out."""
+        one = tiny_config("data.max_sequences=161", "trainer.max_epochs=2")
+        two = tiny_config("data.max_sequences=161", "trainer.max_epochs=2", "trainer.devices=2")
+        steps = [_build_module(config, _open_text(config, None)).total_steps for config in (one, two)]
+        assert steps == [22, 20]
 
     def test_accumulated_batches_are_one_large_batch(self, tiny_config):
         large = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "data.batch_size=32"))
@@ -152,6 +180,11 @@ class TestSettings:
         assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
         assert checkpoint(compiled)["state_dict"].keys() == checkpoint(plain)["state_dict"].keys()
 
+    def test_progress_before_the_first_step(self, tiny_config, monkeypatch, capsys):
+        monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+        train(tiny_config("trainer.max_steps=1", "trainer.progress_bar=true", "trainer.accumulate_grad_batches=3"))
+        assert sum(" left" in line for line in capsys.readouterr().err.splitlines()) == 1
+
     @pytest.mark.parametrize(("seconds", "steps"), [(0, (1, 2)), (1000, (2,))])
     def test_progress_without_a_terminal(self, tiny_config, monkeypatch, capsys, seconds, steps):
         monkeypatch.setattr(progress, "LOG_SECONDS", seconds)
@@ -201,6 +234,42 @@ class TestSettings:
             train(tiny_config(*overrides))
         assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["cache"]
 
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (
+                ["text_generator.temperature=0.5"],
+                "text_generator.temperature=0.5: has no effect with .*every_n_epochs=0",
+            ),
+            (["find_learning_rate=true", "run_name=mine"], "run_name=mine: has no effect with find_learning_rate"),
+        ],
+    )
+    def test_settings_without_effect_are_refused(self, tiny_config, overrides, message):
+        with pytest.raises(InputError, match=message):
+            tiny_config(*overrides)
+
+    def test_default_top_k_works_with_eight_words(self, tiny_config, tmp_path):
+        (tmp_path / "few.txt").write_text("one two three four five\n" * 40)
+        config = tiny_config(f"data.path={tmp_path / 'few.txt'}", "trainer.max_epochs=1", "data.validation_share=0")
+        config.text_generator.every_n_epochs = 1
+        record = json.loads((train(config) / "samples.jsonl").read_text())
+        assert record["top_k"] == 8
+
+    def test_held_out_documents_of_one_word_have_no_target(self, tiny_config, tmp_path):
+        (tmp_path / "words.txt").write_text("cat\ndog\n")
+        options = [f"data.validation_path={tmp_path / 'words.txt'}", "data.end_token=false"]
+        with pytest.raises(InputError, match="trainer.patience=2: nothing is held out"):
+            train(tiny_config(*options, "trainer.patience=2"))
+        folder = train(tiny_config(*options, "trainer.max_steps=1", EVERY_STEP))
+        assert not any("val/loss" in row for row in read_metrics(folder))
+
+    def test_outside_the_main_thread(self, tiny_config):
+        folders = []
+        thread = threading.Thread(target=lambda: folders.append(train(tiny_config("trainer.max_steps=1"))))
+        thread.start()
+        thread.join()
+        assert checkpoint(folders[0])["global_step"] == 1
+
     def test_without_held_out_text_there_is_the_last_checkpoint(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=1", "data.validation_share=0"))
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -227,15 +296,26 @@ class TestSettings:
         train(again, resume_from=folder / "checkpoints" / "last.ckpt")
         assert checkpoint(folder)["global_step"] == steps + 1, "the time before a resume counts"
 
-    def test_a_diverged_training_stops_and_harms_nothing(self, tiny_config):
+    @pytest.mark.parametrize("end", ["log line", "max_steps", "max_time", "Ctrl-C"])
+    def test_a_diverged_training_stops_and_harms_nothing(self, tiny_config, monkeypatch, end):
         folder = train(tiny_config("trainer.max_epochs=1", "run_name=mine"))
         last = folder / "checkpoints" / "last.ckpt"
         before = last.read_bytes()
         contents = torch.load(last, weights_only=True)
         contents["state_dict"]["model.output.bias"].fill_(torch.nan)
         torch.save(contents, folder / "checkpoints" / "broken.ckpt")
+        options = ["trainer.max_epochs=2"]
+        if end != "log line":
+            options.append("trainer.log_every_n_steps=1000")
+        if end == "max_steps":
+            options.append(f"trainer.max_steps={contents['global_step'] + 2}")
+        elif end == "max_time":
+            options.append("trainer.max_time='00:00:00:01'")
+            monkeypatch.setattr(GracefulStop, "_seconds", lambda self: 9)
+        elif end == "Ctrl-C":
+            monkeypatch.setattr(Throughput, "on_train_batch_end", lambda *args: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the training has diverged"):
-            train(tiny_config("trainer.max_epochs=2"), resume_from=folder / "checkpoints" / "broken.ckpt")
+            train(tiny_config(*options), resume_from=folder / "checkpoints" / "broken.ckpt")
         assert last.read_bytes() == before and runs.read_record(folder)["status"] == "failed"
 
     def test_learning_rate_finder(self, tiny_config, tmp_path):

@@ -121,8 +121,9 @@ class BatchLoader:
         if not self._resumed and self.batches_done:  # the last pass was left early: start the next epoch
             self.epoch, self.batches_done = self.epoch + 1, 0
         self._resumed = False
-        shuffled = self.seed is not None
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows) if shuffled else self.rows
+        order = self.rows
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
         batches = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(self.num_batches)]
         counts = [int(self.sequences.target_counts[order[batch]].sum()) for batch in batches]
         rows = torch.from_numpy(order).to(self.sequences.starts.device)

@@ -1,5 +1,6 @@
 """The LightningDataModule: a text as batches of token ids."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -30,9 +31,21 @@ class TextDataModule(L.LightningDataModule):
         seed: random seed of the order of the batches.
         tokenizer: vocabulary of an existing model; None: the most frequent words of the training text.
 
-    Attributes:
-        corpus: the encoded text; None before `setup`.
+    Attributes, after `setup`:
+        tokenizer: the words and their ids.
+        vocab_size: V, number of token ids. The model needs as many logits.
+        end_id: id of [END]; None if `data.end_token` is false.
+        corpus: the encoded text.
+        num_sequences: training sequences per epoch.
+        has_validation: there is held-out text with at least one target.
     """
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    end_id: int | None
+    corpus: Corpus
+    num_sequences: int
+    has_validation: bool
 
     def __init__(
         self,
@@ -45,8 +58,7 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.max_vocab_size, self.max_length, self.seed = data, max_vocab_size, max_length, seed
         self._given_tokenizer = tokenizer
-        self._encoded: Any = None
-        self.corpus: Corpus = None  # type: ignore[assignment]
+        self._encoded: tuple[Path, str] | None = None
         self._train_loader: BatchLoader | None = None
         self._resumed_state: dict[str, Any] = {}
 
@@ -65,13 +77,18 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: the text is too small for one batch.
         """
-        if self.corpus is not None:
+        if hasattr(self, "corpus"):
             return
-        self.prepare_data()  # in the other processes of a machine this only looks into the cache
+        self.prepare_data()  # in the other processes of a machine this only finds the cache
+        assert self._encoded is not None
         self.corpus = read_corpus(*self._encoded)
-        self.train_sequences = self._cut(self.corpus.train)
-        held_out = self.corpus.validation
-        self.val_sequences = None if held_out is None else self._cut(held_out) or None  # None without a target
+        self.tokenizer, self.vocab_size = self.corpus.tokenizer, self.corpus.tokenizer.get_vocab_size()
+        self.end_id = self.tokenizer.token_to_id(END) if self.data.end_token else None
+        self._train_sequences = self._cut(self.corpus.train)
+        self._val_sequences = None if self.corpus.validation is None else self._cut(self.corpus.validation)
+        self.has_validation = bool(self._val_sequences)
+        available = len(self._train_sequences)
+        self.num_sequences = min(available, self.data.max_sequences or available)
         if self.num_sequences < self.data.batch_size:
             raise InputError(
                 f"data.batch_size={self.data.batch_size}: the text has only {self.num_sequences} sequences;"
@@ -81,34 +98,9 @@ class TextDataModule(L.LightningDataModule):
     def _cut(self, ids: Ids) -> Sequences:
         return Sequences(ids, self.max_length, self.data.cut, self.data.end_token, self.data.loss_on_padding)
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.corpus.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """V, number of token ids: the `vocab_size` that the model needs."""
-        return int(self.tokenizer.get_vocab_size())
-
-    @property
-    def end_id(self) -> int | None:
-        """Id of [END]; None if `data.end_token` is false."""
-        return self.tokenizer.token_to_id(END) if self.data.end_token else None
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there is held-out text with at least one target."""
-        return self.val_sequences is not None
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences per epoch."""
-        available = len(self.train_sequences)
-        return min(available, self.data.max_sequences or available)
-
     def batches_per_epoch(self, world_size: int = 1, limit: int | None = None) -> int:
         """Batches of one epoch with `world_size` processes, at most `limit`."""
-        return len(self._build_train_loader(self.train_sequences, world_size=world_size, max_batches=limit))
+        return len(self._build_train_loader(self._train_sequences, world_size=world_size, max_batches=limit))
 
     def train_dataloader(self) -> BatchLoader:
         options = {}
@@ -118,7 +110,7 @@ class TextDataModule(L.LightningDataModule):
                 limit = int(limit * self.batches_per_epoch(trainer.world_size))
             options = {"rank": trainer.global_rank, "world_size": trainer.world_size, "max_batches": limit}
             options["accumulate"] = trainer.accumulate_grad_batches
-        self._train_loader = self._build_train_loader(self._on_device(self.train_sequences), **options)
+        self._train_loader = self._build_train_loader(self._on_device(self._train_sequences), **options)
         if self._resumed_state:
             self._train_loader.restore(self._resumed_state)
         return self._train_loader
@@ -128,10 +120,10 @@ class TextDataModule(L.LightningDataModule):
         return BatchLoader(sequences, self.data.batch_size, self.seed, max_sequences=max_sequences, **options)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
-        if self.val_sequences is None:
+        if not self._val_sequences:
             return []
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return BatchLoader(self._on_device(self.val_sequences), self.data.batch_size, None, rank, world_size)
+        return BatchLoader(self._on_device(self._val_sequences), self.data.batch_size, None, rank, world_size)
 
     def _on_device(self, sequences: Sequences) -> Sequences:
         """On the GPU of the training, if the text leaves room there. Batches are then made on the GPU."""
@@ -155,8 +147,8 @@ class TextDataModule(L.LightningDataModule):
 
     def target_shares(self) -> Tensor:
         """Share of each id in the training targets, never 0, from at most 50,000 sequences. (V,)"""
-        rows = torch.arange(0, len(self.train_sequences), -(-len(self.train_sequences) // 50_000))
-        targets = self.train_sequences[rows][:, 1:].numpy()
+        rows = torch.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
+        targets = self._train_sequences[rows][:, 1:].numpy()
         if not self.data.loss_on_padding:
             targets = targets[targets != PADDING_ID]
         counts = np.bincount(targets.ravel(), minlength=self.vocab_size) + 1

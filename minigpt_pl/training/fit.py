@@ -4,10 +4,10 @@ import dataclasses
 import logging
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.tuner.tuning import Tuner
 
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig
@@ -20,7 +20,7 @@ from minigpt_pl.training.log_setup import set_up_logs
 from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.run_record import RunRecord
 from minigpt_pl.training.text_generator import TextGenerator
-from minigpt_pl.training.trainer import batches_per_epoch, build_trainer, precision, processes
+from minigpt_pl.training.trainer import batches_per_epoch, build_trainer, is_first_process, precision, processes
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
 
     folder = _open_folder(config, name_prefix, resume_from)
     with ExitStack() as stack:
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             stack.callback(runs.hold(folder).release)
-        callbacks = [RunRecord(folder, config, overrides), *texts]
+        callbacks = [RunRecord(folder, config, overrides, datamodule.corpus), *texts]
         trainer = build_trainer(config, folder, datamodule, callbacks, resume_from)
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
     return folder
@@ -101,7 +101,7 @@ def _open_folder(config: TrainConfig, name_prefix: str, resume_from: Path | None
     if resume_from is not None:
         log.info("Resuming from %s.", resume_from)
         return resume_from.parent.parent
-    if rank_zero_only.rank != 0:
+    if not is_first_process():
         return Path(config.output_dir)  # only the first process writes into the run folder
     return runs.make_run_folder(
         Path(config.output_dir), config.run_name, name_prefix, begin_again=config.resume == "auto"
@@ -118,7 +118,7 @@ def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: 
         enable_model_summary=False,
         default_root_dir=output_dir,
     )
-    finder = Tuner(trainer).lr_find(module, datamodule=datamodule, attr_name="learning_rate")
+    finder: Any = Tuner(trainer).lr_find(module, datamodule=datamodule, attr_name="learning_rate")
     picture = output_dir / "learning_rate.png"
     write_figure(picture, finder.plot(suggest=True))
     log.info("Suggestion: optimizer.learning_rate=%.2g (curve: %s)", finder.suggestion(), picture)

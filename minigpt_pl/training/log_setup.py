@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-from lightning.pytorch.utilities import rank_zero_only
+from minigpt_pl.training.trainer import is_first_process
 
 
 def set_up_logs(profiler: str | None) -> None:
@@ -12,7 +12,7 @@ def set_up_logs(profiler: str | None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO if profiler else logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").handlers.clear()  # otherwise each line appears twice
-    if rank_zero_only.rank != 0:
+    if not is_first_process():
         logging.getLogger().setLevel(logging.ERROR)
     for message in (
         "Experiment logs directory",  # the run folder also has other files, and we keep the rows

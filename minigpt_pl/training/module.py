@@ -54,16 +54,9 @@ class MiniGPTModule(L.LightningModule):
         self.optimizer_config, self.schedule_config = optimizer_config, ScheduleConfig(**(schedule or {}))
         self.total_steps, self.end_id, self.seed = total_steps, end_id, seed
         self.ignore_index = None if loss_on_padding else PADDING_ID
-        hyper_parameters = {
-            "model": asdict(model_config),
-            "optimizer": asdict(optimizer_config),
-            "schedule": asdict(self.schedule_config),
-            "total_steps": total_steps,
-            "end_id": end_id,
-            "loss_on_padding": loss_on_padding,
-            "seed": seed,
-        }
-        self.save_hyperparameters(hyper_parameters, logger=False)
+        self.save_hyperparameters(logger=False)
+        with_defaults = {"model": asdict(model_config), "optimizer": asdict(optimizer_config)}
+        self.hparams.update(with_defaults, schedule=asdict(self.schedule_config))
 
         self.model = MiniGPT(**asdict(model_config))
         self.learning_rate = optimizer_config.learning_rate  # Lightning's learning-rate finder changes this attribute
@@ -126,7 +119,7 @@ class MiniGPTModule(L.LightningModule):
         if self.trainer.world_size == 1:
             return value
         # `reduce` changes its argument.
-        return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="sum")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="sum")
 
     def on_train_epoch_end(self) -> None:
         loss, num_targets = self.epoch_sums.tolist()

@@ -104,12 +104,9 @@ class KerasAdam(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if not self.state[parameter]:
-                    self.state[parameter] = {
-                        "step": torch.zeros((), device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                if not (state := self.state[parameter]):
+                    state["step"] = torch.zeros((), device=parameter.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 if squares is not None and self.squares and parameter is self.squares.embedding.weight:
                     self._update_by_occurrence(parameter, squares, group)
                 else:
@@ -117,29 +114,19 @@ class KerasAdam(torch.optim.Optimizer):
             self._update(dense, group)
         return loss
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[parameter] for parameter in parameters]
-        beta1, beta2 = group["betas"]
-        adam(
-            [parameter for parameter in parameters],
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
-            max_exp_avg_sqs=[],
-            state_steps=[state["step"] for state in states],
-            fused=True,
-            decoupled_weight_decay=True,
-            amsgrad=False,
-            maximize=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"] / math.sqrt(1 - beta2 ** group["keras_steps"]),
-        )
+        (beta1, beta2), steps = group["betas"], group["keras_steps"]
+        options: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        options |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"] / math.sqrt(1 - beta2**steps)}
+        options |= {"fused": True, "decoupled_weight_decay": True, "amsgrad": False, "maximize": False}
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        first, second, counts = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        adam(parameters, grads, first, second, [], counts, **options)
 
-    def _update_by_occurrence(self, parameter: nn.Parameter, squares: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        correction1, correction2 = 1 - beta1 ** group["keras_steps"], math.sqrt(1 - beta2 ** group["keras_steps"])
+    def _update_by_occurrence(self, parameter: Tensor, squares: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), steps = self.state[parameter], group["betas"], group["keras_steps"]
+        correction1, correction2 = 1 - beta1**steps, math.sqrt(1 - beta2**steps)
         state["step"] += 1
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
@@ -153,11 +140,11 @@ def build_optimizer(
     model: nn.Module, config: OptimizerConfig, squares: SquaresByOccurrence | None
 ) -> torch.optim.Optimizer:
     """The optimizer of the settings, over all parameters of the model."""
-    values = {"lr": config.learning_rate, "eps": config.epsilon, "weight_decay": config.weight_decay}
-    betas = (config.beta1, config.beta2)
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    options |= {"eps": config.epsilon, "weight_decay": config.weight_decay}
     if config.name == "adamw":
-        return torch.optim.AdamW(model.parameters(), betas=betas, fused=True, **values)
-    return KerasAdam(model.parameters(), betas=betas, squares=squares, **values)
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    return KerasAdam(model.parameters(), squares=squares, **options)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

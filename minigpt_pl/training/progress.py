@@ -36,7 +36,8 @@ class Progress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now, done, total = time.monotonic(), trainer.global_step, self._total_steps(trainer)
-        if now - self.last_shown < (LOG_SECONDS if self.bar is None else BAR_SECONDS) and done < total:
+        due = now - self.last_shown >= (LOG_SECONDS if self.bar is None else BAR_SECONDS)
+        if done == self.steps_before or not (due or done >= total):
             return
         self.last_shown = now
         metrics = trainer.callback_metrics
@@ -48,8 +49,7 @@ class Progress(L.Callback):
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=epoch, numbers=numbers)
         else:
-            steps = done - self.steps_before
-            left = _hours_minutes_seconds((now - self.start) / steps * (total - done))
+            left = _hours_minutes_seconds((now - self.start) / (done - self.steps_before) * (total - done))
             print(f"{epoch}  step {done}/{total}  {numbers}  {left} left", file=sys.stderr, flush=True)
 
     @rank_zero_only

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig
+from minigpt_pl.data.corpus import Corpus
 from minigpt_pl.files import write_text
 from minigpt_pl.training import loss_curve
 from minigpt_pl.training.callbacks import Interrupted
@@ -28,19 +29,18 @@ class RunRecord(L.Callback):
         overrides: settings of the command line, for a later resume.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, overrides: list[str]):
-        self.folder, self.config, self.overrides = folder, config, overrides
+    def __init__(self, folder: Path, config: TrainConfig, overrides: list[str], corpus: Corpus):
+        self.folder, self.config, self.overrides, self.corpus = folder, config, overrides, corpus
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        corpus = trainer.datamodule.corpus
-        corpus.tokenizer.save(str(self.folder / "tokenizer.json"))
+        self.corpus.tokenizer.save(str(self.folder / "tokenizer.json"))
         write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
         runs.update_record(
             self.folder,
             status="running",
             overrides=self.overrides,
-            text=corpus.record,
+            text=self.corpus.record,
             command=sys.argv,
             precision=trainer.precision,
             processes=trainer.world_size,

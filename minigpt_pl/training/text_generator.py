@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import WeightAveraging
@@ -37,7 +38,11 @@ class TextGenerator(L.Callback):
             if top_k != TextGeneratorConfig.top_k:
                 raise InputError(f"text_generator.top_k={top_k}: the text has only {words} words; lower it")
             top_k = words  # the default must work with every text
-        self.controls = {"num_tokens": settings.num_tokens, "temperature": settings.temperature, "top_k": top_k}
+        self.controls: dict[str, Any] = {
+            "num_tokens": settings.num_tokens,
+            "temperature": settings.temperature,
+            "top_k": top_k,
+        }
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,11 +53,11 @@ class TextGenerator(L.Callback):
             write_text(self.path, "".join(lines))
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         if epoch % self.every_n_epochs:
             return
-        network = _validated_module(trainer, pl_module).model.eval()
+        network = _validated_network(trainer, pl_module).eval()
         model = TextModel(network, self.tokenizer, pl_module.end_id)
         texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **self.controls)]
         network.train()
@@ -69,12 +74,12 @@ class TextGenerator(L.Callback):
                 logger.log_text("samples", columns=["text"], data=[[text] for text in texts], step=trainer.global_step)
 
 
-def _validated_module(trainer: L.Trainer, pl_module: L.LightningModule) -> L.LightningModule:
-    """The module whose weights are validated and saved: with `ema_decay` the average."""
+def _validated_network(trainer: Any, pl_module: Any) -> Any:
+    """The network whose weights are validated and saved: with `ema_decay` the average."""
     for callback in trainer.callbacks:
-        if isinstance(callback, WeightAveraging):
-            return callback._average_model.module  # Lightning has no public name for it
-    return pl_module
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:  # it has no public name
+            return callback._average_model.module.model
+    return pl_module.model
 
 
 def _first_known_words(corpus: Corpus) -> str:
@@ -83,4 +88,4 @@ def _first_known_words(corpus: Corpus) -> str:
     known = (tokens != UNKNOWN_ID) & (tokens != corpus.tokenizer.token_to_id(END))
     three = known[:-2] & known[1:-1] & known[2:]
     start, length = (three.argmax(), 3) if three.any() else (known.argmax(), 1)
-    return corpus.tokenizer.decode(tokens[start : start + length])
+    return str(corpus.tokenizer.decode(tokens[start : start + length].tolist()))

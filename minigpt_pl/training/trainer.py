@@ -43,8 +43,10 @@ def build_trainer(
     last_checkpoint = LastCheckpoint(folder / "checkpoints" / "last.ckpt")
     callbacks = [*callbacks, Throughput(), lightning_callbacks.LearningRateMonitor(logging_interval="step")]
     if validates:
-        best = {"monitor": "val/loss", "enable_version_counter": False}
-        callbacks.append(lightning_callbacks.ModelCheckpoint(folder / "checkpoints", "best", **best))
+        best = lightning_callbacks.ModelCheckpoint(
+            folder / "checkpoints", "best", monitor="val/loss", enable_version_counter=False
+        )
+        callbacks.append(best)
     if settings.patience is not None:
         callbacks.append(lightning_callbacks.EarlyStopping("val/loss", patience=settings.patience))
     if settings.ema_decay is not None:
@@ -73,7 +75,7 @@ def build_trainer(
         use_distributed_sampler=False,  # our loader gives each process its part
         default_root_dir=folder,
         callbacks=[*callbacks, last_checkpoint],
-        logger=_build_loggers(config, folder, resume_from) if rank_zero_only.rank == 0 else True,
+        logger=_build_loggers(config, folder, resume_from) if is_first_process() else True,
         plugins=[AtomicCheckpointIO()],
     )
 
@@ -83,6 +85,11 @@ def _seconds(max_time: str | None) -> float | None:
         return None
     days, hours, minutes, seconds = map(int, max_time.split(":"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def is_first_process() -> bool:
+    """Whether this process has rank 0: the one that writes files."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def processes(settings: TrainerConfig) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def batches_per_epoch(config: TrainConfig, datamodule: TextDataModule) -> int:
     return datamodule.batches_per_epoch(world_size, config.trainer.limit_train_batches)
 
 
-def precision(wanted: str, accelerator: str) -> str:
+def precision(wanted: str, accelerator: str) -> Any:
     """The precision for `L.Trainer`. `auto`: bf16-mixed if the hardware has bf16 matrix units, else 32-true."""
     if wanted != "auto":
         return wanted
@@ -127,6 +134,7 @@ def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) 
     if config.logger.name == "tensorboard":
         return [csv_logger, lightning_loggers.TensorBoardLogger(folder, name="", version="")]
     if isinstance(config.logger, WandbConfig):
-        options = {"project": config.logger.project, "offline": config.logger.offline, "save_dir": folder}
-        return [csv_logger, lightning_loggers.WandbLogger(name=folder.name, **options)]
+        project, offline = config.logger.project, config.logger.offline
+        wandb_logger = lightning_loggers.WandbLogger(folder.name, folder, offline=offline, project=project)
+        return [csv_logger, wandb_logger]
     return [csv_logger]
