@@ -105,11 +105,10 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         options = {}
         if (trainer := self.trainer) is not None:
-            limit = trainer.limit_train_batches
-            if isinstance(limit, float):
-                limit = int(limit * self.batches_per_epoch(trainer.world_size))
-            options = {"rank": trainer.global_rank, "world_size": trainer.world_size, "max_batches": limit}
+            options = {"rank": trainer.global_rank, "world_size": trainer.world_size}
             options["accumulate"] = trainer.accumulate_grad_batches
+            if isinstance(trainer.limit_train_batches, int):  # Lightning applies a fraction to the loader's length
+                options["max_batches"] = trainer.limit_train_batches
         self._train_loader = self._build_train_loader(self._on_device(self._train_sequences), **options)
         if self._resumed_state:
             self._train_loader.restore(self._resumed_state)
