@@ -39,7 +39,7 @@ class Sequences:
         ids: the split.
         length: L.
         cut: "truncate": the start of each document, padded, as in the notebook; "pack": consecutive windows over all
-            documents, of which the last one is padded.
+            documents; only the last one is padded.
         end_token: keep [END] after each document (pack always does).
         count_padding: padding counts as a target.
     """

@@ -31,21 +31,15 @@ class TextDataModule(L.LightningDataModule):
         seed: random seed of the order of the batches.
         tokenizer: vocabulary of an existing model; None: the most frequent words of the training text.
 
-    Attributes, after `setup`:
-        tokenizer: the words and their ids.
-        vocab_size: V, number of token ids. The model needs as many logits.
-        end_id: id of [END]; None if `data.end_token` is false.
-        corpus: the encoded text.
-        num_sequences: training sequences per epoch.
-        has_validation: there is held-out text with at least one target.
     """
 
-    tokenizer: Tokenizer
-    vocab_size: int
-    end_id: int | None
+    # Attributes after `setup`.
     corpus: Corpus
-    num_sequences: int
-    has_validation: bool
+    tokenizer: Tokenizer
+    vocab_size: int  # V, number of token ids; the model needs as many logits
+    end_id: int | None  # id of [END]; None if `data.end_token` is false
+    num_sequences: int  # training sequences per epoch
+    has_validation: bool  # there is held-out text with at least one target
 
     def __init__(
         self,

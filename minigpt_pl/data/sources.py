@@ -64,6 +64,7 @@ def _open_imdb(config: ImdbConfig) -> Source:
         _refuse_revision(config, f"data.source={config.source}")
     if config.source == "packaged":
         return _packaged_reviews()
+    read: Callable[..., Iterator[str]]
     splits: dict[str, Documents]
     identity: Identity
     if config.source in ("auto", "hub"):
@@ -83,8 +84,8 @@ def _open_imdb(config: ImdbConfig) -> Source:
         splits = {split: partial(read, split=split) for split in IMDB_SPLITS}
     else:
         folder = Path(config.source)
-        files = {split: sorted(folder.glob(f"plain_text/{split}-*.parquet")) for split in IMDB_SPLITS}
-        files = {split: paths for split, paths in files.items() if paths}
+        found = {split: sorted(folder.glob(f"plain_text/{split}-*.parquet")) for split in IMDB_SPLITS}
+        files = {split: paths for split, paths in found.items() if paths}
         if not files:
             raise InputError(
                 f"data.source={folder}: has no plain_text/SPLIT-*.parquet; give auto, hub, packaged, or a folder in the"
@@ -92,9 +93,8 @@ def _open_imdb(config: ImdbConfig) -> Source:
             )
         name = f"the folder {folder.resolve().name}"
         identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
-        splits = {
-            split: partial(_read_files, "parquet", "text", "data.source", paths) for split, paths in files.items()
-        }
+        read = partial(_read_files, "parquet", "text", "data.source")
+        splits = {split: partial(read, paths) for split, paths in files.items()}
 
     present = [split for split in config.train_splits if split in splits]
     if not present:

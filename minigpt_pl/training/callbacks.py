@@ -115,9 +115,8 @@ class GracefulStop(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self.handlers = {
-                number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            signals = (signal.SIGINT, signal.SIGTERM)
+            self.handlers = {number: signal.signal(number, self._on_signal) for number in signals}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.signalled = True

@@ -67,12 +67,11 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
     tokenizer = None
     if resume_from is not None and runs.IMPORTED_FROM in runs.read_record(resume_from.parent.parent):
         tokenizer = load_tokenizer(resume_from.parent.parent / "tokenizer.json")  # the words of the Keras model
-    datamodule = TextDataModule(
-        config.data, config.model.vocab_size, config.model.max_length, config.seed, tokenizer=tokenizer
-    )
+    model = config.model
+    datamodule = TextDataModule(config.data, model.vocab_size, model.max_length, config.seed, tokenizer)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    if datamodule.vocab_size < config.model.vocab_size:
+    if datamodule.vocab_size < model.vocab_size:
         log.info("The text has %s different words, so the model has as many logits.", f"{datamodule.vocab_size:,}")
     return datamodule
 
@@ -103,9 +102,8 @@ def _open_folder(config: TrainConfig, name_prefix: str, resume_from: Path | None
         return resume_from.parent.parent
     if not is_first_process():
         return Path(config.output_dir)  # only the first process writes into the run folder
-    return runs.make_run_folder(
-        Path(config.output_dir), config.run_name, name_prefix, begin_again=config.resume == "auto"
-    )
+    begin_again = config.resume == "auto"
+    return runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, begin_again)
 
 
 def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:

@@ -20,6 +20,9 @@ from minigpt_pl.training.callbacks import AtomicCheckpointIO, GracefulStop, Last
 from minigpt_pl.training.progress import Progress
 
 log = logging.getLogger(__name__)
+# Settings that `L.Trainer` takes as they are.
+UNCHANGED = ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "check_val_every_n_epoch")
+UNCHANGED += ("val_check_interval", "limit_train_batches", "profiler", "deterministic", "detect_anomaly")
 
 
 def build_trainer(
@@ -58,18 +61,10 @@ def build_trainer(
     return L.Trainer(
         **processes(settings),
         precision=precision(settings.precision, settings.accelerator),
-        max_epochs=settings.max_epochs,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.gradient_clip_val,
-        check_val_every_n_epoch=settings.check_val_every_n_epoch,
-        val_check_interval=settings.val_check_interval,
-        limit_train_batches=settings.limit_train_batches,
+        **{name: getattr(settings, name) for name in UNCHANGED},
         limit_val_batches=settings.limit_val_batches if validates else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=min(settings.log_every_n_steps, batches_per_epoch(config, datamodule)),
-        profiler=settings.profiler,
-        deterministic=settings.deterministic,
-        detect_anomaly=settings.detect_anomaly,
         enable_progress_bar=False,  # our own shows the numbers in full
         enable_model_summary=False,
         use_distributed_sampler=False,  # our loader gives each process its part
@@ -97,12 +92,9 @@ def processes(settings: TrainerConfig) -> dict[str, Any]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
     local_processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    return {
-        "accelerator": settings.accelerator,
-        "devices": local_processes,
-        "num_nodes": world_size // local_processes,
-        "strategy": "ddp" if world_size > 1 else settings.strategy,
-    }
+    numbers = {"devices": local_processes, "num_nodes": world_size // local_processes}
+    strategy = "ddp" if world_size > 1 else settings.strategy
+    return {"accelerator": settings.accelerator, "strategy": strategy, **numbers}
 
 
 def batches_per_epoch(config: TrainConfig, datamodule: TextDataModule) -> int:
@@ -135,6 +127,5 @@ def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) 
         return [csv_logger, lightning_loggers.TensorBoardLogger(folder, name="", version="")]
     if isinstance(config.logger, WandbConfig):
         project, offline = config.logger.project, config.logger.offline
-        wandb_logger = lightning_loggers.WandbLogger(folder.name, folder, offline=offline, project=project)
-        return [csv_logger, wandb_logger]
+        return [csv_logger, lightning_loggers.WandbLogger(folder.name, folder, offline=offline, project=project)]
     return [csv_logger]
