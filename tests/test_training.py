@@ -1,4 +1,4 @@
-"""What a training step learns from, and what each setting of the training changes."""
+"""The loss of a training step, and the effect of each setting."""
 
 import itertools
 import json
@@ -29,11 +29,11 @@ NO_DROPOUT = "model.dropout=0"
 class TestLoss:
     def test_it_learns(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=8", "optimizer.learning_rate=0.01", EVERY_STEP))
-        assert list(losses(folder).values())[0] > 3, "it begins near log(26), all words alike"
+        assert list(losses(folder).values())[0] > 3, "it starts near log(26): all words are equally likely"
         assert list(losses(folder, "val/loss").values())[-1] < 0.8
 
-    def test_measures_of_a_validation(self, tiny_config):
-        """Against the plain formula, on the weights of the checkpoint."""
+    def test_values_of_a_validation(self, tiny_config):
+        """Compared with the plain formula, for the weights of the checkpoint."""
         config = tiny_config("trainer.max_epochs=1", "data.loss_on_padding=true")
         folder = train(config)
         data = _open_text(config, None)
@@ -50,19 +50,19 @@ class TestLoss:
         every, words = torch.cat(every).mean().item(), torch.cat(words).mean().item()
         assert losses(folder, "val/loss").popitem()[1] == pytest.approx(every, abs=1e-5)
         assert losses(folder, "val/word_loss").popitem()[1] == pytest.approx(words, abs=1e-5)
-        assert every < words, "padding is easy, which is why it is left out by default"
+        assert every < words, "padding is easy to predict, so the default does not count it"
 
-    def test_the_epochs_mean_is_over_targets(self, tiny_config):
+    def test_the_mean_of_an_epoch_is_over_targets(self, tiny_config):
         config = tiny_config("trainer.max_epochs=1", EVERY_STEP, "data.cut=pack", "data.batch_size=50")
         folder = train(config)
         weights = [batch.num_targets for batch in _open_text(config, None).train_dataloader()]
         steps = list(losses(folder).values())
-        assert len(set(weights)) > 1, "the batches do not differ in size"
+        assert len(set(weights)) > 1, "the batches have the same size"
         mean = sum(w * s for w, s in zip(weights, steps, strict=True)) / sum(weights)
         assert losses(folder, "train/epoch_loss").popitem()[1] == pytest.approx(mean, abs=1e-5)
 
     @pytest.mark.parametrize("loss_on_padding", ["true", "false"])
-    def test_unigram_bias_begins_at_the_words_shares(self, tiny_config, loss_on_padding):
+    def test_unigram_bias_starts_at_the_shares_of_the_words(self, tiny_config, loss_on_padding):
         options = [EVERY_STEP, "trainer.max_steps=1", f"data.loss_on_padding={loss_on_padding}", "data.cut=pack"]
         without = losses(train(tiny_config(*options)))[0]
         config = tiny_config(*options, "unigram_bias=true", "optimizer.learning_rate=1e-30")
@@ -104,7 +104,7 @@ class TestLoss:
         small = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "trainer.accumulate_grad_batches=2"))
         assert checkpoint(large)["global_step"] == checkpoint(small)["global_step"]
         for name, weight in checkpoint(large)["state_dict"].items():
-            if "token_embedding" not in name:  # its second moment is by occurrence in each batch
+            if "token_embedding" not in name:  # its second moment sums over occurrences, so it depends on the batches
                 assert_close(checkpoint(small)["state_dict"][name], weight, atol=2e-4, rtol=0)
 
     def test_seed_fixes_everything(self, tiny_config):
@@ -114,7 +114,7 @@ class TestLoss:
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["model.output.weight"], other["model.output.weight"])
 
-    def test_texts_leave_training_as_it_was(self, tiny_config):
+    def test_texts_do_not_change_the_training(self, tiny_config):
         without = train(tiny_config("trainer.max_epochs=2"))
         texts = train(tiny_config("trainer.max_epochs=2", "text_generator.every_n_epochs=1"))
         a, b = checkpoint(without)["state_dict"], checkpoint(texts)["state_dict"]
@@ -122,8 +122,8 @@ class TestLoss:
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_step_on_a_gpu_never_waits_for_values(monkeypatch, tiny_config, clip):
-    """The GPU's way, on a CPU: no operation gives Python a value, or a shape that hangs on one."""
+def test_a_step_on_a_gpu_never_synchronises(monkeypatch, tiny_config, clip):
+    """The code for GPUs, run on a CPU: no operation gives Python a value, or a shape that depends on one."""
     monkeypatch.setattr(loss_module, "READ_IS_FREE", ())
     waits = []
 
@@ -150,7 +150,7 @@ def test_a_step_on_a_gpu_never_waits_for_values(monkeypatch, tiny_config, clip):
 
 
 class TestSettings:
-    """What a setting of Lightning's changes."""
+    """The effect of each setting."""
 
     @pytest.mark.parametrize("optimizer", ["keras_adam", "adamw"])
     def test_bf16_fused_and_clipped(self, tiny_config, optimizer):
@@ -160,9 +160,9 @@ class TestSettings:
         clipped = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=0.01")))["state_dict"]
         start = checkpoint(train(tiny_config(*options, "optimizer.learning_rate=1e-30")))["state_dict"]
         moved = [(w["model.output.bias"] - start["model.output.bias"]).norm() for w in (free, clipped)]
-        assert moved[1] < 0.5 * moved[0], "with an epsilon of 1 a step is as long as its gradient"
+        assert moved[1] < 0.5 * moved[0], "with an epsilon of 1 a step is about as long as its gradient"
         exact = checkpoint(train(tiny_config(*dense, "trainer.max_steps=1")))["state_dict"]
-        assert not torch.equal(exact["model.output.weight"], free["model.output.weight"]), "not in bf16"
+        assert not torch.equal(exact["model.output.weight"], free["model.output.weight"]), "no bf16"
         assert free["model.output.weight"].dtype == torch.float32
 
     def test_clipping_reaches_the_squares_by_occurrence(self, tiny_config):
@@ -170,7 +170,7 @@ class TestSettings:
         free = checkpoint(train(tiny_config(*options)))["state_dict"]
         clipped = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=0.001")))["state_dict"]
         name = "model.token_embedding.weight"
-        assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # Adam's first step knows no scale
+        assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # the first step of Adam is scale-free
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
     def test_compile(self, tiny_config):
@@ -206,7 +206,7 @@ class TestSettings:
         record = json.loads((folder / "samples.jsonl").read_text())
         controls = {name: record[name] for name in ("prompt", "num_tokens", "temperature", "top_k", "seed")}
         last = load(folder / "checkpoints" / "last.ckpt")
-        assert generate_text(last, **controls) == record["text"], "not written by the average, which is saved"
+        assert generate_text(last, **controls) == record["text"], "the text is not from the average, which is saved"
 
     def test_early_stopping(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=50", "trainer.patience=2", "optimizer.learning_rate=1e-12"))
@@ -226,7 +226,7 @@ class TestSettings:
             (["logger=wandb"], r"logger.name=wandb: not installed; pip install 'minigpt_pl\[wandb\]'"),
         ],
     )
-    def test_what_the_surroundings_lack(self, tiny_config, tmp_path, monkeypatch, overrides, message):
+    def test_missing_parts_of_the_environment(self, tiny_config, tmp_path, monkeypatch, overrides, message):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -274,7 +274,7 @@ class TestSettings:
         folder = train(tiny_config("trainer.max_epochs=1", "data.validation_share=0"))
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
 
-    def test_last_is_the_last_though_an_earlier_one_is_best(self, tiny_config):
+    def test_last_is_the_last_even_if_an_earlier_one_is_best(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=4", "optimizer.learning_rate=0.3"))
         val = losses(folder, "val/loss")
         assert checkpoint(folder)["epoch"] == 3
@@ -294,10 +294,10 @@ class TestSettings:
         steps = checkpoint(folder)["global_step"]
         again = tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'")
         train(again, resume_from=folder / "checkpoints" / "last.ckpt")
-        assert checkpoint(folder)["global_step"] == steps + 1, "the time before a resume counts"
+        assert checkpoint(folder)["global_step"] == steps + 1, "the time before a resume must count"
 
     @pytest.mark.parametrize("end", ["log line", "max_steps", "max_time", "Ctrl-C"])
-    def test_a_diverged_training_stops_and_harms_nothing(self, tiny_config, monkeypatch, end):
+    def test_a_diverged_training_stops_and_overwrites_nothing(self, tiny_config, monkeypatch, end):
         folder = train(tiny_config("trainer.max_epochs=1", "run_name=mine"))
         last = folder / "checkpoints" / "last.ckpt"
         before = last.read_bytes()

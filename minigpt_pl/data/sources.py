@@ -271,7 +271,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _quiet_hub_libraries() -> None:
-    for name in ("httpx", "httpx2", "huggingface_hub"):
+    for name in ("httpx", "httpx2", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -21,8 +21,10 @@ from minigpt_pl.training.progress import Progress
 
 log = logging.getLogger(__name__)
 # Settings that `L.Trainer` takes as they are.
-UNCHANGED = ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "check_val_every_n_epoch")
-UNCHANGED += ("val_check_interval", "limit_train_batches", "profiler", "deterministic", "detect_anomaly")
+UNCHANGED = (
+    *("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "check_val_every_n_epoch", "val_check_interval"),
+    *("limit_train_batches", "profiler", "deterministic", "detect_anomaly"),
+)
 
 
 def build_trainer(
