@@ -19,7 +19,7 @@ import torch
 from minigpt_pl import MiniGPT
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.loss import linear_cross_entropy
-from minigpt_pl.training.optimizers import KerasAdam, record_squares_by_occurrence
+from minigpt_pl.training.optimizers import KerasAdam, SquaresByOccurrence
 from minigpt_pl.training.trainer import precision
 
 NOTEBOOK = {"batch_size": 128, "max_length": 80, "embed_dim": 256, "vocab_size": 20_000, "num_blocks": 1}
@@ -41,8 +41,7 @@ def gigaflop(batch_size: int, max_length: int, embed_dim: int, vocab_size: int, 
 def step_seconds(sizes: dict[str, int], bf16: bool) -> float:
     width = sizes["embed_dim"]
     model = MiniGPT(**{name: sizes[name] for name in sizes if name != "batch_size"}, feed_forward_dim=width)
-    record_squares_by_occurrence(model.token_embedding)
-    optimizer = KerasAdam(model.parameters())
+    optimizer = KerasAdam(model.parameters(), squares=SquaresByOccurrence(model.token_embedding))
     ids = torch.randint(2, sizes["vocab_size"], (sizes["batch_size"], sizes["max_length"] + 1))
     seconds = []
     for _ in range(3):

@@ -88,7 +88,7 @@ def ours_without_lightning(turn: Turn) -> None:
     """The same model, loss and optimizer in a bare loop. The difference to `ours` is the cost of Lightning."""
     from minigpt_pl.cpu.allocator import keep_freed_memory
     from minigpt_pl.loss import linear_cross_entropy
-    from minigpt_pl.training.optimizers import KerasAdam, record_squares_by_occurrence
+    from minigpt_pl.training.optimizers import KerasAdam, SquaresByOccurrence
 
     keep_freed_memory()
 
@@ -97,8 +97,7 @@ def ours_without_lightning(turn: Turn) -> None:
         return linear_cross_entropy(hidden, model.output.weight, model.output.bias, targets) / targets.numel()
 
     def optimizer(model):
-        record_squares_by_occurrence(model.token_embedding)
-        return KerasAdam(model.parameters())
+        return KerasAdam(model.parameters(), squares=SquaresByOccurrence(model.token_embedding))
 
     _bare_loop(turn, loss, optimizer, bf16=True)
 

@@ -89,6 +89,7 @@ class DataConfig:
     )
     max_sequences: int | None = setting(None, "train on this many random sequences; null: all", minimum=1)
     cache_dir: str = setting("outputs/cache", "folder for the encoded text")
+    revision: str | None = setting(None, "commit, tag or branch of a data set on the hub; null: the newest commit")
 
 
 @dataclass
@@ -466,6 +467,14 @@ def without_effect(config: Any, names: Iterable[str], prefix: str, reason: str) 
             yield f"{prefix}{name}={value}: has no effect with {reason}; leave it out"
 
 
+def optimizer_problems(optimizer: OptimizerConfig, model: ModelConfig) -> Iterator[str]:
+    """One line for each setting of the optimizer that does not fit the model."""
+    if optimizer.second_moment == "by_occurrence" and optimizer.name != "keras_adam":
+        yield "optimizer.second_moment=by_occurrence: needs optimizer.name=keras_adam; leave it out"
+    if optimizer.second_moment == "by_occurrence" and model.tie_embeddings:
+        yield "optimizer.second_moment=by_occurrence: needs model.tie_embeddings=false; leave it out"
+
+
 def _train_problems(config: TrainConfig) -> Iterator[str]:
     data, trainer, optimizer, schedule = config.data, config.trainer, config.optimizer, config.schedule
     yield from _run_name_problems(config.run_name)
@@ -473,10 +482,9 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield "data.end_token=false: data.cut=pack needs [END] to separate documents; set data.end_token=true"
     if isinstance(data, TextConfig) and data.validation_path is not None:
         yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
-    if optimizer.second_moment == "by_occurrence" and optimizer.name != "keras_adam":
-        yield "optimizer.second_moment=by_occurrence: needs optimizer.name=keras_adam; leave it out"
-    if optimizer.second_moment == "by_occurrence" and config.model.tie_embeddings:
-        yield "optimizer.second_moment=by_occurrence: needs model.tie_embeddings=false; leave it out"
+    yield from optimizer_problems(optimizer, config.model)
+    if config.find_learning_rate:
+        yield from without_effect(config, ("run_name", "resume"), "", "find_learning_rate=true")
     if schedule.name == "constant":
         yield from without_effect(schedule, ["final_ratio"], "schedule.", "schedule.name=constant")
     if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])\d+:\d\d:\d\d:\d\d", trainer.max_time):
@@ -485,7 +493,10 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         no_validation = ("check_val_every_n_epoch", "val_check_interval")
         yield from without_effect(trainer, no_validation, "trainer.", "trainer.limit_val_batches=0")
     texts = config.text_generator
-    if texts.prompts == [] and texts.every_n_epochs:
+    if texts.every_n_epochs == 0:
+        names = ("prompts", "num_tokens", "temperature", "top_k")
+        yield from without_effect(texts, names, "text_generator.", "text_generator.every_n_epochs=0")
+    elif texts.prompts == []:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
 
 

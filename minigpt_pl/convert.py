@@ -102,7 +102,7 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any])
 
     module = MiniGPTModule(
         model=dataclasses.asdict(settings.model),
-        optimizer=dataclasses.asdict(settings.optimizer) | {"second_moment": "by_occurrence"},
+        optimizer=dataclasses.asdict(settings.optimizer),
         schedule=dataclasses.asdict(settings.schedule),
         total_steps=1,  # a resumed run counts its own steps
         end_id=None,

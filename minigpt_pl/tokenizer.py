@@ -1,15 +1,15 @@
-r"""Words and their ids: the seed's `TextVectorization`, as a pipeline of the `tokenizers` library.
+r"""Words and their ids: the notebook's `TextVectorization` as a pipeline of the `tokenizers` library.
 
-The rule, with all that is easy to get wrong in it:
+The rule:
 
-- lower-case, ASCII letters only (`tf.strings.lower`): `É` stays `É`;
-- `<br />` becomes a space;
-- each ASCII punctuation mark begins a new word: `it's real-life` -> `it 's real -life`. The seed pastes
-  `string.punctuation` into a regular expression without escaping it, so the backslash is not in the class;
-- words end at ASCII whitespace only; a no-break space stays inside its word.
+- Lower-case ASCII letters only (`tf.strings.lower`): `É` stays `É`.
+- Replace `<br />` by a space.
+- Each ASCII punctuation mark starts a new word: `it's real-life` -> `it 's real -life`. The backslash does not, because
+  the notebook puts `string.punctuation` into a regular expression without escaping it.
+- Words end at ASCII white space only. A no-break space stays inside its word.
 
-Ids: 0 is `''` (padding), 1 is `[UNK]`, then words by frequency, ties by the words' bytes in reverse. The last id
-is `[END]`, the end of a text. The seed's 19,999 entries leave one of its 20,000 outputs unused: that one.
+Ids: 0 is `''` (padding), 1 is `[UNK]`, then words by frequency; ties by the bytes of the words, in reverse order. The
+last id is `[END]`, the end of a text. The notebook uses 19,999 of its 20,000 outputs; `[END]` takes the unused one.
 """
 
 import re
@@ -26,20 +26,19 @@ PADDING, UNKNOWN, END = "", "[UNK]", "[END]"
 PADDING_ID, UNKNOWN_ID = 0, 1
 NUM_SPECIAL = 3
 
-_PUNCTUATION = r"""!"#$%&'()*+,\-./:;<=>?@\[\]^_`{|}~"""  # string.punctuation less the backslash
+_PUNCTUATION = r"""!"#$%&'()*+,\-./:;<=>?@\[\]^_`{|}~"""  # string.punctuation without the backslash
 _SPACE = r" \t\n\x0b\x0c\r"
 _WORD = rf"[{_PUNCTUATION}][^{_PUNCTUATION}{_SPACE}]*|[^{_PUNCTUATION}{_SPACE}]+"
 _find_words = re.compile(_WORD).findall
 _ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
-# A word takes a space before it unless it is one that text sets close: closing marks, a suffix after a
-# hyphen or an apostrophe, a closing quote. Every such word starts with a mark, and a mark always starts a
-# word, so nothing is lost: encode(decode(ids)) == ids.
+# Decoding puts a space before each word, except closing marks, a suffix after a hyphen or an apostrophe, and a closing
+# quote. These words start with a mark, and a mark always starts a word, so encode(decode(ids)) == ids.
 _TAKES_SPACE = r"""\A(?![.,!?;:)\]}%/]|-[a-z]|'(?:s|t|m|d|re|ve|ll)?\z|"\z)"""
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text under the seed's rule: the pipeline of `build_tokenizer`, four times as fast."""
+    """The words of a text. Equal to the pipeline of `build_tokenizer`, and four times as fast."""
     return _find_words(text.translate(_ASCII_LOWER).replace("<br />", " "))
 
 
@@ -48,11 +47,11 @@ def build_vocabulary(counts: Mapping[str, int], vocab_size: int) -> list[str]:
 
     Args:
         counts: how often each word occurs.
-        vocab_size: at most this many entries, the three special ones included.
+        vocab_size: most entries, including the three special ones.
 
     Returns:
-        `['', '[UNK]', most frequent word, ..., '[END]']`. Without the last, the list that Keras's
-        `TextVectorization(max_tokens=vocab_size - 1).get_vocabulary()` gives.
+        `['', '[UNK]', most frequent word, ..., '[END]']`. Without `[END]` it equals
+        `TextVectorization(max_tokens=vocab_size - 1).get_vocabulary()` of Keras.
     """
     by_frequency = sorted(counts, key=lambda word: (counts[word], word.encode()), reverse=True)
     return [PADDING, UNKNOWN, *by_frequency[: vocab_size - NUM_SPECIAL], END]
@@ -67,24 +66,19 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 def build_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
-    """A word-level tokenizer that any `tokenizers` (or `PreTrainedTokenizerFast`) user can load from its JSON."""
+    """A word-level tokenizer. `tokenizers` and `PreTrainedTokenizerFast` can load its JSON file."""
     ids = {word: id_ for id_, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            *(normalizers.Replace(a, b) for a, b in zip(ascii_uppercase, ascii_lowercase, strict=True)),
-            normalizers.Replace("<br />", " "),
-        ]
-    )
+    lower = [normalizers.Replace(a, b) for a, b in zip(ascii_uppercase, ascii_lowercase, strict=True)]
+    tokenizer.normalizer = normalizers.Sequence([*lower, normalizers.Replace("<br />", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(Regex(_TAKES_SPACE), " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    spaces = decoders.Replace(Regex(_TAKES_SPACE), " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return tokenizer
 
 
 def list_vocabulary(tokenizer: Tokenizer) -> list[str]:
-    """The words in the order of their ids: what `build_tokenizer` was given."""
+    """The words in the order of their ids: the argument of `build_tokenizer`."""
     ids = tokenizer.get_vocab()
     return sorted(ids, key=ids.__getitem__)
 
@@ -93,15 +87,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`.
 
     Raises:
-        InputError: there is none, or it is not one of ours (a word-level vocabulary with padding and `[UNK]`
-            at ids 0 and 1).
+        InputError: there is no such file, or it is not ours: a word-level vocabulary with padding and `[UNK]` at ids 0
+            and 1.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a run folder keeps its words in tokenizer.json beside run.json")
+        raise InputError(f"{path}: no such file; a run folder has its words in tokenizer.json, next to run.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path}: not a tokenizer file ({error}); copy it again from the run it belongs to") from error
+        raise InputError(f"{path}: not a tokenizer file ({error}); copy it again from its run") from error
     if tokenizer.id_to_token(PADDING_ID) != PADDING or tokenizer.id_to_token(UNKNOWN_ID) != UNKNOWN:
         raise InputError(f"{path}: not a tokenizer of minigpt_pl (ids 0 and 1 must be '' and '[UNK]')")
     return tokenizer

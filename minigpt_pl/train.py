@@ -11,85 +11,85 @@ from minigpt_pl.cli import app
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.errors import InputError
 
+# Set for the processes that Lightning starts, so that all of them resume the run that the first one has chosen.
+_RESUME_CHECKPOINT = "MINIGPT_RESUME_CHECKPOINT"
+
 
 def main() -> None:
-    app.run("train", TrainConfig, train, prepare=_settings_of_the_run)
+    app.run("train", TrainConfig, train, prepare=_add_settings_of_the_run)
 
 
 def train(config: TrainConfig) -> None:
-    """Train as the settings say, from the start or (`resume`) from a checkpoint."""
+    """Train with these settings, from the start or (`resume`) from a checkpoint."""
     if app.in_sweep():
         _refuse_in_sweep(config)
 
-    from minigpt_pl.training.callbacks import Interrupted  # Lightning: three seconds, once the settings are right
-    from minigpt_pl.training.fit import fit, rank_zero_only
+    from minigpt_pl.training.callbacks import Interrupted  # imports Lightning: three seconds, after the checks
+    from minigpt_pl.training.fit import fit
+    from minigpt_pl.training.trainer import is_first_process
 
-    name_prefix = app.group_choice("experiment") or app.group_choice("data")
+    name_prefix = app.group_choice("experiment") or app.group_choice("data") or "run"
     overrides = [override for override in app.overrides_given() if _name(override) != "resume"]
     try:
         fit(config, name_prefix, overrides, _checkpoint_to_resume(config))
     except Interrupted:
-        # Only the first process reports it: a launcher would kill the others' siblings for an exit code.
-        sys.exit(130 if rank_zero_only.rank == 0 else 0)
+        # In the other processes a non-zero exit code would make torchrun kill the rest.
+        sys.exit(130 if is_first_process() else 0)
 
 
 def _refuse_in_sweep(config: TrainConfig) -> None:
-    refused = {
-        f"trainer.devices={config.trainer.devices}: each process would start the whole sweep again": (
-            config.trainer.devices > 1
-        ),
-        f"resume={config.resume}: each job would go on with the same run": config.resume is not None,
-        f"run_name={config.run_name}: is the name of one run": (f"run_name={config.run_name}" in sys.argv),
-        "find_learning_rate=true: each job would draw the same picture": config.find_learning_rate,
-    }
-    if problems := [f"{problem}; in a sweep (-m) leave it out" for problem, found in refused.items() if found]:
-        raise InputError(*problems)
+    problems = []
+    if config.trainer.devices > 1:
+        problems.append(f"trainer.devices={config.trainer.devices}: each process would start the whole sweep again")
+    if config.resume is not None:
+        problems.append(f"resume={config.resume}: all jobs would continue the same run")
+    if f"run_name={config.run_name}" in sys.argv:
+        problems.append(f"run_name={config.run_name}: all jobs would have the same name")
+    if config.find_learning_rate:
+        problems.append("find_learning_rate=true: all jobs would draw the same figure")
+    if problems:
+        raise InputError(*(f"{problem}; leave it out of a sweep (-m)" for problem in problems))
 
 
-def _settings_of_the_run(arguments: list[str]) -> list[str]:
-    """The command line of a resumed run: the run's own settings, then what this one says instead."""
-    place = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
-    if not any(argument.startswith("resume=") for argument in place) or {"-m", "--multirun"} & set(sys.argv):
+def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
+    """With `resume`, put the settings of the run before the arguments that do not repeat them."""
+    where = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
+    if not any(_name(argument) == "resume" for argument in where) or {"-m", "--multirun"} & set(arguments):
         return arguments
-    config = app.to_settings(app.compose("train", place))
+    config = app.to_settings(app.compose("train", where))
     checkpoint = _checkpoint_to_resume(config)
     if checkpoint is None:
         return arguments
-    os.environ[_RESUMED] = str(checkpoint)
+    os.environ[_RESUME_CHECKPOINT] = str(checkpoint)
     before = runs.read_record(checkpoint.parent.parent).get("overrides", [])
-    said_now = {_name(argument) for argument in arguments}
-    return [override for override in before if _name(override) not in said_now] + arguments
-
-
-_RESUMED = "MINIGPT_RESUMED"  # tells the processes that Lightning starts which run the first one chose
+    given = {_name(argument) for argument in arguments}
+    return [override for override in before if _name(override) not in given] + arguments
 
 
 def _checkpoint_to_resume(config: Any) -> Path | None:
     if config.resume is None:
         return None
-    if config.resume == "auto" and _RESUMED in os.environ:
-        return Path(os.environ[_RESUMED])
+    if config.resume == "auto" and _RESUME_CHECKPOINT in os.environ:
+        return Path(os.environ[_RESUME_CHECKPOINT])
     output_dir = Path(config.output_dir)
     if config.resume != "auto":
         checkpoint = find_checkpoint(config.resume, output_dir, last=True, setting="resume").resolve()
     elif config.run_name is not None:
         checkpoint = output_dir / config.run_name / runs.LAST
         if not checkpoint.exists():
-            return None  # the first start of a job that says resume=auto each time
+            return None  # the first start of a job that always says resume=auto
     else:
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes start at once, and could choose different ones
-            raise InputError("resume=auto: under torchrun give run_name=NAME with it, or resume=PATH")
-        folder = runs.newest_unfinished_run(output_dir)
-        if folder is None:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes start together, and might choose different runs
+            raise InputError("resume=auto: under torchrun add run_name=NAME, or give resume=PATH")
+        unfinished = runs.newest_unfinished_run(output_dir)
+        if unfinished is None:
             raise InputError(f"resume=auto: no unfinished run in {output_dir}; give run_name=NAME, or resume=PATH")
-        checkpoint = folder / runs.LAST
+        checkpoint = unfinished / runs.LAST
     folder = checkpoint.parent.parent
     if not (folder / runs.RECORD).is_file():
-        raise InputError(
-            f"resume={config.resume}: {checkpoint} is not in a run folder; give one that lies in its run's"
-        )
+        raise InputError(f"resume={config.resume}: {checkpoint} is not in a run folder; give a checkpoint that is")
     if config.run_name not in (None, folder.name):
-        raise InputError(f"run_name={config.run_name}: resume={config.resume} goes on with {folder.name}; leave it out")
+        raise InputError(f"run_name={config.run_name}: resume={config.resume} continues {folder.name}; leave it out")
     return checkpoint
 
 

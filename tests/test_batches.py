@@ -1,3 +1,5 @@
+"""Sequences of a text, and the order of their batches."""
+
 import numpy as np
 import pytest
 import torch
@@ -19,20 +21,20 @@ def all_rows(made: Sequences) -> list[list[int]]:
     return made[torch.arange(len(made))].tolist()
 
 
-def test_truncate_is_the_beginning_of_each_document():
+def test_truncate_takes_the_start_of_each_document():
     assert all_rows(sequences()) == [
         [10, 11, 12, 99, 0], [20, 99, 0, 0, 0], [30, 31, 32, 33, 34], [40, 41, 99, 0, 0],
     ]  # fmt: skip
     assert sequences().target_counts.tolist() == [3, 1, 4, 2]
 
 
-def test_the_seeds_way_has_no_end_and_counts_padding():
+def test_the_notebooks_sequences_have_no_end_and_count_padding():
     made = sequences(end_token=False, count_padding=True)
     assert all_rows(made) == [[10, 11, 12, 0, 0], [20, 0, 0, 0, 0], [30, 31, 32, 33, 34], [40, 41, 0, 0, 0]]
     assert made.target_counts.tolist() == [4, 4, 4, 4]
 
 
-def test_a_document_of_one_word_teaches_nothing_without_an_end():
+def test_a_document_of_one_word_without_end_has_no_target():
     assert len(sequences(end_token=False)) == 3
 
 
@@ -43,7 +45,7 @@ def test_pack_loses_no_token():
     assert all_rows(made)[0] == [10, 11, 12, 99, 20]
 
 
-def test_ids_over_the_signed_range():
+def test_ids_above_the_signed_range():
     for dtype in (np.uint16, np.uint32):
         largest = np.iinfo(dtype).max
         made = Sequences(Ids(np.array([5, largest, 7], dtype=dtype), np.array([0, 3])), 2, "truncate", True, False)
@@ -60,13 +62,13 @@ def rows(batches) -> list[tuple[int, ...]]:
     return [tuple(batch.inputs[:, 0].tolist()) for batch in batches]
 
 
-def test_targets_are_the_inputs_one_place_on():
+def test_targets_are_the_inputs_one_position_later():
     batch = next(iter(loader()))
     assert batch.inputs.shape == batch.targets.shape == (3, 4)
     assert (batch.targets == batch.inputs + 1).all()
 
 
-def test_an_epoch_meets_every_sequence_once():
+def test_an_epoch_has_every_sequence_once():
     batches = rows(loader())
     assert len(batches) == len(loader()) == 7 and len(batches[-1]) == 2
     assert sorted(sum(batches, ())) == list(range(1, 101, 5))
@@ -88,7 +90,7 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize("done", [0, 1, 4, 6])
-def test_resume_in_the_middle_of_an_epoch_is_exact(done):
+def test_resume_inside_an_epoch_is_exact(done):
     whole = loader()
     expected = [rows(whole), rows(whole)]
     interrupted = loader()
@@ -102,7 +104,7 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(done):
 
 
 def test_state_after_the_last_batch_is_the_next_epoch():
-    # Lightning asks for no more than len(loader) batches, so the loop's end is never reached.
+    # Lightning takes len(loader) batches and never reaches the end of the loop.
     made = loader()
     iterator = iter(made)
     for _ in range(len(made)):
@@ -110,7 +112,7 @@ def test_state_after_the_last_batch_is_the_next_epoch():
     assert made.state() == {"epoch": 1, "batches_done": 0}
 
 
-def test_a_pass_left_early_is_not_gone_on_with():
+def test_after_a_pass_that_was_left_early_the_next_epoch_starts():
     made, whole = loader(), loader()
     next(iter(made))
     rows(whole)
@@ -118,19 +120,20 @@ def test_a_pass_left_early_is_not_gone_on_with():
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_share_out_each_batch(world_size):
+def test_processes_divide_each_batch(world_size):
     shares = [rows(loader(rank=rank, world_size=world_size)) for rank in range(world_size)]
     for parts, whole in zip(zip(*shares, strict=True), rows(loader()), strict=False):
         assert sorted(sum(parts, ())) == sorted(whole)
         assert all(parts)
 
 
-def test_shares_add_up_to_the_steps_exact_mean():
+def test_targets_of_a_step_are_counted_over_batches_and_processes():
     options = {"batch_size": 2, "seed": 0, "accumulate": 2, "world_size": 2}
     shares = [list(BatchLoader(sequences(), rank=rank, **options)) for rank in range(2)]
     counted = sum(int((b.targets != 0).sum()) for share in shares for b in share)
     assert counted == 10
-    assert [b.targets_per_share for share in shares for b in share] == [10 / 4] * 4
+    assert [b.step_targets for share in shares for b in share] == [10] * 4
+    assert [sum(b.num_targets for b in share) for share in shares] == [10, 10]
 
 
 def test_limits():

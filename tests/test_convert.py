@@ -174,7 +174,7 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     # Lightning would use the checkpoint's learning rate.
     refused = run_module(*again, "optimizer.learning_rate=0.5", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "optimizer.learning_rate=0.5: the checkpoint goes on with 1e-30" in refused.stderr
+    assert "optimizer.learning_rate=0.5: the checkpoint has 1e-30" in refused.stderr
     command(*again, "trainer.max_epochs=2")
     trained = read_checkpoint(last)
     assert trained["global_step"] == 6

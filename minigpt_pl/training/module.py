@@ -1,148 +1,165 @@
-"""The LightningModule: one training step, the measures of a validation."""
+"""The LightningModule: training step, validation step, optimizer."""
 
-import dataclasses
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from minigpt_pl.config import OptimizerConfig, ScheduleConfig
+from minigpt_pl.config import ModelConfig, OptimizerConfig, ScheduleConfig, optimizer_problems
 from minigpt_pl.data.batches import Batch
+from minigpt_pl.errors import InputError
 from minigpt_pl.loss import linear_cross_entropy, token_losses
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
-from minigpt_pl.training.optimizers import build_optimizer, learning_rate_factor, record_squares_by_occurrence
+from minigpt_pl.training.optimizers import SquaresByOccurrence, build_optimizer, learning_rate_factor
 
 
 class MiniGPTModule(L.LightningModule):
-    """Trains a MiniGPT. All arguments are plain values, so its checkpoints load with `weights_only=True`.
+    """Trains a `MiniGPT`. All arguments are plain values, so its checkpoints load with `weights_only=True`.
 
     Args:
-        model: the arguments of `MiniGPT`.
-        optimizer: the fields of `OptimizerConfig`.
-        schedule: the fields of `ScheduleConfig`.
-        total_steps: optimizer steps of the whole training, for the schedule's end.
-        end_id: the end token, which is no word; None where texts have no end.
-        loss_on_padding: count padding in the loss.
-        seed: with the epoch, the batch and the process it fixes the dropout of a step.
+        model: fields of `ModelConfig`. `vocab_size` must be the text's: `TextDataModule.vocab_size`.
+        optimizer: fields of `OptimizerConfig`. A `second_moment` of None is replaced as documented there.
+        schedule: fields of `ScheduleConfig`.
+        total_steps: optimizer steps of the whole training; linear and cosine schedules end there. None: the Trainer's
+            estimate.
+        end_id: id of [END], which is not counted as a word; None: the texts have no end.
+        loss_on_padding: count padding in the loss; must equal the setting of the data.
+        seed: random seed of dropout.
+
+    Raises:
+        InputError: the optimizer does not fit the model.
     """
 
     def __init__(
         self,
-        model: dict[str, Any],
-        optimizer: dict[str, Any],
-        schedule: dict[str, Any],
-        total_steps: int,
-        end_id: int | None,
-        loss_on_padding: bool,
-        seed: int,
+        model: dict[str, Any] | None = None,
+        optimizer: dict[str, Any] | None = None,
+        schedule: dict[str, Any] | None = None,
+        total_steps: int | None = None,
+        end_id: int | None = None,
+        loss_on_padding: bool = False,
+        seed: int = 0,
     ):
         super().__init__()
-        self.save_hyperparameters(logger=False)  # config.yaml holds them
-        self.model = MiniGPT(**model)
-        self.optimizer_config, self.schedule_config = OptimizerConfig(**optimizer), ScheduleConfig(**schedule)
-        self.learning_rate = self.optimizer_config.learning_rate  # where the learning-rate finder puts its proposal
+        model_config, optimizer_config = ModelConfig(**(model or {})), OptimizerConfig(**(optimizer or {}))
+        if problems := list(optimizer_problems(optimizer_config, model_config)):
+            raise InputError(*problems)
+        if optimizer_config.second_moment is None:
+            fits = optimizer_config.name == "keras_adam" and not model_config.tie_embeddings
+            optimizer_config.second_moment = "by_occurrence" if fits else "dense"
+        self.optimizer_config, self.schedule_config = optimizer_config, ScheduleConfig(**(schedule or {}))
+        self.total_steps, self.end_id, self.seed = total_steps, end_id, seed
         self.ignore_index = None if loss_on_padding else PADDING_ID
-        self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss and counted targets of the epoch, this process's
-        if self.optimizer_config.second_moment == "by_occurrence":
-            record_squares_by_occurrence(self.model.token_embedding, lambda: self.trainer.world_size)
+        self.save_hyperparameters(logger=False)
+        with_defaults = {"model": asdict(model_config), "optimizer": asdict(optimizer_config)}
+        self.hparams.update(with_defaults, schedule=asdict(self.schedule_config))
 
-    # -------------------------------------------------------------------------------------------- training
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # The randomness of a step is a function of its place, so a resumed run draws the same dropout.
-        place = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(hash(place) % 2**63)  # hash() of a tuple of ints is the same in every process
+        self.model = MiniGPT(**asdict(model_config))
+        self.learning_rate = optimizer_config.learning_rate  # Lightning's learning-rate finder changes this attribute
+        by_occurrence = optimizer_config.second_moment == "by_occurrence"
+        self.squares = SquaresByOccurrence(self.model.token_embedding) if by_occurrence else None
+        self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss and number of targets in this epoch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         hidden = self.model.hidden_states(batch.inputs)  # (B, L, D)
         output = self.model.output
         total = linear_cross_entropy(hidden, output.weight, output.bias, batch.targets, self.ignore_index)
-        loss = total / batch.targets_per_share
-        targets = max(int(batch.targets_per_share), 1)  # weighs the epoch's mean by targets
-        self.log("train/loss", loss, sync_dist=True, batch_size=targets)
-        self.log("train/perplexity", loss.detach().exp(), sync_dist=True, batch_size=targets)
-        device = "cpu" if loss.device.type == "mps" else loss.device  # MPS has no fp64
-        self.epoch_sums = self.epoch_sums.to(device)
-        self.epoch_sums[0] += total.detach().to(device)
-        self.epoch_sums[1] += batch.targets_per_share
-        return loss
+        self._log_training_loss(total.detach(), batch.num_targets)
+        # Lightning averages over batches and processes. The result must be the mean over all targets of the step.
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return total / (batch.step_targets / shares)
 
-    def on_train_epoch_end(self) -> None:
-        loss, targets = self._over_processes(self.epoch_sums).tolist()
-        self.log("train/epoch_loss", loss / targets, sync_dist=True)
-        if self.trainer.is_last_batch:  # else the run ends inside the epoch, and a resumed one goes on adding
-            self.epoch_sums = torch.zeros_like(self.epoch_sums)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        hidden = self.model.hidden_states(batch.inputs)  # (B, L, D)
+        losses = token_losses(hidden, self.model.output.weight, self.model.output.bias, batch.targets)  # (B, L)
+        counted = batch.targets != (-1 if self.ignore_index is None else self.ignore_index)
+        words = (batch.targets != PADDING_ID) & (batch.targets != UNKNOWN_ID)
+        if self.end_id is not None:
+            words &= batch.targets != self.end_id
+        sums = [losses[counted].sum(), counted.sum(), losses[words].sum(), words.sum()]
+        self.validation_sums += torch.stack([value.double() for value in sums]).cpu()
 
-    def _over_processes(self, sums: Tensor) -> Tensor:
-        return (
-            sums
-            if self.trainer.world_size == 1
-            else self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["epoch_sums"] = self._over_processes(self.epoch_sums).cpu()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.global_rank == 0 and "epoch_sums" in checkpoint:  # `convert` writes none
-            self.epoch_sums = checkpoint["epoch_sums"]
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # Lightning refuses to clip for fused optimizers under any mixed precision, for the sake of fp16's scaler.
-        # bf16, the only mixed precision of the settings, has none.
-        if gradient_clip_val is None:
-            return
-        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        squared_grad = getattr(self.model.token_embedding.weight, "squared_grad", None)
-        if squared_grad is not None:
-            squared_grad.mul_((gradient_clip_val / (norm + 1e-6)).clamp(max=1.0) ** 2)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()  # Lightning waits until the next forward pass has made the new gradients beside them
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        squared_grad = getattr(self.model.token_embedding.weight, "squared_grad", None)
-        if squared_grad is not None and self.trainer.world_size > 1:
-            torch.distributed.all_reduce(squared_grad)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        config = dataclasses.replace(self.optimizer_config, learning_rate=self.learning_rate)
-        optimizer = build_optimizer(self.model, config)
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        config = replace(self.optimizer_config, learning_rate=self.learning_rate)
+        optimizer = build_optimizer(self.model, config, self.squares)
+        total_steps = self.total_steps
+        if total_steps is None:  # a constant schedule has no end
+            estimated = self.schedule_config.name != "constant"
+            total_steps = int(self.trainer.estimated_stepping_batches) if estimated else 0
 
         def factor(step: int) -> float:
-            return learning_rate_factor(step, self.hparams.total_steps, self.schedule_config)
+            return learning_rate_factor(step, total_steps, self.schedule_config)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # ------------------------------------------------------------------------------------------ validation
+    # ---------------------------------------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        if self.device.type != "mps":  # it has no fp64
+            self.epoch_sums = self.epoch_sums.to(self.device)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout depends on the position in the training only, so a resumed run draws the same values.
+        position = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(hash(position) % 2**63)  # the hash of a tuple of integers is the same in every process
+
+    def _log_training_loss(self, total: Tensor, num_targets: int) -> None:
+        total = self._sum_over_processes(total)
+        loss = total / num_targets
+        self.log_dict({"train/loss": loss, "train/perplexity": loss.exp()}, batch_size=num_targets)
+        self.epoch_sums[0] += total.to(self.epoch_sums.device)
+        self.epoch_sums[1] += num_targets
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        # `reduce` changes its argument.
+        return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="sum")
+
+    def on_train_epoch_end(self) -> None:
+        loss, num_targets = self.epoch_sums.tolist()
+        self.log("train/epoch_loss", loss / num_targets, sync_dist=True)
+        if self.trainer.is_last_batch:  # otherwise the run stops inside the epoch, and a resumed run adds the rest
+            self.epoch_sums.zero_()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_sums"] = self.epoch_sums.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "epoch_sums" in checkpoint:  # `convert` writes none
+            self.epoch_sums = checkpoint["epoch_sums"]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for fused optimizers in mixed precision because of the loss scaling of fp16. We have
+        # no fp16.
+        if gradient_clip_val is not None:
+            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            if self.squares is not None:
+                self.squares.scale((gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would keep the old gradients during the next forward pass
+
+    # -------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        # loss and number of counted targets; loss and number of words (no padding, [UNK] or [END])
+        # Loss and number of counted targets; loss and number of words (no padding, [UNK] or [END]).
         self.validation_sums = torch.zeros(4, dtype=torch.float64)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        hidden = self.model.hidden_states(batch.inputs)
-        losses = token_losses(hidden, self.model.output.weight, self.model.output.bias, batch.targets)  # (B, L)
-        counted = batch.targets != (-1 if self.ignore_index is None else self.ignore_index)
-        words = (batch.targets != PADDING_ID) & (batch.targets != UNKNOWN_ID)
-        if self.hparams.end_id is not None:
-            words &= batch.targets != self.hparams.end_id
-        sums = [losses[counted].sum(), counted.sum(), losses[words].sum(), words.sum()]
-        self.validation_sums += torch.stack([value.double() for value in sums]).cpu()
-
     def on_validation_epoch_end(self) -> None:
-        sums = self._over_processes(self.validation_sums)
-        loss, word_loss = sums[0] / sums[1], sums[2] / sums[3]  # without a known word the latter is NaN
-        self.log_dict(
-            {
-                "val/loss": loss,
-                "val/perplexity": loss.exp(),
-                "val/word_loss": word_loss,
-                "val/word_perplexity": word_loss.exp(),
-            },
-            sync_dist=True,
-        )
+        sums = self._sum_over_processes(self.validation_sums)
+        loss, word_loss = sums[0] / sums[1], sums[2] / sums[3]  # word_loss is NaN without a known word
+        values = {"val/loss": loss, "val/perplexity": loss.exp()}
+        values |= {"val/word_loss": word_loss, "val/word_perplexity": word_loss.exp()}
+        self.log_dict(values, sync_dist=True)

@@ -1,126 +1,162 @@
-"""Adam as Keras computes it, and the course of the learning rate."""
+"""Adam as in Keras, the second moment of a word embedding, and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
 
 from minigpt_pl.config import OptimizerConfig, ScheduleConfig
 
 
-class KerasAdam(torch.optim.Adam):
-    """Adam whose update is `lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)`, as in Keras.
+class SquaresByOccurrence:
+    """For each word of an embedding: the sum of the squared gradients of its occurrences.
 
-    PyTorch adds epsilon to the *corrected* root instead (so does the paper, arXiv 1412.6980, in its text; Keras
-    takes the faster form of its section 2). The two are equal when PyTorch's epsilon is `eps / sqrt(1 - b2^t)`.
+    On TensorFlow, the gradient of an embedding has one row per occurrence of a word. Keras's Adam squares the rows and
+    then adds up those of a repeated word. PyTorch adds up first and squares then. `KerasAdam` uses these sums for the
+    second moment of the embedding, so that it equals Keras's.
 
-    A parameter with an attribute `squared_grad` has its second moment made from that instead of `grad ** 2`. On
-    TensorFlow an embedding's gradient arrives as one row an occurrence, and Keras squares the rows *before*
-    those of a repeated word are summed; `record_squares_by_occurrence` gathers that sum.
+    The object works alone: a hook on the embedding collects the squares in each backward pass.
 
     Args:
-        params: parameters, or groups of them.
-        lr, betas, eps: as in `keras.optimizers.Adam`, whose defaults these are.
+        embedding: the layer. Its weight must have no other use: a tied output layer adds a dense gradient.
+    """
+
+    def __init__(self, embedding: nn.Embedding):
+        self.embedding = embedding
+        self.sums: Tensor | None = None  # (V, D)
+        embedding.register_forward_hook(self._watch)
+
+    def _watch(self, embedding: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            hook: Callable[[Tensor], None] = partial(self._add, args[0])
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _add(self, ids: Tensor, grad: Tensor) -> None:
+        """Add the squares of a backward pass. ids (B, L), grad (B, L, D)."""
+        weight = self.embedding.weight
+        # The processes average their gradients, so the rows of one process count 1/N.
+        squares = (grad.flatten(0, -2).to(weight.dtype) / _num_processes()).square_()  # (B * L, D)
+        if self.sums is None:
+            self.sums = torch.zeros_like(weight)
+        self.sums.index_add_(0, ids.flatten(), squares)
+
+    def scale(self, factor: Tensor) -> None:
+        """Follow a clipping that has multiplied all gradients by a factor."""
+        if self.sums is not None:
+            self.sums.mul_(factor**2)
+
+    def pop(self) -> Tensor | None:
+        """Return the sums over all processes, (V, D), and start again from zero; None without a backward pass."""
+        sums, self.sums = self.sums, None
+        if sums is not None and _num_processes() > 1:
+            dist.all_reduce(sums)
+        return sums
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class KerasAdam(torch.optim.Optimizer):
+    """Adam with the update of Keras: `lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)`.
+
+    PyTorch adds epsilon to the corrected root `sqrt(v / (1 - b2^t))`, as the text of the paper does (arXiv 1412.6980).
+    Keras uses the faster form of its section 2. PyTorch's kernel with `eps / sqrt(1 - b2^t)` computes the same.
+
+    Args:
+        params: parameters or parameter groups.
+        lr, betas, eps: as in `keras.optimizers.Adam`, with the same defaults.
         weight_decay: decoupled (arXiv 1711.05101).
+        squares: source of the second moment of one embedding; None: `grad ** 2` for all parameters.
     """
 
     def __init__(
         self,
-        params: Iterable,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-7,
         weight_decay: float = 0.0,
+        squares: SquaresByOccurrence | None = None,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=True, fused=True)
+        # `keras_steps` repeats the state's `step` as a Python number: reading a tensor on a GPU would synchronise.
+        # `fused` tells `load_state_dict` to put `step` on the parameter's device.
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True, "keras_steps": 0}
+        super().__init__(params, defaults)
+        self.squares = squares
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        by_occurrence = {}
+        squares = None if self.squares is None else self.squares.pop()
         for group in self.param_groups:
-            group["keras_steps"] = group.get("keras_steps", 0) + 1
-            group["eps"] /= math.sqrt(1 - group["betas"][1] ** group["keras_steps"])
+            group["keras_steps"] += 1
+            dense = []
             for parameter in group["params"]:
-                if getattr(parameter, "squared_grad", None) is not None:
-                    self._step_by_occurrence(parameter, group)
-                    by_occurrence[parameter], parameter.grad = parameter.grad, None  # the fused step skips it
-        super().step()
-        for group in self.param_groups:
-            group["eps"] *= math.sqrt(1 - group["betas"][1] ** group["keras_steps"])
-        for parameter, grad in by_occurrence.items():
-            parameter.grad = grad
-            parameter.squared_grad.zero_()
+                if parameter.grad is None:
+                    continue
+                if not (state := self.state[parameter]):
+                    state["step"] = torch.zeros((), device=parameter.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                if squares is not None and self.squares and parameter is self.squares.embedding.weight:
+                    self._update_by_occurrence(parameter, squares, group)
+                else:
+                    dense.append(parameter)
+            self._update(dense, group)
         return loss
 
-    def _step_by_occurrence(self, parameter: nn.Parameter, group: dict) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        (beta1, beta2), steps = group["betas"], group["keras_steps"]
+        options: dict[str, Any] = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        options |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"] / math.sqrt(1 - beta2**steps)}
+        options |= {"fused": True, "decoupled_weight_decay": True, "amsgrad": False, "maximize": False}
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        first, second, counts = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        adam(parameters, grads, first, second, [], counts, **options)
+
+    def _update_by_occurrence(self, parameter: Tensor, squares: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), steps = self.state[parameter], group["betas"], group["keras_steps"]
+        correction1, correction2 = 1 - beta1**steps, math.sqrt(1 - beta2**steps)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-        state["exp_avg_sq"].lerp_(parameter.squared_grad, 1 - beta2)
-        correction2 = math.sqrt(1 - beta2 ** group["keras_steps"])
-        root = torch.sqrt(state["exp_avg_sq"], out=parameter.squared_grad)  # which is not needed any more
-        denominator = root.div_(correction2).add_(group["eps"])
-        parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** group["keras_steps"]))
+        state["exp_avg_sq"].lerp_(squares, 1 - beta2)
+        root = torch.sqrt(state["exp_avg_sq"], out=squares)  # the squares are not needed any more
+        denominator = root.div_(correction2).add_(group["eps"] / correction2)
+        parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
 
 
-def record_squares_by_occurrence(embedding: nn.Embedding, shares: Callable[[], int] = lambda: 1) -> None:
-    """Gather, in `embedding.weight.squared_grad`, the sum over a word's occurrences of its squared gradients.
-
-    Args:
-        embedding: its weight must not be used elsewhere (an output layer tied to it has a dense gradient).
-        shares: how many processes average their gradients; each holds its rows times that number.
-    """
-    weight = embedding.weight
-
-    def record(_module: nn.Module, args: tuple, output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        ids = args[0].flatten()  # (B * L,)
-
-        def accumulate(grad: Tensor) -> None:
-            squares = (grad.flatten(0, -2).to(weight.dtype) / shares()).square_()  # (B * L, D)
-            if getattr(weight, "squared_grad", None) is None:
-                weight.squared_grad = torch.zeros_like(weight)
-            weight.squared_grad.index_add_(0, ids, squares)
-
-        output.register_hook(accumulate)
-
-    embedding.register_forward_hook(record)
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of the settings, over all of the model's parameters."""
-    optimizer_class = KerasAdam if config.name == "keras_adam" else torch.optim.AdamW
-    return optimizer_class(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        **({} if optimizer_class is KerasAdam else {"fused": True}),
-    )
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, squares: SquaresByOccurrence | None
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings, over all parameters of the model."""
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    options |= {"eps": config.epsilon, "weight_decay": config.weight_decay}
+    if config.name == "adamw":
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    return KerasAdam(model.parameters(), squares=squares, **options)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
-    """The learning rate of a step, as a share of the full one.
+    """The learning rate of a step, as a share of `optimizer.learning_rate`.
 
     Args:
-        step: steps done before it.
-        total_steps: steps of the whole training; the end of the linear or cosine course.
+        step: number of steps before this one.
+        total_steps: steps of the whole training; linear and cosine end there.
 
     Returns:
-        Linear growth up to 1 over `warmup_steps`, then constant, or down to `final_ratio` at the last step
-        (cosine: arXiv 1608.03983).
+        Linear growth to 1 over `warmup_steps`. Then constant, or down to `final_ratio` at the last step (cosine: arXiv
+        1608.03983).
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)

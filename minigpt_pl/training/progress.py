@@ -1,4 +1,4 @@
-"""Progress, numbers and time left: a bar in a terminal, a line now and then in a log file."""
+"""Progress: a bar in a terminal, lines in a log file."""
 
 import sys
 import time
@@ -7,23 +7,22 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_only
 
-LOG_SECONDS = 30  # between lines where nobody looks on
-BAR_SECONDS = 0.2  # between two states of the bar: to read a loss is to wait for the GPU
+LOG_SECONDS = 30  # between lines in a log file
+BAR_SECONDS = 0.2  # between updates of the bar: reading a loss synchronises with the GPU
 
 
 class Progress(L.Callback):
-    """Shows epoch, step, loss, perplexity, tokens per second and time left, on two lines that fit 60 columns.
+    """Shows epoch, step, loss, perplexity, tokens per second and time left. The bar needs 60 columns.
 
-    Needs the package rich for the bar; without it, and where the output is no terminal, prints a line every
-    30 s. After each validation a line with its result stays.
+    The bar needs the package rich. Without rich or without a terminal, prints a line every 30 s. After each validation,
+    prints its result.
     """
 
-    def __init__(self):
-        self.bar = None
+    bar: Any = None
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started = self.last_shown = time.monotonic()
+        self.start = self.last_shown = time.monotonic()
         self.steps_before = trainer.global_step
         self.bar = _rich_bar() if sys.stderr.isatty() else None
         if self.bar is not None:
@@ -37,7 +36,8 @@ class Progress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now, done, total = time.monotonic(), trainer.global_step, self._total_steps(trainer)
-        if now - self.last_shown < (LOG_SECONDS if self.bar is None else BAR_SECONDS) and done < total:
+        due = now - self.last_shown >= (LOG_SECONDS if self.bar is None else BAR_SECONDS)
+        if done == self.steps_before or not (due or done >= total):
             return
         self.last_shown = now
         metrics = trainer.callback_metrics
@@ -49,7 +49,7 @@ class Progress(L.Callback):
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=epoch, numbers=numbers)
         else:
-            left = _hours_minutes_seconds((now - self.started) / (done - self.steps_before) * (total - done))
+            left = _hours_minutes_seconds((now - self.start) / (done - self.steps_before) * (total - done))
             print(f"{epoch}  step {done}/{total}  {numbers}  {left} left", file=sys.stderr, flush=True)
 
     @rank_zero_only
@@ -57,7 +57,7 @@ class Progress(L.Callback):
         metrics = trainer.callback_metrics
         print(
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: val/loss {metrics['val/loss']:.4f},"
-            f" perplexity {metrics['val/perplexity']:,.2f}, a word {metrics['val/word_perplexity']:,.2f}",
+            f" perplexity {metrics['val/perplexity']:,.2f}, per word {metrics['val/word_perplexity']:,.2f}",
             file=sys.stderr,
             flush=True,
         )
@@ -71,7 +71,7 @@ class Progress(L.Callback):
 
     @staticmethod
     def _total_steps(trainer: L.Trainer) -> int:
-        return trainer.lightning_module.hparams.total_steps
+        return int(trainer.lightning_module.hparams["total_steps"])
 
 
 def _rich_bar() -> Any:
@@ -83,7 +83,7 @@ def _rich_bar() -> Any:
         return None
 
     class TwoLines(progress.Progress):
-        def get_renderables(self):
+        def get_renderables(self) -> Any:
             yield self.make_tasks_table(self.tasks)
             yield from (task.fields["numbers"] for task in self.tasks)
 
@@ -96,7 +96,7 @@ def _rich_bar() -> Any:
         progress.TextColumn("left"),
         console=Console(stderr=True),
         expand=True,
-        redirect_stdout=False,  # texts go where the person sends them
+        redirect_stdout=False,  # the user may redirect the texts
     )
 
 

@@ -1,5 +1,6 @@
 """The Trainer of the settings: callbacks, loggers, processes, precision."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,39 +12,44 @@ from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl.checkpoints import read_checkpoint
-from minigpt_pl.config import TrainConfig, TrainerConfig
-from minigpt_pl.cpu import onednn
+from minigpt_pl.config import TrainConfig, TrainerConfig, WandbConfig
+from minigpt_pl.cpu.linear import has_bf16_units
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.training import loss_curve
-from minigpt_pl.training.callbacks import Ending, StopAtNaN, TextGenerator, Throughput
+from minigpt_pl.training.callbacks import AtomicCheckpointIO, GracefulStop, LastCheckpoint, StopAtNaN, Throughput
 from minigpt_pl.training.progress import Progress
 
-
-def validates(config: TrainConfig, datamodule: TextDataModule) -> bool:
-    """Whether anything is held out, and looked at."""
-    return datamodule.corpus.validation is not None and config.trainer.limit_val_batches != 0
+log = logging.getLogger(__name__)
+# Settings that `L.Trainer` takes as they are.
+UNCHANGED = (
+    *("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "check_val_every_n_epoch", "val_check_interval"),
+    *("limit_train_batches", "profiler", "deterministic", "detect_anomaly"),
+)
 
 
 def build_trainer(
-    config: TrainConfig, folder: Path, datamodule: TextDataModule, prompts: list[str], resume_from: Path | None
+    config: TrainConfig,
+    folder: Path,
+    datamodule: TextDataModule,
+    callbacks: list[L.Callback],
+    resume_from: Path | None,
 ) -> L.Trainer:
-    """The Trainer of the settings, with its callbacks and loggers.
+    """The Trainer of the settings.
 
     Args:
-        prompts: of the TextGenerator.
-        resume_from: the checkpoint that the run goes on with; metrics.csv keeps its lines up to there.
+        folder: the run folder.
+        callbacks: more callbacks than those of the settings.
+        resume_from: the checkpoint of a resumed run. metrics.csv keeps its lines up to that step.
     """
     settings = config.trainer
-    checkpoints = folder / "checkpoints"
-    callbacks = [
-        TextGenerator(config.text_generator, prompts, datamodule.corpus.tokenizer, folder, config.seed),
-        Throughput(),
-        StopAtNaN(),
-        lightning_callbacks.LearningRateMonitor(logging_interval="step"),
-    ]
-    if validates(config, datamodule):
+    validates = datamodule.has_validation and settings.limit_val_batches != 0
+    if not validates:
+        log.info("There is no validation, and so no val/loss.")
+    last_checkpoint = LastCheckpoint(folder / "checkpoints" / "last.ckpt")
+    callbacks = [*callbacks, Throughput(), lightning_callbacks.LearningRateMonitor(logging_interval="step")]
+    if validates:
         best = lightning_callbacks.ModelCheckpoint(
-            checkpoints, "best", monitor="val/loss", enable_version_counter=False
+            folder / "checkpoints", "best", monitor="val/loss", enable_version_counter=False
         )
         callbacks.append(best)
     if settings.patience is not None:
@@ -52,35 +58,23 @@ def build_trainer(
         callbacks.append(lightning_callbacks.EMAWeightAveraging(decay=settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(Progress())
-    callbacks.append(Ending(checkpoints / "last.ckpt", settings.max_steps, _seconds(settings.max_time)))
-    loggers = _build_loggers(config, folder, resume_from) if rank_zero_only.rank == 0 else True
+    # In this order: StopAtNaN checks what the average has put into a checkpoint, and GracefulStop saves the average.
+    callbacks += [StopAtNaN(), GracefulStop(last_checkpoint, settings.max_steps, _seconds(settings.max_time))]
     return L.Trainer(
         **processes(settings),
         precision=precision(settings.precision, settings.accelerator),
-        max_epochs=settings.max_epochs,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.gradient_clip_val,
-        check_val_every_n_epoch=settings.check_val_every_n_epoch,
-        val_check_interval=settings.val_check_interval,
-        limit_val_batches=_limit_val_batches(config, datamodule),
+        **{name: getattr(settings, name) for name in UNCHANGED},
+        limit_val_batches=settings.limit_val_batches if validates else 0,
         num_sanity_val_steps=0,
-        log_every_n_steps=min(settings.log_every_n_steps, datamodule.batches_per_epoch()),
-        profiler=settings.profiler,
-        deterministic=settings.deterministic,
-        detect_anomaly=settings.detect_anomaly,
+        log_every_n_steps=min(settings.log_every_n_steps, batches_per_epoch(config, datamodule)),
         enable_progress_bar=False,  # our own shows the numbers in full
         enable_model_summary=False,
-        use_distributed_sampler=False,  # the loader shares out its batches itself
+        use_distributed_sampler=False,  # our loader gives each process its part
         default_root_dir=folder,
-        callbacks=callbacks,
-        logger=loggers,
+        callbacks=[*callbacks, last_checkpoint],
+        logger=_build_loggers(config, folder, resume_from) if is_first_process() else True,
+        plugins=[AtomicCheckpointIO()],
     )
-
-
-def _limit_val_batches(config: TrainConfig, datamodule: TextDataModule) -> int | float:
-    if not validates(config, datamodule):
-        return 0
-    return 1.0 if config.trainer.limit_val_batches is None else config.trainer.limit_val_batches
 
 
 def _seconds(max_time: str | None) -> float | None:
@@ -90,42 +84,50 @@ def _seconds(max_time: str | None) -> float | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def is_first_process() -> bool:
+    """Whether this process has rank 0: the one that writes files."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def processes(settings: TrainerConfig) -> dict[str, Any]:
-    """Devices, machines and strategy; where torchrun has started the processes, its numbers."""
+    """Hardware, devices, nodes and strategy for `L.Trainer`. Under torchrun its numbers win."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
-    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    strategy = "ddp" if everywhere > 1 else settings.strategy
-    return {
-        "accelerator": settings.accelerator,
-        "devices": here,
-        "num_nodes": everywhere // here,
-        "strategy": strategy,
-    }
+    local_processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    numbers = {"devices": local_processes, "num_nodes": world_size // local_processes}
+    strategy = "ddp" if world_size > 1 else settings.strategy
+    return {"accelerator": settings.accelerator, "strategy": strategy, **numbers}
 
 
-def precision(wanted: str, accelerator: str) -> str:
-    """`auto` is bf16-mixed where the hardware that `accelerator` stands for has bf16 matrix units, else 32-true."""
+def batches_per_epoch(config: TrainConfig, datamodule: TextDataModule) -> int:
+    """Batches of one epoch with these settings."""
+    started = processes(config.trainer)
+    world_size = started["devices"] * started["num_nodes"]
+    return datamodule.batches_per_epoch(world_size, config.trainer.limit_train_batches)
+
+
+def precision(wanted: str, accelerator: str) -> Any:
+    """The precision for `L.Trainer`. `auto`: bf16-mixed if the hardware has bf16 matrix units, else 32-true."""
     if wanted != "auto":
         return wanted
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return "32-true"
-    return "bf16-mixed" if onednn.BF16_IS_FAST else "32-true"
+    return "bf16-mixed" if has_bf16_units() else "32-true"
 
 
 def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:
-    kept = [] if resume_from is None else loss_curve.read_metrics(folder)
-    csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    earlier_rows = [] if resume_from is None else loss_curve.read_metrics(folder)
     steps_done = 0 if resume_from is None else read_checkpoint(resume_from)["global_step"]
-    for row in kept:  # the logger begins an empty file: give it what stands, up to where the run goes on
+    csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    for row in earlier_rows:  # the logger starts an empty file
         step = int(row.pop("step"))
         if step < steps_done:
             csv_logger.experiment.log_metrics(row, step)
     if config.logger.name == "tensorboard":
         return [csv_logger, lightning_loggers.TensorBoardLogger(folder, name="", version="")]
-    if config.logger.name == "wandb":
-        options = {"project": config.logger.project, "offline": config.logger.offline, "save_dir": folder}
-        return [csv_logger, lightning_loggers.WandbLogger(name=folder.name, **options)]
+    if isinstance(config.logger, WandbConfig):
+        project, offline = config.logger.project, config.logger.offline
+        return [csv_logger, lightning_loggers.WandbLogger(folder.name, folder, offline=offline, project=project)]
     return [csv_logger]

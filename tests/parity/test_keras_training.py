@@ -77,8 +77,10 @@ def batches(start, ours) -> dict[str, np.ndarray]:
         patch.chdir(start)
         overrides = ["experiment=keras", *TEXT, *(f"model.{name}={value}" for name, value in OURS.items())]
         config = to_settings(compose("train", overrides))
-        loader = TextDataModule(config, load_tokenizer(start / "outputs" / "start" / "tokenizer.json"))
-        taken = [batch for batch, _ in zip(loader.train_dataloader(), range(STEPS), strict=False)]
+        tokenizer = load_tokenizer(start / "outputs" / "start" / "tokenizer.json")
+        datamodule = TextDataModule(config.data, tokenizer=tokenizer)
+        datamodule.setup()
+        taken = [batch for batch, _ in zip(datamodule.train_dataloader(), range(STEPS), strict=False)]
     return {
         "inputs": np.stack([batch.inputs for batch in taken]),
         "targets": np.stack([batch.targets for batch in taken]),

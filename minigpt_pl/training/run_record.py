@@ -1,0 +1,65 @@
+"""The callback that keeps a run's record."""
+
+import dataclasses
+import logging
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning.pytorch as L
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+
+from minigpt_pl import runs
+from minigpt_pl.config import TrainConfig
+from minigpt_pl.data.corpus import Corpus
+from minigpt_pl.files import write_text
+from minigpt_pl.training import loss_curve
+from minigpt_pl.training.callbacks import Interrupted
+
+log = logging.getLogger(__name__)
+PACKAGES = ("minigpt_pl", "torch", "lightning", "tokenizers", "datasets", "numpy")
+
+
+class RunRecord(L.Callback):
+    """Writes config.yaml, tokenizer.json and run.json (`runs.py` describes them), and in the end loss.png.
+
+    Args:
+        folder: the run folder.
+        overrides: settings of the command line, for a later resume.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, overrides: list[str], corpus: Corpus):
+        self.folder, self.config, self.overrides, self.corpus = folder, config, overrides, corpus
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.corpus.tokenizer.save(str(self.folder / "tokenizer.json"))
+        write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+        runs.update_record(
+            self.folder,
+            status="running",
+            overrides=self.overrides,
+            text=self.corpus.record,
+            command=sys.argv,
+            precision=trainer.precision,
+            processes=trainer.world_size,
+            device=str(trainer.strategy.root_device),
+            versions={"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
+        )
+        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        log.info("Run: %s (%s parameters, %s)", self.folder, f"{parameters:,}", trainer.precision)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer, "finished")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        stopped_by_user = isinstance(exception, Interrupted | KeyboardInterrupt | SystemExit)
+        self._finish(trainer, "interrupted" if stopped_by_user else "failed")
+
+    @rank_zero_only
+    def _finish(self, trainer: L.Trainer, status: str) -> None:
+        runs.update_record(self.folder, status=status, epochs=trainer.current_epoch, steps=trainer.global_step)
+        if (self.folder / "metrics.csv").exists():
+            loss_curve.draw(self.folder)
+        log.info("Run %s: %s after %s steps.", self.folder, status, trainer.global_step)
