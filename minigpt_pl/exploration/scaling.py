@@ -100,7 +100,7 @@ def _run(checkpoint: Path, model: TextModel, data: DataConfig, corpus: Corpus, h
         corpus,
         held_out,
         parameters=sum(p.numel() for p in network.parameters()),
-        block_parameters=sum(p.numel() for p in network.blocks.parameters()),
+        block_parameters=sum(p.numel() for block in network.blocks for p in block.parameters()),
         text_tokens=int(sequences.target_counts[rows].sum()),
         epochs=batches * data.batch_size / len(rows),
         settings={name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)},

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.config import TrainConfig, TrainerConfig, WandbConfig
-from minigpt_pl.cpu.linear import has_bf16_units
+from minigpt_pl.cpu import onednn
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.training import loss_curve
 from minigpt_pl.training.callbacks import AtomicCheckpointIO, GracefulStop, LastCheckpoint, StopAtNaN, Throughput
@@ -114,7 +114,7 @@ def precision(wanted: str, accelerator: str) -> Any:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return "32-true"
-    return "bf16-mixed" if has_bf16_units() else "32-true"
+    return "bf16-mixed" if onednn.BF16_IS_FAST else "32-true"
 
 
 def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:
