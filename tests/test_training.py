@@ -124,7 +124,7 @@ class TestLoss:
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_step_on_a_gpu_never_synchronises(monkeypatch, tiny_config, clip):
     """The code for GPUs, run on a CPU: no operation gives Python a value, or a shape that depends on one."""
-    monkeypatch.setattr(loss_module, "READ_IS_FREE", ())
+    monkeypatch.setattr(loss_module, "SYNC_FREE_DEVICES", ())
     waits = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
