@@ -23,7 +23,7 @@ NETWORK = "network"
 
 
 def main() -> None:
-    app.run("evaluate", EvaluateConfig, evaluate)
+    app.run("evaluate", evaluate)
 
 
 def evaluate(config: EvaluateConfig) -> None:

@@ -17,7 +17,7 @@ NEEDED = ("matplotlib", "sklearn", "sacrebleu", "vaderSentiment")  # the extra `
 
 
 def main() -> None:
-    app.run("explore", ExploreConfig, explore, _as_lists)
+    app.run("explore", explore, _as_lists)
 
 
 def explore(config: ExploreConfig) -> Path:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     sys.argv[1:] = [_take_prompt_literally(argument) for argument in sys.argv[1:]]
-    app.run("sample", SampleConfig, sample)
+    app.run("sample", sample)
 
 
 def sample(config: SampleConfig) -> None:

@@ -12,7 +12,7 @@ from minigpt_pl.errors import InputError
 
 
 def main() -> None:
-    app.run("train", TrainConfig, train, prepare=_settings_of_the_run)
+    app.run("train", train, prepare=_settings_of_the_run)
 
 
 def train(config: TrainConfig) -> None:

@@ -43,7 +43,6 @@ def register_schemas() -> None:
 
 def run(
     config_name: str,
-    schema: type,
     task: Callable[..., object],
     prepare: Callable[[list[str]], list[str]] = lambda overrides: overrides,
 ) -> None:
@@ -52,8 +51,7 @@ def run(
     Bad input prints one line per problem and exits with code 2. HYDRA_FULL_ERROR=1 shows the traceback instead.
 
     Args:
-        schema: the class of the settings.
-        task: takes an instance of `schema`.
+        task: takes an instance of the class in `config`.
         prepare: changes the overrides (`name=value`) before Hydra reads them.
     """
     if sys.stdout is None:
