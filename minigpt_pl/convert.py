@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    app.run("convert", ConvertConfig, convert)
+    app.run("convert", convert)
 
 
 def convert(config: ConvertConfig) -> Path:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    app.run("evaluate", EvaluateConfig, evaluate)
+    app.run("evaluate", evaluate)
 
 
 def evaluate(config: EvaluateConfig) -> None:

@@ -16,7 +16,7 @@ REQUIRED_PACKAGES = ("matplotlib", "sklearn", "sacrebleu", "vaderSentiment")  # 
 
 
 def main() -> None:
-    app.run("explore", ExploreConfig, explore, _values_to_lists)
+    app.run("explore", explore, _values_to_lists)
 
 
 def explore(config: ExploreConfig) -> None:

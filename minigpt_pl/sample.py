@@ -24,7 +24,7 @@ Measures = dict[str, float]
 
 
 def main() -> None:
-    app.run("sample", SampleConfig, sample, quote_prompts)
+    app.run("sample", sample, quote_prompts)
 
 
 def sample(config: SampleConfig) -> None:

@@ -16,7 +16,7 @@ _RESUME_CHECKPOINT = "MINIGPT_RESUME_CHECKPOINT"
 
 
 def main() -> None:
-    app.run("train", TrainConfig, train, prepare=_add_settings_of_the_run)
+    app.run("train", train, prepare=_add_settings_of_the_run)
 
 
 def train(config: TrainConfig) -> None:

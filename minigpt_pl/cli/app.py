@@ -43,7 +43,6 @@ def register_schemas() -> None:
 
 def run(
     config_name: str,
-    schema: type,
     task: Callable[..., object],
     prepare: Callable[[list[str]], list[str]] = lambda overrides: overrides,
 ) -> None:
@@ -52,8 +51,7 @@ def run(
     Bad input prints one line per problem and exits with code 2. HYDRA_FULL_ERROR=1 shows the traceback instead.
 
     Args:
-        schema: the class of the settings.
-        task: takes an instance of `schema`.
+        task: takes an instance of the class in `config`.
         prepare: changes the overrides (`name=value`) before Hydra reads them.
     """
     if sys.stdout is None:
@@ -112,12 +110,15 @@ def to_settings(composed: DictConfig) -> Any:
     Raises:
         InputError: one line per problem.
     """
+    problems = []
+    for name, value, field in each_setting(composed):
+        if field is None:  # from +name=value
+            problems.append(f"{name}: no such setting; --help lists them")
+        elif value == config.REQUIRED:
+            problems.append(f"{name}=: must be given ({field.metadata['doc']})")
+    if problems:
+        raise InputError(*problems)
     try:
-        problems = [f"{name}=: must be given, as in {name}=VALUE" for name in sorted(OmegaConf.missing_keys(composed))]
-        added = [name for name, _, field in each_setting(composed) if field is None]  # by +name=value
-        problems += [f"{name}: no such setting; --help lists them" for name in added]
-        if problems:
-            raise InputError(*problems)
         settings = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:  # ${name} refers to nothing
         raise InputError(explain(error)) from error
