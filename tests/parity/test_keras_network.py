@@ -1,4 +1,4 @@
-"""The same weights give the same logits, hidden states and top-k probabilities, and pass both ways unchanged."""
+"""The same weights give the same logits, hidden states and top-k probabilities as in Keras."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .programs import SEED_VOCABULARY, run_keras
 LENGTHS = (1, 2, 79, 80)
 TOP_K, TEMPERATURES = (1, 10, 20), (1.0, 0.8)
 SEED = {"vocab_size": SEED_VOCABULARY, "maxlen": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}
-# Every size another, so that none can stand in for another; heads not as wide as the model; several blocks.
+# All sizes differ, so that no two can be confused. Heads narrower than the model, and several blocks.
 OTHER = {
     "vocab_size": SEED_VOCABULARY,
     "maxlen": 83,
@@ -55,7 +55,7 @@ def saved(request, keras_installed, ids, tmp_path_factory) -> tuple[str, Path, d
 
 @pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
 def test_logits_and_hidden_states(file, saved, ids, vocabulary, within):
-    """Of the run folder that the file becomes."""
+    """Outputs of the run folder that `convert` makes from the file."""
     name, folder, outputs = saved
     words = folder / "vocab.txt"
     words.write_text("\n".join(vocabulary[:-1]), encoding="utf-8")
@@ -81,14 +81,14 @@ def test_dropout_is_read_where_the_file_tells_it(saved):
 
 
 def test_top_k_probabilities(saved, within):
-    """What the engine hands to the draw, against what `sample_from` hands to it, from the same logits."""
+    """The engine's top-k probabilities are those of the notebook's `sample_from`, for the same logits."""
     name, _, outputs = saved
     logits = torch.from_numpy(outputs["sample_logits"])
 
     for k in TOP_K:
         for temperature in TEMPERATURES:
             controls = Controls(vocab_size=logits.shape[1], temperature=temperature, top_k=k)
-            ours = filters.warp(logits, controls).softmax(dim=-1)  # what `engine.draw` draws by
+            ours = filters.warp(logits, controls).softmax(dim=-1)  # as in `engine.draw`
             theirs = np.zeros(logits.shape)
             np.put_along_axis(
                 theirs, outputs[f"indices_{k}_{temperature}"], outputs[f"probabilities_{k}_{temperature}"], axis=-1
