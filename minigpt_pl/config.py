@@ -82,10 +82,7 @@ class DataConfig:
     end_token: bool = setting(True, "close each document with [END], which ends a generated text; pack needs it")
     loss_on_padding: bool = setting(False, "count padding in the loss, as the notebook does")
     validation_share: float = setting(
-        0.05,
-        "share of the documents held out, chosen by content, if the source has no validation split; 0: none",
-        minimum=0,
-        below=1,
+        0.05, "share of the documents held out if the source has no validation split; 0: none", minimum=0, below=1
     )
     max_sequences: int | None = setting(None, "train on this many random sequences; null: all", minimum=1)
     cache_dir: str = setting("outputs/cache", "folder for the encoded text")
@@ -164,18 +161,12 @@ class TrainerConfig:
     accumulate_grad_batches: int = setting(1, "batches per step", minimum=1)
     gradient_clip_val: float | None = setting(None, "largest gradient norm", above=0)
     check_val_every_n_epoch: int = setting(1, "epochs between validations", minimum=1)
-    val_check_interval: int | None = setting(
-        None, "batches between validations inside an epoch; null: only at its end", minimum=1
-    )
+    val_check_interval: int | None = setting(None, "batches between validations inside an epoch", minimum=1)
     limit_train_batches: int | None = setting(None, "at most this many batches per epoch", minimum=1)
-    limit_val_batches: int | None = setting(
-        None, "at most this many batches per validation; 0: no validation", minimum=0
-    )
+    limit_val_batches: int | None = setting(None, "at most this many batches per validation; 0: none", minimum=0)
     log_every_n_steps: int = setting(10, "steps between log lines", minimum=1)
     patience: int | None = setting(None, "stop after this many validations without a lower val/loss", minimum=1)
-    ema_decay: float | None = setting(
-        None, "validate and save an exponential moving average of the weights", above=0, below=1
-    )
+    ema_decay: float | None = setting(None, "use an exponential moving average of the weights", above=0, below=1)
     profiler: str | None = setting(None, "print a profile at the end", choices=("simple", "advanced", "pytorch"))
     compile: bool = setting(False, "torch.compile the blocks: a minute at the start, fewer kernel launches on a GPU")
     deterministic: bool = setting(False, "use only deterministic algorithms")
@@ -214,15 +205,9 @@ class NumberControls:
     min_tokens: int = setting(0, "the text does not end before this many new tokens", minimum=0)
     temperature: float = setting(0.8, "randomness; 0: always the likeliest token (greedy)", minimum=0)
     top_k: int | None = setting(20, "draw from the k likeliest tokens; null: from all", minimum=1)
-    top_p: float = setting(
-        1.0, "draw from the smallest set of likeliest tokens with this total probability", above=0, maximum=1
-    )
-    min_p: float = setting(
-        0.0, "draw from tokens with at least this share of the highest probability", minimum=0, maximum=1
-    )
-    typical_p: float = setting(
-        1.0, "draw from the most typical tokens with this total probability; 1: from all", above=0, maximum=1
-    )
+    top_p: float = setting(1.0, "draw from the likeliest tokens with this total probability", above=0, maximum=1)
+    min_p: float = setting(0.0, "draw from tokens with this share of the highest probability", minimum=0, maximum=1)
+    typical_p: float = setting(1.0, "draw from typical tokens with this total probability", above=0, maximum=1)
     repetition_penalty: float = setting(1.0, "above 1: tokens already in the text become less likely", above=0)
     no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0: no limit", minimum=0)
     num_beams: int = setting(1, "beam search with this many beams; needs temperature=0", minimum=1)
@@ -235,9 +220,7 @@ class WordControls(NumberControls):
 
     banned_words: list[str] = setting([], "words that are never generated; [UNK] never is")
     stop_words: list[str] = setting([], "words that end the text, once min_tokens is reached; the last word is kept")
-    forced_words: Any = setting(
-        None, "words at given positions among the new tokens, as '{0: a, 5: film}'; 0 is the first"
-    )
+    forced_words: Any = setting(None, "words by position among the new tokens, as '{0: a, 5: film}'")
 
     def arguments(self) -> dict[str, Any]:
         """The controls as arguments of `generate_text`."""
@@ -260,9 +243,7 @@ def _control(name: str, default: Any = MISSING) -> Any:
 class TextGeneratorConfig:
     """Texts generated during training. The defaults are those of the notebook's callback of that name."""
 
-    prompts: list[str] | None = setting(
-        None, "one text for each after an epoch; null: 'this movie is' for IMDB, else the first words of the text"
-    )
+    prompts: list[str] | None = setting(None, "prompts; null: 'this movie is' for IMDB, else the text's first words")
     every_n_epochs: int = setting(1, "epochs between texts; 0: no texts", minimum=0)
     num_tokens: int = _control("num_tokens", 40)
     temperature: float = _control("temperature", 1.0)
@@ -303,22 +284,10 @@ class SampleConfig(WordControls):
     run: str | None = setting(None, "a run folder or its name; null: the newest finished run")
     checkpoint: str | None = setting(None, "path of a checkpoint; null: the run's best, else its last")
     num_samples: int = setting(1, "texts per prompt", minimum=1)
-    seed: int | None = setting(
-        None, "random seed; the same seed gives the same texts; null: new texts", minimum=0, maximum=2**31 - 1
-    )
-    format: str = setting(
-        "text",
-        "jsonl: one record per line, with probabilities; markdown: for people",
-        choices=("text", "jsonl", "markdown"),
-    )
-    show: str | None = setting(
-        None,
-        "probabilities: colour each new word by its probability, or print word(0.12) without colours",
-        choices=("probabilities",),
-    )
-    compare: Any = setting(
-        None, "texts for every combination of settings, as '{temperature: [0.2, 1.0], top_k: [1, 20]}'"
-    )
+    seed: int | None = setting(None, "random seed; null: a new one each time", minimum=0, maximum=2**31 - 1)
+    format: str = setting("text", "jsonl: records with probabilities", choices=("text", "jsonl", "markdown"))
+    show: str | None = setting(None, "probabilities: colour each word by its probability", choices=("probabilities",))
+    compare: Any = setting(None, "compare all combinations, as in '{temperature: [0.2, 1.0], top_k: [1, 20]}'")
     interactive: bool = setting(False, "ask for prompts and settings until /quit")
 
 
@@ -337,14 +306,8 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
 
     output_dir: str = setting("outputs", "folder of the run folders")
     run: str | None = setting(None, "a run folder, its name, or a checkpoint; null: the newest finished run")
-    compare: list[str] | None = setting(
-        None,
-        "compare these runs instead: loss by size, data and position, and texts (temperature 0.8 and top_k 20 unless"
-        " one value is given)",
-    )
-    folder: str | None = setting(
-        None, "folder of the report; null: explore/ in the run folder, or compare/ in output_dir"
-    )
+    compare: list[str] | None = setting(None, "compare these runs instead: loss by size, data and position, and texts")
+    folder: str | None = setting(None, "folder of the report; null: explore/ in the run, or compare/ in output_dir")
     source: str | None = setting(None, "new place of the run's text, instead of its data.source or data.path")
     prompts: str | None = setting(None, "a YAML file of prompts by kind; null: the 14 prompts of conf/prompts.yaml")
     num_tokens: int = _control("num_tokens")
@@ -370,22 +333,12 @@ class EvaluateConfig:
 class ConvertConfig:
     """Settings of `python -m minigpt_pl.convert`."""
 
-    from_keras: str | None = setting(
-        None, "the notebook's model as Keras 3 saved it, .keras or .weights.h5; becomes a run folder"
-    )
-    to_keras: str | None = setting(
-        None, "a new .weights.h5 file, written from run, for load_weights of the notebook's Keras model"
-    )
-    vocabulary: str | None = setting(
-        None,
-        "a file with one word per line, as vectorize_layer.get_vocabulary() lists them; read with from_keras,"
-        " written with to_keras",
-    )
+    from_keras: str | None = setting(None, "the notebook's model, saved as .keras or .weights.h5; becomes a run folder")
+    to_keras: str | None = setting(None, "a new .weights.h5 file for load_weights of the notebook's Keras model")
+    vocabulary: str | None = setting(None, "vectorize_layer.get_vocabulary(), one word per line: read, or written")
     output_dir: str = setting("outputs", "folder of the run folders")
     run_name: str | None = setting(None, "name of the new run folder; null: a new name, which is printed")
-    run: str | None = setting(
-        None, "what to_keras writes: a run folder, its name, or a checkpoint; null: the newest finished run"
-    )
+    run: str | None = setting(None, "run folder, its name, or checkpoint for to_keras; null: the newest finished run")
 
 
 # ------------------------------------------------------------------------------------------------ checks

@@ -62,17 +62,18 @@ class OneBlockDecoder:
     def last_hidden(self) -> Tensor:
         """(B, D), equal to `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
         window = self.tokens[:, self.end - self.size : self.end]  # (B, W, D)
-        x = window[:, -1] + F.embedding(self.lengths - 1, self.positions)  # (B, D)
+        is_full = self.shortest == self.size
+        x = window[:, -1] + (self.positions[-1] if is_full else F.embedding(self.lengths - 1, self.positions))  # (B, D)
         query = self.attention.query(x).view(len(x), self.num_heads, -1)  # (B, H, D + W)
         query, by_position = query.split((window.shape[2], self.size), dim=2)  # (B, H, D), (B, H, W)
-        if self.shortest < self.size:
+        if not is_full:
             # Slot s holds position s - (W - length), which is s + length modulo W. Slots before position 0 are empty.
             empty = (self.slots < self.size - self.lengths[:, None])[:, None]  # (B, 1, W)
             by_position = self._roll(by_position, self.lengths).masked_fill_(empty, -math.inf)
         scores = torch.baddbmm(by_position, query, window.mT)  # (B, H, W) + (B, H, D) @ (B, D, W)
         weights = scores.softmax(dim=-1)
         mixed = weights @ window  # (B, H, W) @ (B, W, D)
-        if self.shortest < self.size:
+        if not is_full:
             weights = self._roll(weights, -self.lengths)
         mixed = torch.cat([mixed, weights], dim=2)  # (B, H, D + W)
         return self.block.after_attention(x, self.attention.value(mixed.flatten(1)))
