@@ -23,9 +23,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    for number in range(2):  # the second time after a process that was killed
-        with atomic_write(tmp_path / f"made-{number}") as temporary:
+    for _ in range(2):
+        with atomic_write(tmp_path / "made") as temporary:
             temporary.mkdir()
             (temporary / "inside.txt").write_text("text")
-        temporary.mkdir()
-    assert (tmp_path / "made-1" / "inside.txt").read_text() == "text"
+        assert (tmp_path / "made" / "inside.txt").read_text() == "text"
+        (tmp_path / "made").rename(temporary)  # as if this process had been killed before its rename

@@ -317,6 +317,7 @@ class TestSettings:
         with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the training has diverged"):
             train(tiny_config(*options), resume_from=folder / "checkpoints" / "broken.ckpt")
         assert last.read_bytes() == before and runs.read_record(folder)["status"] == "failed"
+        assert runs.read_record(folder)["steps"] < 30, "it did not stop inside the epoch"
 
     def test_learning_rate_finder(self, tiny_config, tmp_path):
         train(tiny_config("find_learning_rate=true"))
