@@ -1,4 +1,4 @@
-"""python -m minigpt_pl: list the commands, or print the version (`--version`)."""
+"""python -m minigpt_pl: lists the commands, or prints the version (`--version`)."""
 
 import importlib
 import sys
@@ -20,8 +20,8 @@ def main() -> None:
             print((importlib.import_module(f"minigpt_pl.{command}").__doc__ or "").splitlines()[0])
         print("\nEach has --help, which lists its settings.")
     else:
-        hint = f"python -m minigpt_pl.{arguments[0]}" if arguments[0] in COMMANDS else "python -m minigpt_pl.train"
-        print(f"error: {arguments[0]}: is not an option of minigpt_pl; write {hint}", file=sys.stderr)
+        command = arguments[0] if arguments[0] in COMMANDS else "train"
+        print(f"error: {arguments[0]}: is not an option; write python -m minigpt_pl.{command}", file=sys.stderr)
         sys.exit(2)
 
 

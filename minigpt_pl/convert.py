@@ -42,7 +42,7 @@ def read_vocabulary(path: Path, size: int) -> list[str]:
         size: number of entries with `[END]`: the model's number of logits.
 
     Raises:
-        InputError: the file cannot be read, or is not the vocabulary of such a model.
+        InputError: the file cannot be read, or is not the vocabulary of a model of this size.
     """
     remedy = "write vectorize_layer.get_vocabulary() of this model to it, one word per line"
     try:

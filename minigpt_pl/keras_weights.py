@@ -1,6 +1,6 @@
 """Reads and writes the weights of the notebook's Keras model. Needs h5py, but not Keras.
 
-Keras 3 stores weights in HDF5, with one group per layer. A `.keras` file is a zip that contains such a file:
+Keras 3 stores weights in an HDF5 file, with one group per layer. A `.keras` file is a zip that contains it:
 
     layers/token_and_position_embedding/token_emb/vars/0
     layers/transformer_block/att/query_dense/vars/0 (kernel), vars/1 (bias)

@@ -370,7 +370,9 @@ class TestHelp:
         for flag in ("-h", "--help"):
             assert run_main("__main__", flag, cwd=tmp_path).stdout == done.stdout
         assert run_main("__main__", "--version", cwd=tmp_path).stdout == version("minigpt_pl") + "\n"
-        assert_refused(run_main("__main__", "train", cwd=tmp_path), "train: is not an option of minigpt_pl; write")
+        assert_refused(
+            run_main("__main__", "train", cwd=tmp_path), "train: is not an option; write python -m minigpt_pl.train"
+        )
 
 
 def test_resume_uses_the_settings_of_the_run(trained, tmp_path):

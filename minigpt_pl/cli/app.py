@@ -26,7 +26,7 @@ from minigpt_pl.cli.help import each_setting, print_help
 from minigpt_pl.errors import InputError
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel holds conf/ inside the package, a checkout beside it.
+# In a wheel conf/ is inside the package. In a checkout the two are in the same folder.
 CONFIG_DIR = str(next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()))
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 

@@ -45,5 +45,5 @@ def each_setting(composed: DictConfig, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def choices_of(options: Sequence[str]) -> list[str]:
-    """The files of a group, without the classes that Hydra lists beside them."""
+    """The files of a group. Hydra also lists the registered classes, which are left out."""
     return [option for option in options if not option.endswith("_schema")]
