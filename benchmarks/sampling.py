@@ -31,11 +31,14 @@ Write = Callable[[list[list[int]], int], float]  # prompts and number of new tok
 def engine(prompts: list[list[int]], num_tokens: int) -> float:
     from minigpt_pl.generation.controls import Controls
     from minigpt_pl.generation.engine import generate_ids
+    from minigpt_pl.generation.inference import InferenceModel
 
-    model = _network()
-    controls = Controls(vocab_size=model.vocab_size, num_tokens=num_tokens, temperature=TEMPERATURE, top_k=TOP_K)
+    if not hasattr(engine, "model"):
+        engine.model = InferenceModel(_network())
+    controls = Controls(vocab_size=SIZES["vocab_size"], num_tokens=num_tokens, temperature=TEMPERATURE, top_k=TOP_K)
     start = time.perf_counter()
-    generate_ids(model, prompts, controls, range(len(prompts)))
+    assert engine.model.is_current()  # as each call from text does
+    generate_ids(engine.model, prompts, controls, range(len(prompts)))
     return (time.perf_counter() - start) / num_tokens
 
 
