@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig, NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import Block, Chart, Heading, Paragraph, Question, Table, write_report
+from minigpt_pl.exploration.markup import Chart, Table, render, write_report
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
@@ -29,7 +29,6 @@ from minigpt_pl.measures.probes import loss_by_context, non_overlapping_windows
 log = logging.getLogger(__name__)
 
 CONSISTENCY = ("sentiment", "failure: sentiment", "drift", "failure: drift", "ngram_loss", "repeated_4grams")
-ONLY_DIFFERENCE = {"parameters": "the network", "tokens": "data.max_sequences"}
 
 
 def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
@@ -61,8 +60,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
 
     record = _record(compared, documents, losses, texts_of)
     write_text(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
-    sections = _losses(compared, record), _coherence(record), _consistency(record, real, samples)
-    write_report(folder / "compare.md", [block for section in sections for block in section])
+    _write(compared, record, real, samples, folder / "compare.md")
 
 
 def _one_setting(config: ExploreConfig) -> Setting:
@@ -121,27 +119,17 @@ def _by_context(compared: Sequence[Run], longest: int) -> dict[str, dict[int, Es
     return result
 
 
-def _losses(compared: Sequence[Run], record: dict[str, Any]) -> Iterator[Block]:
+def _write(
+    compared: Sequence[Run], record: dict[str, Any], real: Summary, samples: Sequence[Sample], path: Path
+) -> None:
+    """Write compare.md; its sentences are in compare.jinja."""
     first, names = compared[0], [*record["runs"]]
-    yield Heading(1, f"Comparison of {', '.join(names)}")
-    yield Paragraph(
-        f"Text: {first.corpus.record['source']}. All runs have the same words. The losses are those of the same"
-        f" {record['words']:,} known words of text that all of them held out. A word is predicted from the"
-        " words before it in its document, as many as the run's context allows. Square brackets hold 95 % intervals."
-        " All figures are in compare.json."
-    )
-    yield Heading(2, "Loss against size and data")
     differing = [
         name
         for name, value in first.settings.items()
         if all(name in run.settings for run in compared) and any(run.settings[name] != value for run in compared)
     ]
-    yield Paragraph(
-        '"text" is the number of tokens in the run\'s training text, without padding. "passes" is how often the run saw'
-        f' them. "minus {names[0]}" is the difference in loss; if its interval contains 0, the figures show no'
-        " difference. The last columns are the settings that differ."
-    )
-    header = ["run", "parameters", "in blocks", "text", "passes", "loss of a word, nats", f"minus {names[0]}"]
+    header = ["run", "parameters", "in blocks", "text", "passes", "loss of a word, nats", f"minus {first.name}"]
     rows = []
     for run in compared:
         figures = record["runs"][run.name]
@@ -150,54 +138,30 @@ def _losses(compared: Sequence[Run], record: dict[str, Any]) -> Iterator[Block]:
         loss, difference = figures["word_loss"], estimate_text(figures["less_first"], sign=True, digits=3)
         losses = [estimate_text(loss, digits=3), difference, f"{math.exp(loss.mean):.1f}"]
         rows.append([run.name, *sizes, epochs, *losses, *(str(run.settings[name]) for name in differing)])
-    yield Table([*header, "word perplexity", *differing], rows)
+    positions = [[r["band"], f"{r['tokens']:,}", *(f"{r[name]:.3f}" for name in names)] for r in record["by_position"]]
+    by_context = record["by_context"].values()
+    contexts = [
+        [str(context), *(estimate_text(estimates.get(context)) for estimates in by_context)]
+        for context in sorted({context for estimates in by_context for context in estimates})
+    ]
+    summaries = {"real text": real} | {name: run["consistency"] for name, run in record["runs"].items()}
+    consistency = [[name, *(estimate_text(s[metric]) for metric in CONSISTENCY)] for name, s in summaries.items()]
     title = "Loss against parameters, against tokens, and by position"
-    yield Chart("compare", title, charts.compared(compared, record))
-    for variable, only_difference in ONLY_DIFFERENCE.items():
-        fits = [fit for fit in record["fits"] if fit["against"] == variable]
-        if not fits:
-            yield Paragraph(f"Against {variable}: no comparison, because no two runs differ only in {only_difference}.")
-        for fit in fits:
-            runs_text = f"Against {variable}: {', '.join(fit['of'])} differ only in {only_difference}"
-            if "exponent" not in fit:
-                yield Paragraph(f"{runs_text}. These are too few for a power law, which needs {MIN_SIZES} sizes.")
-            else:
-                yield Paragraph(
-                    f"{runs_text}: loss = {fit['scale']:.3g} · {variable}^-a with a ="
-                    f" {estimate_text(fit['exponent'], digits=3)}, over {fit['points']} runs. The law holds within this"
-                    " range only; it cannot show where the loss stops falling."
-                )
-
-
-def _coherence(record: dict[str, Any]) -> Iterator[Block]:
-    names = [*record["runs"]]
-    yield Heading(2, "Long-range coherence")
-    yield Paragraph(
-        "Loss by the number of tokens before the token in its document. Compare columns, not rows, because each row has"
-        " other tokens."
+    blocks = render(
+        "compare.jinja",
+        record=record,
+        first=first.name,
+        source=first.corpus.record["source"],
+        runs=Table([*header, "word perplexity", *differing], rows),
+        chart=Chart("compare", title, charts.compared(compared, record)),
+        estimate_text=estimate_text,
+        min_sizes=MIN_SIZES,
+        by_position=Table(["tokens before", "tokens", *names], positions),
+        by_context=Table(["context, tokens", *names], contexts),
+        num_texts=len(samples) // len(names),
+        num_tokens=samples[0]["num_tokens"],
+        setting=label(samples[0]["settings"], ["temperature", "top_k"]),
+        meanings=Table(["measure", "meaning"], [[name, METRICS[name]] for name in CONSISTENCY if name in METRICS]),
+        consistency=Table(["run", *CONSISTENCY], consistency),
     )
-    rows = [[r["band"], f"{r['tokens']:,}", *(f"{r[name]:.3f}" for name in names)] for r in record["by_position"]]
-    yield Table(["tokens before", "tokens", *names], rows)
-    if record["by_context"][names[0]]:
-        yield Paragraph(
-            "The same held-out tokens, predicted only from the last tokens before them. If more context does not lower"
-            " the loss, the network does not use it."
-        )
-        contexts = sorted({context for estimates in record["by_context"].values() for context in estimates})
-        rows = [[str(n), *(estimate_text(record["by_context"][name].get(n)) for name in names)] for n in contexts]
-        yield Table(["context, tokens", *names], rows)
-
-
-def _consistency(record: dict[str, Any], real: Summary, samples: Sequence[Sample]) -> Iterator[Block]:
-    figures = {"real text": real} | {name: run["consistency"] for name, run in record["runs"].items()}
-    yield Heading(2, "Semantic consistency: sentiment and topic of a text")
-    setting = label(samples[0]["settings"], ["temperature", "top_k"])
-    yield Paragraph(
-        f"{len(samples) // len(record['runs']):,} texts of each run, of up to {samples[0]['num_tokens']} words, with"
-        f" {setting} and the same prompts and random seeds. Real text is held-out text of the same length. The figure"
-        " of a failure is the share of marked texts. For real text, it is the rate of false alarms."
-    )
-    yield Table(["measure", "meaning"], [[name, METRICS[name]] for name in CONSISTENCY if name in METRICS])
-    rows = [[name, *(estimate_text(summary[metric]) for metric in CONSISTENCY)] for name, summary in figures.items()]
-    yield Table(["run", *CONSISTENCY], rows)
-    yield Question("What do size and data change, and what not?")
+    write_report(path, blocks)

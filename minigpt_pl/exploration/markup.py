@@ -1,4 +1,4 @@
-"""The blocks of a report, each with its Markdown and HTML form."""
+"""The blocks of a report, each with its Markdown and HTML form, from a template that has the report's sentences."""
 
 import html
 import re
@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import jinja2  # comes with torch
 from matplotlib.figure import Figure
 
 from minigpt_pl.exploration.samples import Sample
 from minigpt_pl.files import write_figure, write_text
 
+QUESTION = "Question:"
 
+
+@runtime_checkable
 class Block(Protocol):
     def markdown(self) -> str: ...
 
@@ -21,26 +25,28 @@ class Block(Protocol):
 
 
 @dataclass
-class Heading:
-    level: int
+class Text:
+    """A heading, if the text starts with `#`; a question with room for the answer after `QUESTION`; or a paragraph."""
+
     text: str
 
     def markdown(self) -> str:
-        return f"{'#' * self.level} {escape_markdown(self.text)}"
+        mark, text = self._split()
+        if mark == QUESTION:
+            return f"> **Your own reasoning.** {escape_markdown(text)}\n>\n> _(write here)_"
+        return f"{mark} {escape_markdown(text)}".lstrip()
 
     def html(self) -> str:
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+        mark, text = self._split()
+        if mark == QUESTION:
+            question = html.escape(text)
+            return f'<div class="question"><b>Your own reasoning.</b> {question}<div contenteditable></div></div>'
+        tag = f"h{len(mark)}" if mark else "p"
+        return f"<{tag}>{html.escape(text)}</{tag}>"
 
-
-@dataclass
-class Paragraph:
-    text: str
-
-    def markdown(self) -> str:
-        return escape_markdown(self.text)
-
-    def html(self) -> str:
-        return f"<p>{html.escape(self.text)}</p>"
+    def _split(self) -> tuple[str, str]:
+        mark, _, text = self.text.partition(" ")
+        return (mark, text) if mark == QUESTION or not mark.strip("#") else ("", self.text)
 
 
 @dataclass
@@ -105,18 +111,25 @@ class MarkedSample:
             yield " ".join(words[start:end]), sorted({s["kind"] for s in spans if s["start"] <= start < s["end"]})
 
 
-@dataclass
-class Question:
-    """A question, with room for the reader's answer."""
+def render(template: str, **values: Any) -> list[Block]:
+    """The blocks of a template of this folder, filled with values.
 
-    text: str
+    Blank lines separate the blocks. A block is a `Text`, or a value that is itself a block.
+    """
+    inserted: list[Block] = []
 
-    def markdown(self) -> str:
-        return f"> **Your own reasoning.** {escape_markdown(self.text)}\n>\n> _(write here)_"
+    def finalize(value: Any) -> Any:
+        if isinstance(value, Block):
+            inserted.append(value)
+            return "\0"
+        return " ".join(value.split()) if isinstance(value, str) else value
 
-    def html(self) -> str:
-        question = html.escape(self.text)
-        return f'<div class="question"><b>Your own reasoning.</b> {question}<div contenteditable></div></div>'
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, finalize=finalize)
+    environment.filters["number"] = "{:,}".format
+    texts = re.split(r"\n\s*\n", environment.get_template(template).render(values).strip())
+    blocks = iter(inserted)
+    return [next(blocks) if text.strip() == "\0" else Text(" ".join(text.split())) for text in texts]
 
 
 def write_report(path: Path, blocks: Sequence[Block]) -> None:

@@ -15,11 +15,6 @@ from minigpt_pl.exploration.samples import Sample, Setting, is_greedy
 RESAMPLES = 1_000
 CONFIDENCE = 0.95
 
-RULE = (
-    "A setting is among the best if the 95 % interval of its share of texts with any failure reaches down to the lowest"
-    " mean. The best settings are sorted by coherence, lowest n-gram loss first."
-)
-
 
 class Estimate(NamedTuple):
     """A mean and its 95 % interval."""
@@ -145,7 +140,7 @@ def none_last(value: float | None) -> tuple[bool, float]:
 
 
 def best_settings(summaries: Sequence[Summary]) -> list[int]:
-    """Indices of the settings that `RULE` picks, best first."""
+    """Indices of the best settings, best first. report.jinja states the rule."""
     lowest = min(summary["failure: any"].mean for summary in summaries)
     as_low = [i for i, summary in enumerate(summaries) if summary["failure: any"].low <= lowest]
     return sorted(as_low, key=lambda i: summaries[i]["ngram_loss"].mean)
