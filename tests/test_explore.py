@@ -12,7 +12,7 @@ from scipy import stats
 from minigpt_pl import InputError, load
 from minigpt_pl.cli import app
 from minigpt_pl.exploration import samples as samples_
-from minigpt_pl.exploration.markup import Heading, MarkedSample, Paragraph, Question, Table, escape_markdown
+from minigpt_pl.exploration.markup import MarkedSample, Table, Text, escape_markdown
 from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
 from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, pareto_front, summarize
@@ -174,6 +174,23 @@ class TestCommand:
         real = np.mean([r["metrics"]["loss"] for r in records(explored, "held_out.jsonl")])
         assert "| real text | " in report and f" {real:.2f} [" in report[report.index("| real text |") :][:80]
 
+    def test_reports_print_text_as_people_write(self, explored):
+        """No space inside it's and well-known, or before a comma. Marks around words do not change the text."""
+        folder = explored / "outputs/tiny/explore"
+        texts = {sample["text"] for sample in records(explored)}
+        report = (folder / "report.md").read_text()
+        shown = [line.split("**: ")[1] for line in report.splitlines() if "**: _the cat_" in line]
+        assert any(" _(" in line for line in shown)
+        assert any(re.search(r"\w, and it's a \w+-\w+ ", line) for line in shown)
+        for line in shown:
+            assert re.sub(r"</?b>| _\([a-z, ]+\)_|^_|(?<=cat)_", "", line) in texts
+        copied = [line.split(" | ")[2] for line in report[report.index("| different words") :].splitlines()[2:12]]
+        assert any("it's" in run for run in copied) and all(any(run in text for text in texts) for run in copied)
+        page = (folder / "report.html").read_text()
+        data = json.loads(re.search(r'<script id="data"[^>]*>(.*)</script>', page)[1])
+        joined = ["".join([sample["prompt"], *sample["tokens"]]) for sample in data]
+        assert joined == [sample["text"] for sample in records(explored)]
+
     def test_metrics_of_a_sample(self, explored):
         from minigpt_pl.measures import repetition
 
@@ -318,10 +335,14 @@ class TestMarkdown:
         assert escape_markdown("ngram_loss 1.50 [1.20, 1.80] [UNK]") == "ngram_loss 1.50 [1.20, 1.80] [UNK]"
 
     def test_all_blocks_escape(self):
-        sample = {"prompt": "*p*", "words": ["*w*"], "failures": []}
-        blocks = [Heading(2, "*h*"), Paragraph("*p*"), Table(["*t*"], [["*c*"]]), Question("*q*")]
-        for block in [*blocks, MarkedSample(sample, "*s*")]:
+        texts = [Text(f"{mark}*t*") for mark in ("## ", "Question: ", "")]
+        for block in [*texts, Table(["*t*"], [["*c*"]]), MarkedSample("*t*", "*p*", [" *w*"], [])]:
             assert not re.search(r"(?<![*\\])\*\w\*", block.markdown()), block
+
+    def test_marked_words(self):
+        failures = [{"kind": "loop", "start": 1, "end": 3}, {"kind": "bracket", "start": 2, "end": 3}]
+        marked = MarkedSample("t", "a film", [",", " it", "'s", ")"], failures)
+        assert marked.markdown() == "**t**: _a film_, <b>it</b> _(loop)_<b>'s</b> _(bracket, loop)_)"
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +402,7 @@ class TestPage:
         samples = [s for s in records(explored) if s["prompt"] == "a dog" and s["seed"] == 0]
         (sample,) = [s for s in samples if (s["settings"]["temperature"], s["settings"]["top_k"]) == (1.5, 5)]
         text = page.locator("#side div p").nth(1).inner_text()
-        assert " ".join(text.split()) == " ".join(["a dog", *sample["words"]])
+        assert text == sample["text"]
 
     def test_failures_are_marked_on_the_words(self, page, explored):
         marked = [(s, span) for s in records(explored) for span in s["failures"]]

@@ -14,7 +14,7 @@ from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig, NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import Chart, Table, render, write_report
+from minigpt_pl.exploration.markup import Chart, Table, render, write_markdown
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
@@ -164,4 +164,4 @@ def _write(
         meanings=Table(["measure", "meaning"], [[name, METRICS[name]] for name in CONSISTENCY if name in METRICS]),
         consistency=Table(["run", *CONSISTENCY], consistency),
     )
-    write_report(path, blocks)
+    write_markdown(path, blocks)

@@ -4,21 +4,18 @@ It states measurements. Their interpretation is left to the reader, with marked 
 are in report.jinja. The functions below prepare the tables, charts and examples of its sections.
 """
 
-import html
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import Chart, MarkedSample, Table, render, write_report
+from minigpt_pl.exploration.markup import Chart, MarkedSample, Table, render, write_html, write_markdown
 from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT
-from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls
+from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls, without_nan
 from minigpt_pl.exploration.summary import best_settings, effect, estimate_text, summarize, summarize_real
-from minigpt_pl.files import write_text
+from minigpt_pl.generation.text import decode_continuation
 from minigpt_pl.measures.failures import KINDS
 from minigpt_pl.measures.probes import attention_maps
 from minigpt_pl.text_model import TextModel
@@ -59,9 +56,19 @@ class Exploration:
         self.names = [label(setting, self.varied) for setting in self.grid]
         self.prompts = list(dict.fromkeys((sample["kind"], sample["prompt"]) for sample in self.samples))
         self.num_parameters = sum(p.numel() for p in self.model.network.parameters())
+        self._token = cache(lambda id_: decode_continuation(self.model.tokenizer, [id_]))
 
     def first_sample(self, setting: int, prompt: str) -> Sample | None:
         return next((s for s in self.samples if s["settings"] == self.grid[setting] and s["prompt"] == prompt), None)
+
+    def tokens(self, sample: Sample) -> list[str]:
+        """The words after the prompt, each with the space before it, if it has one."""
+        return [self._token(id_) for id_ in sample["ids"]]
+
+    def marked(self, sample: Sample, title: str, kind: str | None = None) -> MarkedSample:
+        """A sample with its failures of one kind, or with all for None."""
+        failures = [span for span in sample["failures"] if kind in (None, span["kind"])]
+        return MarkedSample(title, sample["prompt"], self.tokens(sample), failures)
 
 
 def report(exploration: Exploration, folder: Path) -> None:
@@ -71,22 +78,14 @@ def report(exploration: Exploration, folder: Path) -> None:
     for section in (_outputs, _behaviour, _failures, _network, _copying):
         values |= section(e)
     blocks = render("report.jinja", **values)
-    write_report(folder / "report.md", blocks)
+    write_markdown(folder / "report.md", blocks)
     data = [
-        {name: sample[name] for name in ("prompt", "kind", "seed", "words", "failures", "copied")}
-        | {"setting": label(sample["settings"], e.varied), "metrics": _rounded(sample["metrics"])}
+        {name: sample[name] for name in ("prompt", "kind", "seed", "failures", "copied")}
+        | {"tokens": e.tokens(sample), "setting": label(sample["settings"], e.varied)}
+        | {"metrics": without_nan({name: v and round(v, 4) for name, v in sample["metrics"].items()})}
         for sample in e.samples
     ]
-    page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"Exploring {e.run}"),
-        body="\n".join(block.html() for block in blocks),
-        data=json.dumps(data, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\u0021--"),
-    )
-    write_text(folder / "report.html", page)
-
-
-def _rounded(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    return {name: None if v is None or math.isnan(v) else round(v, 4) for name, v in metrics.items()}
+    write_html(folder / "report.html", f"Exploring {e.run}", blocks, data)
 
 
 def _outputs(e: Exploration) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def _outputs(e: Exploration) -> dict[str, Any]:
     shown = list(dict.fromkeys([e.best[0], *greedy, *by_loss[:1], *by_loss[-1:]]))
     outputs = {
         f"{prompt} ({kind.replace('_', ' ')})": [
-            MarkedSample(sample, e.names[i]) for i in shown if (sample := e.first_sample(i, prompt))
+            e.marked(sample, e.names[i]) for i in shown if (sample := e.first_sample(i, prompt))
         ]
         for kind, prompt in e.prompts
     }
@@ -139,7 +138,7 @@ def _failures(e: Exploration) -> dict[str, Any]:
         "worst_first": Table(["setting, worst first", *(name.removeprefix("failure: ") for name in FAILURES)], rows),
         "examples": {
             kind: [
-                MarkedSample(sample, f"{label(sample['settings'], e.varied)}, seed {sample['seed']}", kind)
+                e.marked(sample, f"{label(sample['settings'], e.varied)}, seed {sample['seed']}", kind)
                 for sample in _worst(e.samples, kind)
             ]
             for kind in KINDS
@@ -196,8 +195,8 @@ def _copying(e: Exploration) -> dict[str, Any]:
     runs: dict[str, tuple[int, int, str, int, str]] = {}
     for sample in e.samples:
         start, length, document = (sample["copied"][name] for name in ("start", "length", "document"))
-        words = sample["words"][start : start + length]
-        run, setting = " ".join(words), label(sample["settings"], e.varied)
+        words = e.tokens(sample)[start : start + length]
+        run, setting = "".join(words).lstrip(), label(sample["settings"], e.varied)
         runs.setdefault(run, (len(set(words)), length, run, document, setting))
     rows = sorted(runs.values(), key=lambda row: (-row[0], -row[1]))[:NUM_COPIES]
     header = ["different words", "words", "the run", "training document", "setting"]
