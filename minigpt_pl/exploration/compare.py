@@ -82,12 +82,7 @@ def _record(
     losses: dict[str, np.ndarray],
     texts_of: dict[str, list[Sample]],
 ) -> dict[str, Any]:
-    """The contents of compare.json, and the only source of the report's figures.
-
-    Args:
-        documents: held-out documents; losses: run -> the losses of their tokens.
-        texts_of: run -> its samples.
-    """
+    """The contents of compare.json, and the only source of the report's figures. Losses and texts are by run."""
     longest = max(run.model.network.max_length for run in compared)
     summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
     runs_record = {}
@@ -95,7 +90,7 @@ def _record(
         loss, less_first = losses_of_words[run.name]
         runs_record[run.name] = {
             "parameters": run.parameters,
-            "in_blocks": run.block_parameters,
+            "in_blocks": sum(p.numel() for block in run.model.network.blocks for p in block.parameters()),
             "context": run.model.network.max_length,
             "text": run.text_tokens,
             "passes": run.epochs,

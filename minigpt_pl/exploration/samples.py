@@ -44,13 +44,11 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     prompts = [(str(kind), prompt) for kind, group in contents.items() for prompt in group]
     if not prompts:
         raise InputError(f"prompts={path}: has no prompt; write some, {example}")
-    seen = set()
-    for _, prompt in prompts:
+    for i, (_, prompt) in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompts={path}: {prompt!r} is not text; write it in quotes")
-        if prompt in seen:
+        if prompt in [before for _, before in prompts[:i]]:
             raise InputError(f"prompts={path}: {prompt!r} occurs twice; remove one")
-        seen.add(prompt)
     return prompts
 
 
@@ -140,27 +138,26 @@ def generate_samples(
     """
     _check_plan(config, model, prompts, grid, folder)
     path = folder / SAMPLES
-    samples = {_key(sample["prompt"], sample["seed"], sample["settings"]): sample for sample in read_samples(path)}
-    write_samples(path, samples.values())  # drops an incomplete last line
-    failed = []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]  # without an incomplete line
+    samples = {_key(sample): sample for sample in map(json.loads, lines)}
+    write_samples(path, samples.values())
+    failed, ordered = [], []
     with path.open("a", encoding="utf-8") as file:
         for setting in tqdm(grid, desc="Generating", unit=" settings", disable=None, leave=False):
-            seeds = _seeds(config, setting)
-            missing = [
-                (kind, prompt)
-                for kind, prompt in prompts
-                if any(_key(prompt, seed, setting) not in samples for seed in seeds)
-            ]
+            keys = {
+                prompt: [(prompt, seed, *setting.values()) for seed in _seeds(config, setting)] for _, prompt in prompts
+            }
+            missing = [(kind, prompt) for kind, prompt in prompts if not samples.keys() >= set(keys[prompt])]
             try:
-                new = list(generate_setting(config, model, missing, setting, seeds)) if missing else []
+                new = list(generate_setting(config, model, missing, setting, _seeds(config, setting)))
             except InputError as error:
                 failed.append(f"{label(setting, varied_controls(grid))}: {error}")
                 continue
-            samples |= {_key(sample["prompt"], sample["seed"], setting): sample for sample in new}
+            samples |= {_key(sample): sample for sample in new}
+            ordered += [samples[key] for prompt_keys in keys.values() for key in prompt_keys]
             file.write("".join(map(_line, new)))
             file.flush()
-    keys = [_key(prompt, seed, s) for s in grid for _, prompt in prompts for seed in _seeds(config, s)]
-    return [samples[key] for key in keys if key in samples], failed
+    return ordered, failed
 
 
 def generate_setting(
@@ -187,14 +184,6 @@ def generate_setting(
             }
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Read a file of samples, without an incomplete last line."""
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
-
-
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """Write a file of samples atomically."""
     write_text(path, "".join(map(_line, samples)))
@@ -213,8 +202,8 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _key(prompt: str, seed: int, setting: Setting) -> tuple[Any, ...]:
-    return (prompt, seed, *setting.values())
+def _key(sample: Sample) -> tuple[Any, ...]:
+    return (sample["prompt"], sample["seed"], *sample["settings"].values())
 
 
 def _check_plan(
