@@ -73,8 +73,8 @@ def explore(config: ExploreConfig) -> None:
     only_prompts = [prompt for _, prompt in prompts]
     study = study_network(metrics, held_out, only_prompts, config.num_tokens, folder / "network.json")
     log.info("Drawing the charts and writing the report.")
-    source, num_calibration = corpus.record["source"], metrics.num_calibration
-    report(Exploration(run.name, source, model, grid, made, failed, real, num_calibration, study), folder)
+    text = corpus.record["source"]
+    report(Exploration(run.name, text, model, grid, made, failed, real, metrics.num_calibration, study), folder)
     log.info("Report: %s and %s", folder / "report.html", folder / "report.md")
 
 

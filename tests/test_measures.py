@@ -172,8 +172,7 @@ def real(imdb_texts):
         NGramModel.fit(tokens, offsets, len(vocabulary), 3),
         NGramModel.fit(skeleton(tokens), offsets, 151, 4),
         TopicModel.fit(tokens, offsets, len(vocabulary)),
-        build_tokenizer(vocabulary).decode,
-        vocabulary,
+        build_tokenizer(vocabulary),
         held_out[:400],
     )
     return detector, held_out[400:]
@@ -220,7 +219,7 @@ class TestFailureDetector:
 
     def test_praise_that_turns_to_blame(self, real):
         detector, _ = real
-        ids = {word: id_ for id_, word in enumerate(detector.vocabulary)}
+        ids = detector.tokenizer.get_vocab()
         praise = "this film is great and wonderful and i love it it is the best and most beautiful film ever made"
         blame = "it is awful and terrible and i hate it it is the worst and most horrible film ever made so bad"
         flip, same = ([ids[word] for word in f"{praise} {second}".split()] for second in (blame, praise))

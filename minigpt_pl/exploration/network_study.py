@@ -25,16 +25,13 @@ SHORT_CONTEXT_SEEDS = 2  # texts per prompt for each length of context
 def study_network(
     metrics: TextMetrics, held_out: Ids, prompts: Sequence[str], num_tokens: int, path: Path
 ) -> dict[str, Any]:
-    """Measure the network, and write the figures to a file.
+    """Measure the network, and write the figures to a file. Estimates are [mean, low, high].
 
-    Returns:
-        Estimates are [mean, low, high].
-
-        - windows: number of held-out words; context: words of context -> estimate of their loss; further: words of
-          context -> how much the words further back lower the loss.
-        - copied_texts: number of texts of the induction test; copying: its losses; attention: (blocks, H, distance).
-        - cut: words of context during generation -> metric -> estimate, measured with the whole network.
-        - planted: as `TextMetrics.detection_rates`; thresholds: of the detector.
+    - windows: number of held-out words; context: words of context -> estimate of their loss; further: words of context
+      -> how much the words further back lower the loss.
+    - copied_texts: number of texts of the induction test; copying: its losses; attention: (blocks, H, distance).
+    - cut: words of context during generation -> metric -> estimate, measured with the whole network.
+    - planted: as `TextMetrics.detection_rates`; thresholds: of the detector.
     """
     network, length = metrics.model.network, metrics.model.network.max_length
     windows = probes.non_overlapping_windows(held_out.tokens, held_out.offsets, length + 1, NUM_WINDOWS)

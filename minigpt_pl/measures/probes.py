@@ -6,7 +6,8 @@ Losses are in nats per token, entropies in bits. The networks must be in eval mo
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ class TextScores(NamedTuple):
     """Means over the words of a text, each predicted from all words before it (at most the model's `max_length`).
 
     Attributes:
-        loss: -log p of the words at temperature 1 without controls. exp(loss) is the perplexity. Compare it with real
-            held-out text: a far lower loss means dull text, a far higher loss means strange text.
-        entropy: entropy of the model's distribution in bits, in [0, log2 V].
-        unknown: probability of `[UNK]`, which is never generated, in [0, 1]: how often the model lacks a word.
+        loss: -log p of the words at temperature 1 without controls. Compare it with real held-out text: a far lower
+            loss means dull text, a far higher loss means strange text.
+        entropy: of the model's distribution, in [0, log2 V].
+        unknown: probability of `[UNK]`, which is never generated: how often the model lacks a word.
     """
 
     loss: float
@@ -66,12 +67,11 @@ def last_token_losses(network: MiniGPT, sequences: Tensor) -> Tensor:
 
 
 def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int, max_windows: int) -> Tensor:
-    """Windows of `length` ids, each inside one document, evenly spread over the text: (B, length).
+    """Windows of `length` ids, each inside one document, evenly spread over a text as in `NGramModel.fit`: (B, length).
 
-    Args:
-        tokens, offsets: a text as in `NGramModel.fit`. The last token of each document is left out: its end token.
+    The last token of each document is left out: its end token.
     """
-    documents = zip(offsets.tolist(), offsets[1:].tolist(), strict=False)
+    documents = pairwise(offsets.tolist())
     starts = np.array([start for a, b in documents for start in range(a, b - length, length)], dtype=np.int64)
     if len(starts) > max_windows:
         starts = starts[np.linspace(0, len(starts) - 1, max_windows, dtype=int)]
@@ -79,14 +79,11 @@ def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int
 
 
 def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
-    """The loss of the same words, given only the last c words before them.
+    """c -> losses (B',) of the same words given only the last c words, for each c of `CONTEXTS` up to L.
 
     Args:
         windows: (B, L + 1), L at most `max_length`; the last id is the target. Windows with the target `[UNK]` do not
-            count.
-
-    Returns:
-        c -> (B',) losses, for the same targets and each c of `CONTEXTS` up to L. Nothing without windows.
+            count. Without windows the result is empty.
     """
     if not len(windows):
         return {}
@@ -97,7 +94,7 @@ def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
 
 
 @torch.inference_mode()
-def induction_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str, np.ndarray]:
+def induction_losses(network: MiniGPT, texts: Tensor) -> dict[str, np.ndarray]:
     """Does the network continue a sequence that occurred before? After Olsson et al., arXiv 2209.11895.
 
     A network that can copy predicts a repeated half far better than its first occurrence. It needs an induction head:
@@ -106,7 +103,6 @@ def induction_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str
 
     Args:
         texts: (B, L) ids of real text, with L at least 2 and at most half of `max_length`.
-        seed: random seed of the random words.
 
     Returns:
         Losses (B, L - 1) of the second half from its second word on. "random, again": random words after themselves;
@@ -114,7 +110,7 @@ def induction_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str
     """
     network, (count, length) = pack_linear_layers(network), texts.shape
     weight, bias = network.output.weight, network.output.bias
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(NUM_SPECIAL - 1, network.vocab_size - 1, (2, count, length), generator=generator)
     halves = {
         "random, first": (drawn[0], drawn[1]),
@@ -134,8 +130,7 @@ def attention_maps(network: MiniGPT, ids: Sequence[int]) -> Tensor:
     """Attention weights of each head for up to `max_length` ids: (blocks, H, L, L); row i covers positions j <= i."""
     x = network.embed(torch.tensor([list(ids)], device=network.output.weight.device))  # (1, L, D)
     maps = []
-    blocks: Any = network.blocks  # PyTorch does not declare the type of a ModuleList's items
-    for block in blocks:
+    for block in cast(Any, network.blocks):  # PyTorch does not declare the type of its items
         maps.append(block.attention.attention_weights(x)[0])
         x = block(x)
     return torch.stack(maps).cpu()
