@@ -252,7 +252,7 @@ class TestCommand:
         settings += ["no_repeat_ngram_size=[0,1]", "folder=broken"]
         done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *settings, cwd=explored)
         assert done.returncode == 0, done.stderr
-        assert "Left out: " in done.stderr and "no_repeat_ngram_size=1: nothing is left to draw" in done.stderr
+        assert "Left out: " in done.stderr and "no_repeat_ngram_size=1: no token is left" in done.stderr
         assert {s["settings"]["no_repeat_ngram_size"] for s in records(explored, folder="broken")} == {0}
         assert "Left out: " in (explored / "broken/report.md").read_text()
 
@@ -274,6 +274,19 @@ class TestSummary:
         theirs = stats.bootstrap((values[:, 0],), np.mean, method="percentile", rng=0).confidence_interval
         assert mean == pytest.approx(values.mean())
         assert (low, high) == pytest.approx(tuple(theirs), rel=0.03)
+
+    def test_bootstrap_resamples_the_texts_of_a_prompt(self):
+        values = np.random.default_rng(1).gamma(2.0, size=(1, 40))  # one prompt: only its texts vary
+        _, low, high = bootstrap(values)
+        theirs = stats.bootstrap((values[0],), np.mean, method="percentile", rng=0).confidence_interval
+        assert (low, high) == pytest.approx(tuple(theirs), rel=0.03)
+
+    def test_a_draw_without_values_does_not_count(self):
+        # One draw in four of a prompt has only nan, and so has one draw in sixteen of both prompts.
+        assert bootstrap(np.array([[5.0, np.nan], [np.nan, 5.0]])) == (5, 5, 5)
+        values = np.full((6, 2), 5.0)
+        values[:, 1] = np.nan
+        assert bootstrap(values) == (5, 5, 5)
 
     def test_more_texts_of_a_prompt_do_not_narrow_the_interval(self):
         prompts = np.random.default_rng(1).normal(size=(6, 1))

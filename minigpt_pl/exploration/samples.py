@@ -144,17 +144,17 @@ def generate_samples(
     failed, ordered = [], []
     with path.open("a", encoding="utf-8") as file:
         for setting in tqdm(grid, desc="Generating", unit=" settings", disable=None, leave=False):
-            keys = {
-                prompt: [(prompt, seed, *setting.values()) for seed in _seeds(config, setting)] for _, prompt in prompts
-            }
-            missing = [(kind, prompt) for kind, prompt in prompts if not samples.keys() >= set(keys[prompt])]
+            seeds = _seeds(config, setting)
+            keys = [(prompt, seed, *setting.values()) for _, prompt in prompts for seed in seeds]
+            incomplete = {prompt for prompt, *rest in keys if (prompt, *rest) not in samples}
+            missing = [(kind, prompt) for kind, prompt in prompts if prompt in incomplete]
             try:
-                new = list(generate_setting(config, model, missing, setting, _seeds(config, setting)))
+                new = list(generate_setting(config, model, missing, setting, seeds))
             except InputError as error:
                 failed.append(f"{label(setting, varied_controls(grid))}: {error}")
                 continue
             samples |= {_key(sample): sample for sample in new}
-            ordered += [samples[key] for prompt_keys in keys.values() for key in prompt_keys]
+            ordered += [samples[key] for key in keys]
             file.write("".join(map(_line, new)))
             file.flush()
     return ordered, failed

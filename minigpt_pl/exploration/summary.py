@@ -4,6 +4,7 @@ The input is only the records of `samples.jsonl` and `held_out.jsonl`.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -66,10 +67,9 @@ def _resampled_means(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _mean(values: np.ndarray) -> Any:
-    """Mean of the prompts' means: (..., P, S) -> (...). A prompt without values is left out."""
-    counts = (~np.isnan(values)).sum(axis=-1)
-    means = np.nansum(values, axis=-1) / np.maximum(counts, 1)  # (..., P); 0 without values
-    return means.sum(axis=-1) / np.maximum((counts > 0).sum(axis=-1), 1)
+    """Mean of the prompts' means: (..., P, S) -> (...). A prompt without values is left out; nan without any value."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nanmean warns where it returns nan
+        return np.nanmean(np.nanmean(values, axis=-1), axis=-1)
 
 
 def by_prompt(samples: Iterable[Sample], name: str) -> np.ndarray:
