@@ -120,10 +120,10 @@ def context(study: dict[str, Any]) -> Figure:
     """The effect of the words further back: on the loss, on the attention, and on texts generated without them."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for axis, estimates, title in (
-        (left, study["context"], "loss of a held-out word (nats)"),
-        (right, {c: e["ngram_loss"] for c, e in study["cut"].items()}, "n-gram loss of generated texts (nats)"),
-    ):
+    of_texts = {context: estimates["ngram_loss"] for context, estimates in study["cut"].items()}
+    axes = {"loss of a held-out word (nats)": (left, study["context"])}
+    axes |= {"n-gram loss of generated texts (nats)": (right, of_texts)}
+    for title, (axis, estimates) in axes.items():
         if estimates:
             _plot_estimates(axis, list(estimates), list(estimates.values()))
             axis.set_xscale("log")

@@ -52,19 +52,14 @@ NUM_PLANTED = 200  # real texts that get each planted failure
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """Measures generated and real texts in the same way.
-
-    Attributes:
-        real_texts: held-out texts by document number; they are not among the calibration texts.
-        num_calibration: held-out texts that set the thresholds of the detector.
-    """
+    """Measures generated and real texts in the same way."""
 
     model: TextModel
     train: Ids
     ngrams: NGramModel
     detector: FailureDetector
-    real_texts: dict[int, Text]
-    num_calibration: int
+    real_texts: dict[int, Text]  # held-out texts by document number, without the calibration texts
+    num_calibration: int  # held-out texts that set the thresholds of the detector
 
     @classmethod
     def fit(cls, model: TextModel, train: Ids, held_out: Ids, num_tokens: int) -> "TextMetrics":
@@ -106,11 +101,7 @@ class TextMetrics:
         return records
 
     def detection_rates(self) -> dict[str, dict[str, float]]:
-        """Plant failures in at most `NUM_PLANTED` real texts and detect them.
-
-        Returns:
-            Planted failure -> kind -> share of texts in which this kind is detected. "nothing": the unchanged texts.
-        """
+        """Plant failures in at most `NUM_PLANTED` real texts: failure -> kind -> share of texts in which it is found."""
         rng = np.random.default_rng(0)
         texts = [text for text in self.real_texts.values() if len(text[1]) >= 4 * PHRASE][:NUM_PLANTED]
         others = [list(texts[i][1]) for i in rng.permutation(len(texts))]

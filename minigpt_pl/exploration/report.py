@@ -28,26 +28,17 @@ SHOWN = [name for name in METRICS if name not in ("distinct_1", "distinct_3", "g
 
 @dataclass
 class Exploration:
-    """All results that the report shows.
+    """All results that the report shows."""
 
-    Attributes:
-        run: name of the run.
-        text: description of its training text.
-        grid: the settings that have samples, which carry their metrics.
-        failed: one line for each setting without samples.
-        real: records of the real texts; num_calibration: texts that calibrated the detector.
-        study: as from `study_network`.
-    """
-
-    run: str
-    text: str
+    run: str  # name of the run
+    text: str  # description of its training text
     model: TextModel
-    grid: Sequence[Setting]
-    samples: Sequence[Sample]
-    failed: Sequence[str]
-    real: Sequence[dict[str, Any]]
-    num_calibration: int
-    study: dict[str, Any]
+    grid: Sequence[Setting]  # the settings that have samples
+    samples: Sequence[Sample]  # with their metrics
+    failed: Sequence[str]  # one line for each setting without samples
+    real: Sequence[dict[str, Any]]  # records of the real texts
+    num_calibration: int  # other real texts, which calibrated the detector
+    study: dict[str, Any]  # as from `study_network`
 
     def __post_init__(self) -> None:
         self.summaries, self.real_summary = summarize(self.samples, self.grid), summarize_real(self.real)
@@ -171,12 +162,13 @@ def _network(e: Exploration) -> dict[str, Any]:
         [name.replace("first", "after another").replace("again", "after itself"), estimate_text(loss)]
         for name, loss in study["copying"].items()
     ]
-    mapped = {"a text of the best setting": ("attention_best", e.first_sample(e.best[0], e.prompts[0][1]))}
     looping = max(e.samples, key=lambda sample: sample["metrics"]["loop"])
-    if looping["metrics"]["loop"]:
-        mapped["the longest loop"] = ("attention_loop", looping)
+    mapped = {
+        "attention_best": ("a text of the best setting", e.first_sample(e.best[0], e.prompts[0][1])),
+        "attention_loop": ("the longest loop", looping if looping["metrics"]["loop"] else None),
+    }
     attention_charts = []
-    for title, (name, sample) in mapped.items():
+    for name, (title, sample) in mapped.items():
         if sample is not None:
             ids = [*sample["prompt_ids"], *sample["ids"]][: min(MAP_WORDS, e.model.network.max_length)]
             words = [str(e.model.tokenizer.id_to_token(id_)) for id_ in ids]

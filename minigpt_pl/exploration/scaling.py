@@ -27,21 +27,15 @@ IGNORED_SETTINGS = ("run_name", "output_dir", "resume", "data.cache_dir", "data.
 
 @dataclass(frozen=True)
 class Run:
-    """A run and its training text.
-
-    Attributes:
-        text_tokens: tokens of the training text that the run could predict, without padding.
-        epochs: passes over them up to the checkpoint; nan if unknown, as for a model from Keras.
-        settings: name -> value, without `IGNORED_SETTINGS`.
-    """
+    """A run and its training text."""
 
     name: str
     model: TextModel
     corpus: Corpus
     held_out: Ids
-    text_tokens: int
-    epochs: float
-    settings: dict[str, Any]
+    text_tokens: int  # tokens of the training text that the run could predict, without padding
+    epochs: float  # passes over them up to the checkpoint; nan if unknown, as for a model from Keras
+    settings: dict[str, Any]  # name -> value, without IGNORED_SETTINGS
 
     @property
     def parameters(self) -> int:

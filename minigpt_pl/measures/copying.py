@@ -14,18 +14,14 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: Knuth's m
 class Copy(NamedTuple):
     """The longest run of a text that occurs in the training text; of several runs, the first.
 
-    Attributes:
-        start: position in the text.
-        length: words; 0 if no run of `MIN_LENGTH` words occurs in the training text.
-        document: number of the first training document that contains the run; -1: none.
-        seen_4grams: share of the text's runs of `MIN_LENGTH` words that occur in the training text, in [0, 1]; nan for
-            a shorter text. Compare it with real held-out text: a much lower value means odd phrases, a much higher
-            value means copying.
+    `seen_4grams` is the share of the text's runs of `MIN_LENGTH` words that occur in the training text; nan for a
+    shorter text. Compare it with real held-out text: a much lower value means odd phrases, a much higher value means
+    copying.
     """
 
-    start: int
-    length: int
-    document: int
+    start: int  # position in the text
+    length: int  # words; 0 if no run of MIN_LENGTH words occurs in the training text
+    document: int  # number of the first training document that contains the run; -1: none
     seen_4grams: float
 
 
@@ -38,7 +34,6 @@ def longest_copies(
     only if its shorter run was found. After n-gram novelty, McCoy et al. (RAVEN), arXiv 2111.09509.
 
     Args:
-        texts: token ids of each text.
         tokens: (T,) ids of all training documents. Each document ends with an id that no text contains.
         offsets: (N + 1,); document i is `tokens[offsets[i]:offsets[i + 1]]`.
         ignored_ids: ids that match nothing, such as `[UNK]`, which stands for different words.

@@ -26,16 +26,12 @@ CONTEXTS = (1, 2, 5, 10, 20, 40, 80)  # words
 class TextScores(NamedTuple):
     """Means over the words of a text, each predicted from all words before it (at most the model's `max_length`).
 
-    Attributes:
-        loss: -log p of the words at temperature 1 without controls. Compare it with real held-out text: a far lower
-            loss means dull text, a far higher loss means strange text.
-        entropy: of the model's distribution, in [0, log2 V].
-        unknown: probability of `[UNK]`, which is never generated: how often the model lacks a word.
+    Compare the loss with real held-out text: a far lower loss means dull text, a far higher loss means strange text.
     """
 
-    loss: float
-    entropy: float
-    unknown: float
+    loss: float  # -log p of the words at temperature 1 without controls
+    entropy: float  # of the model's distribution, in [0, log2 V]
+    unknown: float  # probability of [UNK], which is never generated: how often the model lacks a word
 
 
 @torch.inference_mode()
