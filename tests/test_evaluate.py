@@ -211,7 +211,7 @@ class TestRun:
         contents = yaml.safe_load(settings.read_text())
         contents["data"]["path"] = "gone.txt"
         settings.write_text(yaml.safe_dump(contents))
-        with pytest.raises(InputError, match="data.path=gone.txt: .*; or give source=, where run=tiny's text lies now"):
+        with pytest.raises(InputError, match="data.path=gone.txt: .* of the text of run=tiny as source="):
             evaluated(a_run)
         with pytest.raises(InputError, match="^source=none.txt: no such file or folder"):
             evaluated(a_run, source="none.txt")

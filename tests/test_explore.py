@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -322,6 +323,11 @@ class TestSummary:
         low, high, difference = effect(some, "temperature", "ngram_loss")
         assert (low, high) == (0.5, 2.0) and difference.mean == pytest.approx(1.5, abs=0.02)
         assert difference.high - difference.low < 0.1  # the differences between the prompts, 10, do not count
+
+    def test_no_effect_on_a_metric_without_values(self):
+        some = [self.sample("a", 0, t, None) for t in (0.5, 2.0)]
+        with warnings.catch_warnings(action="error"):
+            assert all(map(math.isnan, effect(some, "temperature", "ngram_loss")[2]))
 
     def test_the_rule(self):
         losses, failing = {0.5: 2.0, 1.0: 3.0, 1.5: 2.5}, {0.5: ["loop"], 1.0: [], 1.5: []}

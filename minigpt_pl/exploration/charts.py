@@ -47,7 +47,7 @@ def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summa
     lines: dict[str, list[int]] = {}
     for i in sampled:
         lines.setdefault(label(grid[i], others) if others else "", []).append(i)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(lines), 1)))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
     ticks = sorted({grid[i][x_name] for i in sampled}, key=none_last)
     figure = Figure(figsize=(10, 9), layout="constrained")
     axes = figure.subplots(3, 3)

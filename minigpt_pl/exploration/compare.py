@@ -65,15 +65,13 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
 
 def _one_setting(config: ExploreConfig) -> Setting:
     """The setting of the texts: the given values, and the defaults of temperature and top_k if they have several."""
-    values = {name: getattr(config, name) for name in GRID}
-    several = {name: value for name, value in values.items() if len(value) != 1}
-    if problems := [
-        f"{name}={value}: compare= takes one value of each control; give one"
-        for name, value in several.items()
-        if name not in ("temperature", "top_k")
-    ]:
-        raise InputError(*problems)
-    return {name: getattr(NumberControls, name) if name in several else value[0] for name, value in values.items()}
+    setting: Setting = {}
+    for name in GRID:
+        values = getattr(config, name)
+        if len(values) != 1 and name not in ("temperature", "top_k"):
+            raise InputError(f"{name}={values}: compare= takes one value of each control; give one")
+        setting[name] = values[0] if len(values) == 1 else getattr(NumberControls, name)
+    return setting
 
 
 def _record(
@@ -85,19 +83,18 @@ def _record(
     """The contents of compare.json, and the only source of the report's figures. Losses and texts are by run."""
     longest = max(run.model.network.max_length for run in compared)
     summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
-    runs_record = {}
-    for run in compared:
-        loss, less_first = losses_of_words[run.name]
-        runs_record[run.name] = {
+    runs_record = {
+        run.name: {
             "parameters": run.parameters,
             "in_blocks": sum(p.numel() for block in run.model.network.blocks for p in block.parameters()),
             "context": run.model.network.max_length,
             "text": run.text_tokens,
             "passes": run.epochs,
-            "word_loss": loss,
-            "less_first": less_first,
+            **dict(zip(("word_loss", "less_first"), losses_of_words[run.name], strict=True)),
             "consistency": {name: bootstrap(by_prompt(texts_of[run.name], name)) for name in CONSISTENCY},
         }
+        for run in compared
+    }
     fits = power_laws(compared, {name: loss.mean for name, (loss, _) in losses_of_words.items()})
     counts = {"documents": len(documents)} | {name: summary["whole"][name] for name in ("tokens", "words")}
     results = {"by_position": summary["by_position"], "by_context": _by_context(compared, longest), "fits": fits}

@@ -67,17 +67,12 @@ class Chart:
 
 @dataclass
 class MarkedSample:
-    """A text with its failures marked.
-
-    Attributes:
-        tokens: the words after the prompt, each with the space before it, if it has one.
-        failures: spans as in samples.jsonl.
-    """
+    """A text with its failures marked."""
 
     title: str
     prompt: str
-    tokens: Sequence[str]
-    failures: Sequence[dict[str, Any]]
+    tokens: Sequence[str]  # the words after the prompt, each with the space before it, if it has one
+    failures: Sequence[dict[str, Any]]  # spans as in samples.jsonl
 
     def markdown(self) -> str:
         text = f"**{escape_markdown(self.title)}**: _{escape_markdown(self.prompt)}_"

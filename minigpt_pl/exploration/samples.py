@@ -57,8 +57,7 @@ def settings_grid(config: ExploreConfig) -> list[Setting]:
     grid: list[Setting] = []
     for values in itertools.product(*(getattr(config, name) for name in GRID)):
         setting = dict(zip(GRID, values, strict=True))
-        if is_greedy(setting):
-            setting |= GREEDY
+        setting |= GREEDY if is_greedy(setting) else {}
         if setting not in grid:
             grid.append(setting)
     return grid

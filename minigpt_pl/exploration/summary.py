@@ -44,9 +44,10 @@ def estimate_text(
 
 
 def interval(mean: float, resampled: np.ndarray) -> Estimate:
-    """The percentile interval of resampled means."""
+    """The percentile interval of resampled means; all nan without a mean."""
     tail = (1 - CONFIDENCE) / 2
-    return Estimate(float(mean), *map(float, np.nanquantile(resampled, [tail, 1 - tail])))
+    low, high = (math.nan, math.nan) if math.isnan(mean) else np.nanquantile(resampled, [tail, 1 - tail])
+    return Estimate(float(mean), float(low), float(high))
 
 
 def bootstrap(values: np.ndarray) -> Estimate:

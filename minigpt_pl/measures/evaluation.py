@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,8 @@ def summarize_losses(
     """
     targets = np.concatenate([document[1:] for document in documents]).astype(np.int64)
     positions = np.concatenate([np.arange(1, len(document)) for document in documents])
-    is_word = (targets != UNKNOWN_ID) & (targets != (-1 if end_id is None else end_id))
+    end_id = -1 if end_id is None else end_id  # -1: in no text
+    is_word = (targets != UNKNOWN_ID) & (targets != end_id)
 
     def means(part: np.ndarray) -> dict[str, Any]:
         result: dict[str, Any] = {"tokens": int(part.sum()), "words": int((part & is_word).sum())}
@@ -142,9 +144,7 @@ def summarize_losses(
 
     powers_of_2 = [2**power for power in range(max_length.bit_length()) if 2**power < max_length]
     ranks = np.where(is_word, targets - UNKNOWN_ID, 0)  # the vocabulary lists words by frequency
-    by_frequency = _bands(ranks, RANKS) | {"[UNK]": targets == UNKNOWN_ID}
-    if end_id is not None:
-        by_frequency["[END]"] = targets == end_id
+    by_frequency = _bands(ranks, RANKS) | {"[UNK]": targets == UNKNOWN_ID, "[END]": targets == end_id}
     return {
         "beginning": means(positions <= max_length),
         "whole": means(np.ones(len(targets), bool)),
@@ -156,7 +156,7 @@ def summarize_losses(
 def _bands(values: np.ndarray, ends: Sequence[int]) -> dict[str, np.ndarray]:
     """Name of each band -> mask of the values in it. Bands start at 1; a value of 0 is in none."""
     bands = {}
-    for before, end in zip([0, *ends[:-1]], ends, strict=True):
+    for before, end in pairwise([0, *ends]):
         name = f"{before + 1:,}-{end:,}" if end > before + 1 else f"{end:,}"
         bands[name] = (before < values) & (values <= end)
     return bands | {f"over {ends[-1]:,}": values > ends[-1]}

@@ -19,8 +19,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -132,13 +132,6 @@ class TopicModel:
         return float(a @ b) / norms if norms else 0.0
 
 
-@cache
-def _vader() -> Any:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return SentimentIntensityAnalyzer()
-
-
 def skeleton(ids: np.ndarray) -> np.ndarray:
     """Replace all but the `SKELETON` commonest ids by one id. This keeps the grammar and removes the content."""
     return np.where(ids < SKELETON, ids, SKELETON)
@@ -162,6 +155,9 @@ class FailureDetector:
     real_texts: InitVar[Sequence[Text]]
 
     def __post_init__(self, real_texts: Sequence[Text]) -> None:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self.vader = SentimentIntensityAnalyzer()
         # kind -> (function of context ids and ids that scores the windows, note with the score)
         self.scorers: dict[str, tuple[Callable[[Sequence[int], Sequence[int]], list[Window]], str]] = {
             "grammar": (partial(_surprise, self.skeletons, skeleton), "{:.1f} nats per word of the skeleton"),
@@ -204,7 +200,7 @@ class FailureDetector:
         compounds: list[float] = []
         for start in range(0, len(ids) - LONG_WINDOW + 1, LONG_WINDOW):
             text = self.tokenizer.decode(ids[start : start + LONG_WINDOW])
-            compound = _vader().polarity_scores(text)["compound"]
+            compound = self.vader.polarity_scores(text)["compound"]
             change = max((abs(compound - before) for before in compounds), default=0.0)
             windows.append((start, start + LONG_WINDOW, change))
             compounds.append(compound)

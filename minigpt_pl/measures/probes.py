@@ -83,9 +83,8 @@ def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
     """
     if not len(windows):
         return {}
-    windows = windows[windows[:, -1] != UNKNOWN_ID]
-    longest = windows.shape[1] - 1
-    contexts = sorted({c for c in CONTEXTS if c < longest} | {longest})
+    windows, longest = windows[windows[:, -1] != UNKNOWN_ID], windows.shape[1] - 1
+    contexts = [*(c for c in CONTEXTS if c < longest), longest]
     return {c: last_token_losses(network, windows[:, -c - 1 :]).cpu().numpy() for c in contexts}
 
 
