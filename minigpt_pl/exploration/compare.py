@@ -65,12 +65,14 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
 
 def _one_setting(config: ExploreConfig) -> Setting:
     """The setting of the texts: the given values, and the defaults of temperature and top_k if they have several."""
-    setting: Setting = {}
+    setting, problems = {}, []
     for name in GRID:
         values = getattr(config, name)
         if len(values) != 1 and name not in ("temperature", "top_k"):
-            raise InputError(f"{name}={values}: compare= takes one value of each control; give one")
+            problems.append(f"{name}={values}: compare= takes one value of each control; give one")
         setting[name] = values[0] if len(values) == 1 else getattr(NumberControls, name)
+    if problems:
+        raise InputError(*problems)
     return setting
 
 

@@ -101,7 +101,7 @@ class TextMetrics:
         return records
 
     def detection_rates(self) -> dict[str, dict[str, float]]:
-        """Plant failures in at most `NUM_PLANTED` real texts. Planted failure -> kind -> share of texts with this kind."""
+        """Plant failures in `NUM_PLANTED` real texts: planted failure -> kind -> share of texts with this kind."""
         rng = np.random.default_rng(0)
         texts = [text for text in self.real_texts.values() if len(text[1]) >= 4 * PHRASE][:NUM_PLANTED]
         others = [list(texts[i][1]) for i in rng.permutation(len(texts))]

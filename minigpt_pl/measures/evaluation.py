@@ -97,11 +97,9 @@ def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
     The spelling model is a Kneser-Ney model of the vocabulary's own words; each counts once. Together with the loss of
     `[UNK]`, this is a complete code of the text, so models with different vocabularies can be compared.
     """
-    end, spelled = 256, [word.encode() for word in vocabulary]
-    letters = np.array([byte for word in spelled for byte in (*word, end)])
-    offsets = np.cumsum([0, *(len(word) + 1 for word in spelled)])
-    model = NGramModel.fit(letters, offsets, vocab_size=257, order=SPELLING_ORDER)
-    words = {word: np.array([*word.encode(), end]) for word in unknown}
+    spelled, words = ({word: np.array([*word.encode(), 256]) for word in some} for some in (vocabulary, unknown))
+    offsets = np.cumsum([0, *map(len, spelled.values())])
+    model = NGramModel.fit(np.concatenate([*spelled.values()]), offsets, vocab_size=257, order=SPELLING_ORDER)
     return -sum(
         unknown[word] * float(model.log_probabilities(word_letters).sum()) for word, word_letters in words.items()
     )
@@ -129,10 +127,9 @@ def summarize_losses(
     def means(part: np.ndarray) -> dict[str, Any]:
         result: dict[str, Any] = {"tokens": int(part.sum()), "words": int((part & is_word).sum())}
         for name, values in losses.items():
-            result[name] = {}
-            for prefix, chosen in (("", part), ("word_", part & is_word)):
-                loss = float(values[chosen].mean())
-                result[name] |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(loss)}
+            loss, word_loss = float(values[part].mean()), float(values[part & is_word].mean())
+            result[name] = {"loss": loss, "perplexity": math.exp(loss)}
+            result[name] |= {"word_loss": word_loss, "word_perplexity": math.exp(word_loss)}
         return result
 
     def rows(bands: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
