@@ -14,7 +14,7 @@ from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig, NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import Chart, Table, render, write_markdown
+from minigpt_pl.exploration.markup import render, write_markdown
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
@@ -123,7 +123,6 @@ def _write(
         for name, value in first.settings.items()
         if all(name in run.settings for run in compared) and any(run.settings[name] != value for run in compared)
     ]
-    header = ["run", "parameters", "in blocks", "text", "passes", "loss of a word, nats", f"minus {first.name}"]
     rows = []
     for run in compared:
         figures = record["runs"][run.name]
@@ -140,22 +139,24 @@ def _write(
     ]
     summaries = {"real text": real} | {name: run["consistency"] for name, run in record["runs"].items()}
     consistency = [[name, *(estimate_text(s[metric]) for metric in CONSISTENCY)] for name, s in summaries.items()]
-    title = "Loss against parameters, against tokens, and by position"
     blocks = render(
         "compare.jinja",
         record=record,
         first=first.name,
         source=first.corpus.record["source"],
-        runs=Table([*header, "word perplexity", *differing], rows),
-        chart=Chart("compare", title, charts.compared(compared, record)),
+        runs=rows,
+        differing=differing,
+        figure=charts.compared(compared, record),
         estimate_text=estimate_text,
         min_sizes=MIN_SIZES,
-        by_position=Table(["tokens before", "tokens", *names], positions),
-        by_context=Table(["context, tokens", *names], contexts),
+        names=names,
+        by_position=positions,
+        by_context=contexts,
         num_texts=len(samples) // len(names),
         num_tokens=samples[0]["num_tokens"],
         setting=label(samples[0]["settings"], ["temperature", "top_k"]),
-        meanings=Table(["measure", "meaning"], [[name, METRICS[name]] for name in CONSISTENCY if name in METRICS]),
-        consistency=Table(["run", *CONSISTENCY], consistency),
+        meanings=[[name, METRICS[name]] for name in CONSISTENCY if name in METRICS],
+        metrics=[*CONSISTENCY],
+        consistency=consistency,
     )
     write_markdown(path, blocks)

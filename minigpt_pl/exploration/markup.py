@@ -94,7 +94,7 @@ class MarkedSample:
 def render(template: str, **values: Any) -> list[Block]:
     """The blocks of a template of this folder, filled with values.
 
-    Blank lines separate the blocks. A block is a `Text`, or a value that is itself a block.
+    Blank lines separate the blocks. A block is a `Text`, or a value that is itself a block, as `{{ Table(...) }}`.
     """
     inserted: list[Block] = []
 
@@ -106,7 +106,7 @@ def render(template: str, **values: Any) -> list[Block]:
 
     environment = jinja2.Environment(loader=LOADER, undefined=jinja2.StrictUndefined, finalize=finalize)
     environment.filters["number"] = "{:,}".format
-    texts = re.split(r"\n\s*\n", environment.get_template(template).render(values).strip())
+    texts = re.split(r"\n\s*\n", environment.get_template(template).render(values, Table=Table, Chart=Chart).strip())
     blocks = iter(inserted)
     return [next(blocks) if text.strip() == "\0" else Text(" ".join(text.split())) for text in texts]
 

@@ -1,7 +1,7 @@
 """The report of an exploration: report.md to hand in, and report.html to browse without a network connection.
 
 It states measurements. Their interpretation is left to the reader, with marked places for the answers. The sentences
-are in report.jinja. The functions below prepare the tables, charts and examples of its sections.
+are in report.jinja. The functions below prepare the rows of its tables, and its examples.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import Chart, MarkedSample, Table, render, write_html, write_markdown
+from minigpt_pl.exploration.markup import MarkedSample, render, write_html, write_markdown
 from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT
 from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls, without_nan
 from minigpt_pl.exploration.summary import best_settings, effect, estimate_text, summarize, summarize_real
@@ -65,7 +65,7 @@ class Exploration:
 def report(exploration: Exploration, folder: Path) -> None:
     """Write report.md, report.html and the charts as PNG into the folder."""
     e = exploration
-    values = {"e": e, "network": e.model.network, "study": e.study, "real_context": REAL_CONTEXT}
+    values = {"e": e, "charts": charts, "real_context": REAL_CONTEXT}
     for section in (_outputs, _behaviour, _failures, _network, _copying):
         values |= section(e)
     blocks = render("report.jinja", **values)
@@ -99,21 +99,13 @@ def _behaviour(e: Exploration) -> dict[str, Any]:
         differences = {name: effect(e.samples, control, name) for name in [*SHOWN, "failure: any"]}
         low, high = map(value_text, differences["loss"][:2])
         rows = [[name, estimate_text(difference, sign=True)] for name, (*_, difference) in differences.items()]
-        effects.append((control, low, high, Table(["measure", f"{control}: {low} to {high}"], rows)))
-    title, trade_off = (
-        "Measures by setting, with their intervals; dotted: real text",
-        "Coherence against diversity: low is good in both",
-    )
+        effects.append((control, low, high, rows))
     return {
-        "meanings": Table(["measure", "meaning"], [[name, METRICS[name]] for name in SHOWN]),
-        "measures": Table(
-            ["setting", *SHOWN],
-            [[name, *(estimate_text(summary[metric]) for metric in SHOWN)] for name, summary in summaries.items()],
-        ),
-        "behaviour_chart": Chart("behaviour", title, charts.behaviour(e.summaries, e.grid, e.real_summary)),
+        "shown_metrics": SHOWN,
+        "meanings": [[name, METRICS[name]] for name in SHOWN],
+        "means": [[name, *(estimate_text(s[metric]) for metric in SHOWN)] for name, s in summaries.items()],
         "effects": effects,
         "best": [e.names[i] for i in e.best],
-        "trade_off_chart": Chart("trade_off", trade_off, charts.trade_off(e.summaries, e.grid, e.real_summary, e.best)),
     }
 
 
@@ -122,19 +114,14 @@ def _failures(e: Exploration) -> dict[str, Any]:
     worst_first = sorted(zip(e.names, e.summaries, strict=True), key=lambda pair: -pair[1]["failure: any"].mean)
     summaries = [("real text (false alarms)", e.real_summary), *worst_first]
     rows = [[name, *(estimate_text(s[failure], percent=True) for failure in FAILURES)] for name, s in summaries]
-    figure = charts.failures(e.summaries, e.grid, e.real_summary)
-    return {
-        "failures_chart": Chart("failures", "Texts with a failure, by setting", figure),
-        "planted": Table(["put into real text", *KINDS], planted),
-        "worst_first": Table(["setting, worst first", *(name.removeprefix("failure: ") for name in FAILURES)], rows),
-        "examples": {
-            kind: [
-                e.marked(sample, f"{label(sample['settings'], e.varied)}, seed {sample['seed']}", kind)
-                for sample in _worst(e.samples, kind)
-            ]
-            for kind in KINDS
-        },
+    examples = {
+        kind: [
+            e.marked(sample, f"{label(sample['settings'], e.varied)}, seed {sample['seed']}", kind)
+            for sample in _worst(e.samples, kind)
+        ]
+        for kind in KINDS
     }
+    return {"kinds": list(KINDS), "planted": planted, "worst_first": rows, "examples": examples}
 
 
 def _worst(samples: Sequence[Sample], kind: str) -> list[Sample]:
@@ -157,7 +144,6 @@ def _network(e: Exploration) -> dict[str, Any]:
         estimates = [study["context"].get(c), study["further"].get(c)]
         estimates += [of_texts.get(name) for name in ("ngram_loss", "loss", "repeated_4grams")]
         rows.append([str(c), *map(estimate_text, estimates)])
-    header = ["words of context", "loss", "gain from words further back", "n-gram loss of texts", "own loss"]
     losses = [
         [name.replace("first", "after another").replace("again", "after itself"), estimate_text(loss)]
         for name, loss in study["copying"].items()
@@ -167,20 +153,13 @@ def _network(e: Exploration) -> dict[str, Any]:
         "attention_best": ("a text of the best setting", e.first_sample(e.best[0], e.prompts[0][1])),
         "attention_loop": ("the longest loop", looping if looping["metrics"]["loop"] else None),
     }
-    attention_charts = []
+    attention = []
     for name, (title, sample) in mapped.items():
         if sample is not None:
             ids = [*sample["prompt_ids"], *sample["ids"]][: min(MAP_WORDS, e.model.network.max_length)]
             words = [str(e.model.tokenizer.id_to_token(id_)) for id_ in ids]
-            figure = charts.attention(attention_maps(e.model.network, ids).numpy(), words)
-            title = f"Attention in {title}: each row is one word (darker: more attention)"
-            attention_charts.append(Chart(name, title, figure))
-    return {
-        "contexts": Table([*header, "repeated_4grams"], rows),
-        "context_chart": Chart("context", "The effect of the words further back", charts.context(study)),
-        "copying": Table(["second half", "loss"], losses),
-        "attention_charts": attention_charts,
-    }
+            attention.append((name, title, charts.attention(attention_maps(e.model.network, ids).numpy(), words)))
+    return {"contexts": rows, "copying": losses, "attention": attention}
 
 
 def _copying(e: Exploration) -> dict[str, Any]:
@@ -191,9 +170,8 @@ def _copying(e: Exploration) -> dict[str, Any]:
         run, setting = "".join(words).lstrip(), label(sample["settings"], e.varied)
         runs.setdefault(run, (len(set(words)), length, run, document, setting))
     rows = sorted(runs.values(), key=lambda row: (-row[0], -row[1]))[:NUM_COPIES]
-    header = ["different words", "words", "the run", "training document", "setting"]
     return {
-        "copies": Table(header, [list(map(str, row)) for row in rows]),
+        "copies": [list(map(str, row)) for row in rows],
         "copied_on_average": estimate_text(e.real_summary["copied"]),
         "longest": max(sample["metrics"]["copied"] for sample in e.samples),
         "longest_real": max((record["metrics"]["copied"] for record in e.real), default=0),
