@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig, NumberControls
 from minigpt_pl.errors import InputError
@@ -58,7 +56,28 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
     samples = [{"run": name} | sample for name, texts in texts_of.items() for sample in texts]
     write_samples(folder / "samples.jsonl", samples)
 
-    record = _record(compared, documents, losses, texts_of)
+    longest = max(run.model.network.max_length for run in compared)
+    summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
+    record: dict[str, Any] = {  # the only source of the report's figures
+        "documents": len(documents),
+        "tokens": summary["whole"]["tokens"],
+        "words": summary["whole"]["words"],
+        "runs": {
+            run.name: {
+                "parameters": run.parameters,
+                "in_blocks": sum(p.numel() for block in run.model.network.blocks for p in block.parameters()),
+                "context": run.model.network.max_length,
+                "text": run.text_tokens,
+                "passes": run.epochs,
+                **dict(zip(("word_loss", "less_first"), losses_of_words[run.name], strict=True)),
+                "consistency": {name: bootstrap(by_prompt(texts_of[run.name], name)) for name in CONSISTENCY},
+            }
+            for run in compared
+        },
+        "by_position": summary["by_position"],
+        "by_context": _by_context(compared, longest),
+        "fits": power_laws(compared, {name: loss.mean for name, (loss, _) in losses_of_words.items()}),
+    }
     write_text(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
     _write(compared, record, real, samples, folder / "compare.md")
 
@@ -74,33 +93,6 @@ def _one_setting(config: ExploreConfig) -> Setting:
     if problems:
         raise InputError(*problems)
     return setting
-
-
-def _record(
-    compared: Sequence[Run],
-    documents: Sequence[np.ndarray],
-    losses: dict[str, np.ndarray],
-    texts_of: dict[str, list[Sample]],
-) -> dict[str, Any]:
-    """The contents of compare.json, and the only source of the report's figures. Losses and texts are by run."""
-    longest = max(run.model.network.max_length for run in compared)
-    summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
-    runs_record = {
-        run.name: {
-            "parameters": run.parameters,
-            "in_blocks": sum(p.numel() for block in run.model.network.blocks for p in block.parameters()),
-            "context": run.model.network.max_length,
-            "text": run.text_tokens,
-            "passes": run.epochs,
-            **dict(zip(("word_loss", "less_first"), losses_of_words[run.name], strict=True)),
-            "consistency": {name: bootstrap(by_prompt(texts_of[run.name], name)) for name in CONSISTENCY},
-        }
-        for run in compared
-    }
-    fits = power_laws(compared, {name: loss.mean for name, (loss, _) in losses_of_words.items()})
-    counts = {"documents": len(documents)} | {name: summary["whole"][name] for name in ("tokens", "words")}
-    results = {"by_position": summary["by_position"], "by_context": _by_context(compared, longest), "fits": fits}
-    return counts | {"runs": runs_record} | results
 
 
 def _by_context(compared: Sequence[Run], longest: int) -> dict[str, dict[int, Estimate]]:

@@ -34,8 +34,7 @@ def longest_copies(
     only if its shorter run was found. After n-gram novelty, McCoy et al. (RAVEN), arXiv 2111.09509.
 
     Args:
-        tokens: (T,) ids of all training documents. Each document ends with an id that no text contains.
-        offsets: (N + 1,); document i is `tokens[offsets[i]:offsets[i + 1]]`.
+        tokens, offsets: the training text as in `NGramModel.fit`. Each document ends with an id that no text contains.
         ignored_ids: ids that match nothing, such as `[UNK]`, which stands for different words.
     """
     text_offsets = np.cumsum([0, *map(len, texts)])

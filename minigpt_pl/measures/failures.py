@@ -141,18 +141,15 @@ def skeleton(ids: np.ndarray) -> np.ndarray:
 class FailureDetector:
     """All kinds of failure; the last four are calibrated on real text.
 
-    Attributes:
-        words: n-grams of the training text; skeletons: n-grams of its `skeleton`; topics: its topic model.
-        real_texts: held-out texts, as long as the texts to judge.
-        thresholds: kind -> score that 19 in 20 of the real texts do not exceed. Real texts shorter than a window do
-            not count.
+    `thresholds` has the score of each kind that 19 in 20 of the real texts do not exceed. Real texts shorter than a
+    window do not count.
     """
 
-    words: NGramModel
-    skeletons: NGramModel
+    words: NGramModel  # of the training text
+    skeletons: NGramModel  # of its `skeleton`
     topics: TopicModel
     tokenizer: Tokenizer
-    real_texts: InitVar[Sequence[Text]]
+    real_texts: InitVar[Sequence[Text]]  # held-out texts, as long as the texts to judge
 
     def __post_init__(self, real_texts: Sequence[Text]) -> None:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

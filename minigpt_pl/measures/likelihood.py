@@ -28,12 +28,11 @@ def document_losses(network: MiniGPT, documents: Sequence[Document], show_progre
     """The loss of each token except the documents' first ones, without dropout: (T,) fp32, in nats."""
     weight, bias = network.output.weight, network.output.bias
     stride = max(network.max_length // 2, 1)
+    losses = [np.zeros(0, np.float32)]
     with inference_without_autocast(network):
-        losses = [
-            token_losses(hidden, weight, bias, targets).numpy(force=True)
-            for hidden, targets in predictions(network, documents, stride, show_progress)
-        ]
-    return np.concatenate(losses) if losses else np.zeros(0, np.float32)
+        for hidden, targets in predictions(network, documents, stride, show_progress):
+            losses.append(token_losses(hidden, weight, bias, targets).numpy(force=True))
+    return np.concatenate(losses)
 
 
 def predictions(
