@@ -268,7 +268,7 @@ class TestRun:
     def test_another_text_than_the_training_text(self, a_run):
         other = a_run / "other.txt"
         other.write_text("The cat sees the dog.\n" * 30 + "\n".join(f"The dog sees {i} cats." for i in range(200)))
-        with pytest.raises(InputError, match="run=tiny: learned from .*give its place as source="):
+        with pytest.raises(InputError, match="run=tiny: was trained on .*give the place of its text as source="):
             evaluated(a_run, source=str(other))
 
     def test_no_held_out_text(self, a_run):

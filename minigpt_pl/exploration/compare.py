@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from minigpt_pl.exploration.markup import render, write_markdown
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
-from minigpt_pl.exploration.scaling import MIN_SIZES, Run, held_out_documents, open_runs, power_laws, word_losses
+from minigpt_pl.exploration.scaling import MIN_SIZES, Run, open_runs, power_laws, word_losses
 from minigpt_pl.exploration.summary import Estimate, Summary, bootstrap, by_prompt, estimate_text, summarize_real
 from minigpt_pl.files import make_folder, write_text
 from minigpt_pl.generation.prompts import encode_prompts
@@ -26,6 +27,7 @@ from minigpt_pl.measures.probes import loss_by_context, non_overlapping_windows
 
 log = logging.getLogger(__name__)
 
+NUM_DOCUMENTS = 1_000  # held-out documents, from the beginning
 CONSISTENCY = ("sentiment", "failure: sentiment", "drift", "failure: drift", "ngram_loss", "repeated_4grams")
 
 
@@ -41,7 +43,8 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
     first = compared[0]
     encode_prompts(first.model.tokenizer, [prompt for _, prompt in prompts], "prompts: prompt")
     make_folder(folder, "folder")
-    documents = held_out_documents(first.held_out)
+    # Without end tokens, because not all runs have learned one.
+    documents = [first.held_out.tokens[a : b - 1] for a, b in pairwise(first.held_out.offsets[: NUM_DOCUMENTS + 1])]
     losses, texts_of = {}, {}
     for run in compared:
         log.info("Loss of %s on %s held-out documents.", run.name, f"{len(documents):,}")

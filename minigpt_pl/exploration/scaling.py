@@ -18,7 +18,6 @@ from minigpt_pl.exploration.summary import CONFIDENCE, RESAMPLES, Estimate, inte
 from minigpt_pl.text_model import TextModel, load
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
-NUM_DOCUMENTS = 1_000  # held-out documents, from the beginning
 MIN_SIZES = 4  # a power law has two parameters; fewer sizes leave too little to estimate its error
 # Settings that only say where or how a run was trained.
 IGNORED_GROUPS = ("logger.", "trainer.", "text_generator.")
@@ -86,12 +85,6 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
         kept = {name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)}
         opened.append(Run(folder.name, model, corpus, held_out, text_tokens, epochs, kept))
     return opened
-
-
-def held_out_documents(held_out: Ids) -> list[np.ndarray]:
-    """The first `NUM_DOCUMENTS` documents, without end tokens, because not all runs have learned one."""
-    offsets = held_out.offsets[: NUM_DOCUMENTS + 1]
-    return [held_out.tokens[start : end - 1] for start, end in zip(offsets, offsets[1:], strict=False)]
 
 
 def word_losses(

@@ -54,14 +54,6 @@ def score_texts(network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[
     ]
 
 
-@torch.inference_mode()
-def last_token_losses(network: MiniGPT, sequences: Tensor) -> Tensor:
-    """The loss of each sequence's last id, given the ids before it: (B, L + 1) -> (B,)."""
-    network = pack_linear_layers(network)
-    hidden = [network.hidden_states(part[:, :-1])[:, -1] for part in torch.split(sequences, ROWS)]  # each (R, D)
-    return token_losses(torch.cat(hidden), network.output.weight, network.output.bias, sequences[:, -1])
-
-
 def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int, max_windows: int) -> Tensor:
     """Windows of `length` ids, each inside one document, evenly spread over a text as in `NGramModel.fit`: (B, length).
 
@@ -74,6 +66,7 @@ def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int
     return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
 
 
+@torch.inference_mode()
 def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
     """c -> losses (B',) of the same words given only the last c words, for each c of `CONTEXTS` up to L.
 
@@ -85,7 +78,13 @@ def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
         return {}
     windows, longest = windows[windows[:, -1] != UNKNOWN_ID], windows.shape[1] - 1
     contexts = [*(c for c in CONTEXTS if c < longest), longest]
-    return {c: last_token_losses(network, windows[:, -c - 1 :]).cpu().numpy() for c in contexts}
+    network, losses = pack_linear_layers(network), {}
+    weight, bias = network.output.weight, network.output.bias
+    for c in contexts:
+        parts = torch.split(windows[:, -c - 1 : -1], ROWS)
+        hidden = torch.cat([network.hidden_states(part)[:, -1] for part in parts])  # (B', D)
+        losses[c] = token_losses(hidden, weight, bias, windows[:, -1]).cpu().numpy()
+    return losses
 
 
 @torch.inference_mode()
