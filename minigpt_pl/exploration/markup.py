@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
@@ -15,11 +15,6 @@ from minigpt_pl.files import write_figure, write_text
 
 QUESTION = "Question:"
 LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
-
-
-@runtime_checkable
-class Block(Protocol):
-    def markdown(self) -> str: ...
 
 
 @dataclass
@@ -89,6 +84,9 @@ class MarkedSample:
             text = "".join(self.tokens[start:end])
             kinds = {span["kind"] for span in self.failures if span["start"] <= start < span["end"]}
             yield " " * text.startswith(" "), text.removeprefix(" "), sorted(kinds)
+
+
+Block = Text | Table | Chart | MarkedSample
 
 
 def render(template: str, **values: Any) -> list[Block]:

@@ -83,12 +83,10 @@ def _outputs(e: Exploration) -> dict[str, Any]:
     greedy = [i for i, setting in enumerate(e.grid) if is_greedy(setting)]
     by_loss = sorted(set(range(len(e.grid))) - set(greedy), key=lambda i: e.summaries[i]["ngram_loss"].mean)
     shown = list(dict.fromkeys([e.best[0], *greedy, *by_loss[:1], *by_loss[-1:]]))
-    outputs = {
-        f"{prompt} ({kind.replace('_', ' ')})": [
-            e.marked(sample, e.names[i]) for i in shown if (sample := e.first_sample(i, prompt))
-        ]
-        for kind, prompt in e.prompts
-    }
+    outputs = {}
+    for kind, prompt in e.prompts:
+        samples = [(e.first_sample(i, prompt), e.names[i]) for i in shown]
+        outputs[f"{prompt} ({kind.replace('_', ' ')})"] = [e.marked(sample, name) for sample, name in samples if sample]
     return {"shown": [e.names[i] for i in shown], "outputs": outputs}
 
 

@@ -46,7 +46,6 @@ class NGramModel:
         Args:
             tokens: (T,) ids in [0, vocab_size) of all documents.
             offsets: (N + 1,); document i is `tokens[offsets[i]:offsets[i + 1]]`. No n-gram crosses documents.
-            vocab_size: V; all ids have a probability, also those that do not occur.
             order: words in the longest n-grams, at least 1.
 
         Raises:
