@@ -14,6 +14,8 @@ from minigpt_pl.files import write_figure, write_text
 
 log = logging.getLogger(__name__)
 
+BANDS = {"by_position": "by number of tokens before", "by_frequency": "by frequency rank of the word"}
+
 
 def main() -> None:
     app.run("evaluate", evaluate)
@@ -38,15 +40,13 @@ def evaluate(config: EvaluateConfig) -> None:
     log.info("Evaluating on %s documents, with n-grams of %s training tokens.", *counts)
     result = evaluate_texts(model, texts, train, description)
     _print(result, MODELS)
-    parts = [config.text and Path(config.text).stem, config.num_documents]
-    name = "-".join(["evaluation", *(str(part) for part in parts if part is not None)])
+    parts = ["evaluation", config.text and Path(config.text).stem, config.num_documents]
+    name = "-".join(str(part) for part in parts if part is not None)
     write_text(run_folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     try:
-        figure = _draw(result, MODELS)
+        write_figure(run_folder / f"{name}.png", _draw(result, MODELS))
     except ImportError:
         log.info("No %s.png: pip install 'minigpt_pl[show]' draws it.", name)
-    else:
-        write_figure(run_folder / f"{name}.png", figure)
     log.info("Wrote %s.json", run_folder / name)
 
 
@@ -85,11 +85,8 @@ def _print(result: dict[str, Any], models: Sequence[str]) -> None:
             print(f"{name:9}{row['loss']:8.4f}{row['perplexity']:13,.2f}{row['word_perplexity']:11,.2f}{last}")
     spelling, unknown = result["spelling_bits_per_byte"], result["unknown_words"]
     print(f"\n({spelling:.4f} of the bits per byte spell {unknown:,} unknown words)")
-    for part, heading in (
-        ("by_position", "loss by number of tokens before"),
-        ("by_frequency", "loss by frequency rank of the word"),
-    ):
-        print(f"\n{heading}\n{'':14}{'tokens':>10}" + "".join(f"{name:>9}" for name in models))
+    for part, heading in BANDS.items():
+        print(f"\nloss {heading}\n{'':14}{'tokens':>10}" + "".join(f"{name:>9}" for name in models))
         for row in result[part]:
             print(f"{row['band']:14}{row['tokens']:10,}" + "".join(f"{row[name]:9.4f}" for name in models))
 
@@ -104,8 +101,7 @@ def _draw(result: dict[str, Any], models: Sequence[str]) -> Any:
     bars = first.bar(models, [result["whole"][name]["word_perplexity"] for name in models], color=colours)
     first.bar_label(bars, fmt="{:,.1f}")
     first.set(ylabel="word perplexity", title="all tokens")
-    titles = {"by_position": "by number of tokens before", "by_frequency": "by frequency rank of the word"}
-    for axes, (part, title) in zip(others, titles.items(), strict=True):
+    for axes, (part, title) in zip(others, BANDS.items(), strict=True):
         for name in models:
             axes.plot([row["band"] for row in result[part]], [row[name] for row in result[part]], "o-", label=name)
         axes.set(title=title, ylabel="loss (nats per token)")

@@ -48,8 +48,7 @@ def explore(config: ExploreConfig) -> None:
         log.info("Comparison: %s", folder / "compare.md")
         return
     checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
-    run = checkpoint.parent.parent
-    model = load(checkpoint)
+    run, model = checkpoint.parent.parent, load(checkpoint)
     grid = samples.check_grid(config, model, prompts)
     _, corpus = open_run_corpus(run, model.tokenizer, config.source)
     held_out = corpus.validation
@@ -70,20 +69,17 @@ def explore(config: ExploreConfig) -> None:
     samples.write_samples(folder / samples.SAMPLES, made)
     real = metrics.of_real_texts(folder / "held_out.jsonl")
     log.info("Measuring how the network uses its context.")
-    only_prompts = [prompt for _, prompt in prompts]
-    study = study_network(metrics, held_out, only_prompts, config.num_tokens, folder / "network.json")
+    study = study_network(metrics, held_out, [prompt for _, prompt in prompts], config.num_tokens, folder)
     log.info("Drawing the charts and writing the report.")
-    source, num_calibration = corpus.record["source"], metrics.num_calibration
-    report(Exploration(run.name, source, model, grid, made, failed, real, num_calibration, study), folder)
+    text = corpus.record["source"]
+    report(Exploration(run.name, text, model, grid, made, failed, real, metrics.num_calibration, study), folder)
     log.info("Report: %s and %s", folder / "report.html", folder / "report.md")
 
 
 def _values_to_lists(arguments: list[str]) -> list[str]:
     """Write a control with one value, such as `temperature=0.8`, as a list: `temperature=[0.8]`."""
-    return [
-        re.sub(r"=(?!\[)(.*)", r"=[\1]", argument, flags=re.DOTALL) if argument.split("=")[0] in GRID else argument
-        for argument in arguments
-    ]
+    one_value = re.compile(rf"^({'|'.join(GRID)})=(?!\[)(.*)", re.DOTALL)
+    return [one_value.sub(r"\1=[\2]", argument) for argument in arguments]
 
 
 if __name__ == "__main__":

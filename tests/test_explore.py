@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy import stats
 from minigpt_pl import InputError, load
 from minigpt_pl.cli import app
 from minigpt_pl.exploration import samples as samples_
-from minigpt_pl.exploration.markup import Heading, MarkedSample, Paragraph, Question, Table, escape_markdown
+from minigpt_pl.exploration.markup import MarkedSample, Table, Text, escape_markdown
 from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
 from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, pareto_front, summarize
@@ -174,6 +175,22 @@ class TestCommand:
         real = np.mean([r["metrics"]["loss"] for r in records(explored, "held_out.jsonl")])
         assert "| real text | " in report and f" {real:.2f} [" in report[report.index("| real text |") :][:80]
 
+    def test_reports_print_text_as_people_write(self, explored):
+        """No space inside it's and well-known, or before a comma. Marks around words do not change the text."""
+        folder = explored / "outputs/tiny/explore"
+        texts = {sample["text"] for sample in records(explored)}
+        report = (folder / "report.md").read_text()
+        shown = [line.split("**: ")[1] for line in report.splitlines() if "**: _" in line and "\\" not in line]
+        without_marks = [re.sub(r"</?b>| _\([a-z, ]+\)_|_", "", line) for line in shown]
+        assert set(without_marks) <= texts and any("_(" in line for line in shown)
+        assert any(", and it's a well-known " in line for line in without_marks)
+        copied = [line.split(" | ")[2] for line in report[report.index("| different words") :].splitlines()[2:12]]
+        assert any("it's" in run for run in copied) and all(any(run in text for text in texts) for run in copied)
+        page = (folder / "report.html").read_text()
+        data = json.loads(re.search(r'<script id="data"[^>]*>(.*)</script>', page)[1])
+        joined = ["".join([sample["prompt"], *sample["tokens"]]) for sample in data]
+        assert joined == [sample["text"] for sample in records(explored)]
+
     def test_metrics_of_a_sample(self, explored):
         from minigpt_pl.measures import repetition
 
@@ -236,7 +253,7 @@ class TestCommand:
         settings += ["no_repeat_ngram_size=[0,1]", "folder=broken"]
         done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *settings, cwd=explored)
         assert done.returncode == 0, done.stderr
-        assert "Left out: " in done.stderr and "no_repeat_ngram_size=1: nothing is left to draw" in done.stderr
+        assert "Left out: " in done.stderr and "no_repeat_ngram_size=1: no token is left" in done.stderr
         assert {s["settings"]["no_repeat_ngram_size"] for s in records(explored, folder="broken")} == {0}
         assert "Left out: " in (explored / "broken/report.md").read_text()
 
@@ -258,6 +275,19 @@ class TestSummary:
         theirs = stats.bootstrap((values[:, 0],), np.mean, method="percentile", rng=0).confidence_interval
         assert mean == pytest.approx(values.mean())
         assert (low, high) == pytest.approx(tuple(theirs), rel=0.03)
+
+    def test_bootstrap_resamples_the_texts_of_a_prompt(self):
+        values = np.random.default_rng(1).gamma(2.0, size=(1, 40))  # one prompt: only its texts vary
+        _, low, high = bootstrap(values)
+        theirs = stats.bootstrap((values[0],), np.mean, method="percentile", rng=0).confidence_interval
+        assert (low, high) == pytest.approx(tuple(theirs), rel=0.03)
+
+    def test_a_draw_without_values_does_not_count(self):
+        # One draw in four of a prompt has only nan, and so has one draw in sixteen of both prompts.
+        assert bootstrap(np.array([[5.0, np.nan], [np.nan, 5.0]])) == (5, 5, 5)
+        values = np.full((6, 2), 5.0)
+        values[:, 1] = np.nan
+        assert bootstrap(values) == (5, 5, 5)
 
     def test_more_texts_of_a_prompt_do_not_narrow_the_interval(self):
         prompts = np.random.default_rng(1).normal(size=(6, 1))
@@ -294,6 +324,11 @@ class TestSummary:
         assert (low, high) == (0.5, 2.0) and difference.mean == pytest.approx(1.5, abs=0.02)
         assert difference.high - difference.low < 0.1  # the differences between the prompts, 10, do not count
 
+    def test_no_effect_on_a_metric_without_values(self):
+        some = [self.sample("a", 0, t, None) for t in (0.5, 2.0)]
+        with warnings.catch_warnings(action="error"):
+            assert all(map(math.isnan, effect(some, "temperature", "ngram_loss")[2]))
+
     def test_the_rule(self):
         losses, failing = {0.5: 2.0, 1.0: 3.0, 1.5: 2.5}, {0.5: ["loop"], 1.0: [], 1.5: []}
         grid = [{"temperature": t, "top_k": 5} for t in losses]
@@ -318,10 +353,14 @@ class TestMarkdown:
         assert escape_markdown("ngram_loss 1.50 [1.20, 1.80] [UNK]") == "ngram_loss 1.50 [1.20, 1.80] [UNK]"
 
     def test_all_blocks_escape(self):
-        sample = {"prompt": "*p*", "words": ["*w*"], "failures": []}
-        blocks = [Heading(2, "*h*"), Paragraph("*p*"), Table(["*t*"], [["*c*"]]), Question("*q*")]
-        for block in [*blocks, MarkedSample(sample, "*s*")]:
+        texts = [Text(f"{mark}*t*") for mark in ("## ", "Question: ", "")]
+        for block in [*texts, Table(["*t*"], [["*c*"]]), MarkedSample("*t*", "*p*", [" *w*"], [])]:
             assert not re.search(r"(?<![*\\])\*\w\*", block.markdown()), block
+
+    def test_marked_words(self):
+        failures = [{"kind": "loop", "start": 1, "end": 3}, {"kind": "bracket", "start": 2, "end": 3}]
+        marked = MarkedSample("t", "a film", [",", " it", "'s", ")"], failures)
+        assert marked.markdown() == "**t**: _a film_, <b>it</b> _(loop)_<b>'s</b> _(bracket, loop)_)"
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +420,7 @@ class TestPage:
         samples = [s for s in records(explored) if s["prompt"] == "a dog" and s["seed"] == 0]
         (sample,) = [s for s in samples if (s["settings"]["temperature"], s["settings"]["top_k"]) == (1.5, 5)]
         text = page.locator("#side div p").nth(1).inner_text()
-        assert " ".join(text.split()) == " ".join(["a dog", *sample["words"]])
+        assert text == sample["text"]
 
     def test_failures_are_marked_on_the_words(self, page, explored):
         marked = [(s, span) for s in records(explored) for span in s["failures"]]

@@ -43,6 +43,8 @@ class TestRepetition:
             ([9, 1, 2, 3, 1, 2, 3, 1, 8], (1, 3, 7)),  # two turns and a third
             ([1, 2, 3, 1, 2, 9], (0, 0, 0)),  # less than two turns
             ([1, 1, 2, 3, 2, 3, 2, 4], (2, 2, 5)),  # the longest, not the first
+            ([1, 1, 2, 3, 3], (0, 1, 2)),  # equal length and period: the first
+            ([1, 2, 1, 2, 9, 3, 3, 3, 3], (5, 1, 4)),  # equal length: the shortest period
         ],
     )
     def test_longest_loop(self, ids, loop):
@@ -74,6 +76,11 @@ class TestCopying:
         assert (reverse.start, reverse.length, reverse.document, reverse.seen_4grams) == (0, 4, 1, 1.0)
         assert (none.length, none.document, none.seen_4grams) == (0, -1, 0.0)
         assert short.length == 0 and math.isnan(short.seen_4grams)
+
+    def test_a_run_in_several_documents_comes_from_the_first(self):
+        tokens, offsets = np.array([2, 99, *[3, 4, 5, 6, 99] * 3, 7, 99]), np.array([0, 2, 7, 12, 17, 19])
+        (copy,) = copying.longest_copies([[8, 3, 4, 5, 6]], tokens, offsets)
+        assert (copy.start, copy.length, copy.document) == (1, 4, 1)
 
     def test_a_run_never_crosses_documents(self):
         assert self.copies([7, 8, 9, 8])[0].length == 0
@@ -172,14 +179,24 @@ def real(imdb_texts):
         NGramModel.fit(tokens, offsets, len(vocabulary), 3),
         NGramModel.fit(skeleton(tokens), offsets, 151, 4),
         TopicModel.fit(tokens, offsets, len(vocabulary)),
-        build_tokenizer(vocabulary).decode,
-        vocabulary,
+        build_tokenizer(vocabulary),
         held_out[:400],
     )
     return detector, held_out[400:]
 
 
 class TestFailureDetector:
+    def test_drift_falls_with_the_share_of_recurring_words(self):
+        # All words have the same vector, so the topic never changes. 0.25 of the second half's words recur.
+        ngrams = NGramModel.fit(np.array([2]), np.array([0, 1]), 100, 1)
+        topics, tokenizer = TopicModel(np.ones((100, 3)), np.ones(100)), build_tokenizer(list(map(str, range(100))))
+        detector = FailureDetector(
+            ngrams, NGramModel.fit(np.array([2]), np.array([0, 1]), 151, 1), topics, tokenizer, []
+        )
+        new = detector.detect([1], list(range(2, 42)))[1]["drift"]
+        recurring = detector.detect([1], [*range(2, 37), *range(2, 7)])[1]["drift"]
+        assert new == pytest.approx(0, abs=1e-6) and recurring == pytest.approx(-2 * 0.25, abs=1e-6)
+
     def share(self, detector, texts) -> dict[str, float]:
         found = [{span.kind for span in detector.detect(*text)[0]} for text in texts]
         return {kind: sum(kind in kinds for kinds in found) / len(texts) for kind in KINDS}
@@ -220,7 +237,7 @@ class TestFailureDetector:
 
     def test_praise_that_turns_to_blame(self, real):
         detector, _ = real
-        ids = {word: id_ for id_, word in enumerate(detector.vocabulary)}
+        ids = detector.tokenizer.get_vocab()
         praise = "this film is great and wonderful and i love it it is the best and most beautiful film ever made"
         blame = "it is awful and terrible and i hate it it is the worst and most horrible film ever made so bad"
         flip, same = ([ids[word] for word in f"{praise} {second}".split()] for second in (blame, praise))

@@ -47,7 +47,7 @@ def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summa
     lines: dict[str, list[int]] = {}
     for i in sampled:
         lines.setdefault(label(grid[i], others) if others else "", []).append(i)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(lines), 1)))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
     ticks = sorted({grid[i][x_name] for i in sampled}, key=none_last)
     figure = Figure(figsize=(10, 9), layout="constrained")
     axes = figure.subplots(3, 3)
@@ -120,10 +120,10 @@ def context(study: dict[str, Any]) -> Figure:
     """The effect of the words further back: on the loss, on the attention, and on texts generated without them."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for axis, estimates, title in (
-        (left, study["context"], "loss of a held-out word (nats)"),
-        (right, {c: e["ngram_loss"] for c, e in study["cut"].items()}, "n-gram loss of generated texts (nats)"),
-    ):
+    of_texts = {context: estimates["ngram_loss"] for context, estimates in study["cut"].items()}
+    axes = {"loss of a held-out word (nats)": (left, study["context"])}
+    axes |= {"n-gram loss of generated texts (nats)": (right, of_texts)}
+    for title, (axis, estimates) in axes.items():
         if estimates:
             _plot_estimates(axis, list(estimates), list(estimates.values()))
             axis.set_xscale("log")

@@ -1,46 +1,38 @@
-"""The blocks of a report, each with its Markdown and HTML form."""
+"""The blocks of a report. Templates have its sentences (report.jinja, compare.jinja) and its HTML (page.html)."""
 
-import html
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import jinja2
 from matplotlib.figure import Figure
 
-from minigpt_pl.exploration.samples import Sample
 from minigpt_pl.files import write_figure, write_text
 
-
-class Block(Protocol):
-    def markdown(self) -> str: ...
-
-    def html(self) -> str: ...
+QUESTION = "Question:"
+LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
 
 
 @dataclass
-class Heading:
-    level: int
+class Text:
+    """A heading, if the text starts with `#`; a question with room for the answer after `QUESTION`; or a paragraph."""
+
     text: str
 
-    def markdown(self) -> str:
-        return f"{'#' * self.level} {escape_markdown(self.text)}"
-
-    def html(self) -> str:
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
-
-
-@dataclass
-class Paragraph:
-    text: str
+    def __post_init__(self) -> None:
+        mark, _, text = self.text.partition(" ")
+        is_marked = mark == QUESTION or not mark.strip("#")
+        self.mark, self.text = (mark, text) if is_marked else ("", self.text)
 
     def markdown(self) -> str:
-        return escape_markdown(self.text)
-
-    def html(self) -> str:
-        return f"<p>{html.escape(self.text)}</p>"
+        text = escape_markdown(self.text)
+        if self.mark == QUESTION:
+            return f"> **Your own reasoning.** {text}\n>\n> _(write here)_"
+        return f"{self.mark} {text}".lstrip()
 
 
 @dataclass
@@ -52,11 +44,6 @@ class Table:
         header, *rows = ([escape_markdown(cell) for cell in line] for line in (self.header, *self.rows))
         return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
-    def html(self) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        body = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in self.rows)
-        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
 
 @dataclass
 class Chart:
@@ -67,59 +54,62 @@ class Chart:
     def markdown(self) -> str:
         return f"![{self.title}]({self.name}.png)"
 
-    def html(self) -> str:
+    def svg(self) -> str:
         file = StringIO()
         self.figure.savefig(file, format="svg", metadata={"Date": None})
-        svg = file.getvalue()[file.getvalue().index("<svg") :]
-        return f"<figure>{svg}<figcaption>{html.escape(self.title)}</figcaption></figure>"
+        return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 @dataclass
 class MarkedSample:
-    """A sample with its failures marked: those of one kind, or all for None."""
+    """A text with its failures marked."""
 
-    sample: Sample
     title: str
-    kind: str | None = None
+    prompt: str
+    tokens: Sequence[str]  # the words after the prompt, each with the space before it, if it has one
+    failures: Sequence[dict[str, Any]]  # spans as in samples.jsonl
 
     def markdown(self) -> str:
-        parts = [(escape_markdown(words), kinds) for words, kinds in self._parts()]
-        text = " ".join(f"**{words}** _({', '.join(kinds)})_" if kinds else words for words, kinds in parts)
-        return f"**{escape_markdown(self.title)}**: _{escape_markdown(self.sample['prompt'])}_ {text}"
+        text = f"**{escape_markdown(self.title)}**: _{escape_markdown(self.prompt)}_"
+        for space, words, kinds in self.parts():
+            # <b>, because ** is no mark between a word and a punctuation mark.
+            marked = f"<b>{escape_markdown(words)}</b> _({', '.join(kinds)})_" if kinds else escape_markdown(words)
+            text += space + marked
+        return text
 
-    def html(self) -> str:
-        parts = [
-            f'<mark class="{kinds[0]}" title="{", ".join(kinds)}">{html.escape(words)}</mark>'
-            if kinds
-            else html.escape(words)
-            for words, kinds in self._parts()
-        ]
-        title, prompt = html.escape(self.title), html.escape(self.sample["prompt"])
-        return f'<p class="sample"><b>{title}</b> <i>{prompt}</i> {" ".join(parts)}</p>'
-
-    def _parts(self) -> Iterator[tuple[str, list[str]]]:
-        """The words in parts, each with the kinds of its failures."""
-        words, spans = self.sample["words"], [s for s in self.sample["failures"] if self.kind in (None, s["kind"])]
-        edges = sorted({0, len(words), *(e for s in spans for e in (s["start"], min(s["end"], len(words))))})
-        for start, end in zip(edges, edges[1:], strict=False):
-            yield " ".join(words[start:end]), sorted({s["kind"] for s in spans if s["start"] <= start < s["end"]})
+    def parts(self) -> Iterator[tuple[str, str, list[str]]]:
+        """The text in parts: the space before the part, the part, and the kinds of its failures."""
+        ends = (end for span in self.failures for end in (span["start"], min(span["end"], len(self.tokens))))
+        for start, end in pairwise(sorted({0, len(self.tokens), *ends})):
+            text = "".join(self.tokens[start:end])
+            kinds = {span["kind"] for span in self.failures if span["start"] <= start < span["end"]}
+            yield " " * text.startswith(" "), text.removeprefix(" "), sorted(kinds)
 
 
-@dataclass
-class Question:
-    """A question, with room for the reader's answer."""
-
-    text: str
-
-    def markdown(self) -> str:
-        return f"> **Your own reasoning.** {escape_markdown(self.text)}\n>\n> _(write here)_"
-
-    def html(self) -> str:
-        question = html.escape(self.text)
-        return f'<div class="question"><b>Your own reasoning.</b> {question}<div contenteditable></div></div>'
+Block = Text | Table | Chart | MarkedSample
 
 
-def write_report(path: Path, blocks: Sequence[Block]) -> None:
+def render(template: str, **values: Any) -> list[Block]:
+    """The blocks of a template of this folder, filled with values.
+
+    Blank lines separate the blocks. A block is a `Text`, or a value that is itself a block, as `{{ Table(...) }}`.
+    """
+    inserted: list[Block] = []
+
+    def finalize(value: Any) -> Any:
+        if isinstance(value, Block):
+            inserted.append(value)
+            return "\0"
+        return " ".join(value.split()) if isinstance(value, str) else value
+
+    environment = jinja2.Environment(loader=LOADER, undefined=jinja2.StrictUndefined, finalize=finalize)
+    environment.filters["number"] = "{:,}".format
+    texts = re.split(r"\n\s*\n", environment.get_template(template).render(values, Table=Table, Chart=Chart).strip())
+    blocks = iter(inserted)
+    return [next(blocks) if text.strip() == "\0" else Text(" ".join(text.split())) for text in texts]
+
+
+def write_markdown(path: Path, blocks: Sequence[Block]) -> None:
     """Write a Markdown report, and its charts as PNG into the same folder."""
     for block in blocks:
         if isinstance(block, Chart):
@@ -127,16 +117,17 @@ def write_report(path: Path, blocks: Sequence[Block]) -> None:
     write_text(path, "\n\n".join(block.markdown() for block in blocks) + "\n")
 
 
+def write_html(path: Path, title: str, blocks: Sequence[Block], data: Any) -> None:
+    """Write page.html, filled with the blocks and with the data of its script."""
+    environment = jinja2.Environment(loader=LOADER, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    # A number in a table cell, its unit, and its interval. The number becomes the sort key.
+    number = re.compile(r"([-+]?[\d.]+)(%?)( \[.*\])?")
+    page = environment.get_template("page.html")
+    write_text(path, page.render(title=title, blocks=blocks, data=data, match_number=number.fullmatch) + "\n")
+
+
 def escape_markdown(text: str) -> str:
     """One line of text without Markdown's effects. `_` inside words and `[...]` without a link have none."""
     marks = r"[\\`*<>#|~&$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])"
     return re.sub(marks, r"\\\g<0>", " ".join(text.split()))
-
-
-def _html_cell(text: str) -> str:
-    """A table cell. A number, alone or with an interval, also becomes the sort key."""
-    number = re.fullmatch(r"([-+]?[\d.]+)(%?)( \[.*\])?", text)
-    if number is None:
-        return f"<td>{html.escape(text)}</td>"
-    value, percent, interval = number.groups(default="")
-    return f'<td data-number="{value}">{value}{percent} <small>{interval}</small></td>'

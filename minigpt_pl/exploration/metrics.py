@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import numpy as np
 
 from minigpt_pl.data.corpus import Ids
 from minigpt_pl.exploration.samples import Sample, write_samples
-from minigpt_pl.measures.copying import Copy, longest_copies
-from minigpt_pl.measures.failures import KINDS, PHRASE, SKELETON, FailureDetector, TopicModel, skeleton
+from minigpt_pl.measures.copying import longest_copies
+from minigpt_pl.measures.failures import KINDS, PHRASE, SKELETON, FailureDetector, Text, TopicModel, skeleton
 from minigpt_pl.measures.ngrams import NGramModel
-from minigpt_pl.measures.probes import TextScores, score_texts
+from minigpt_pl.measures.probes import score_texts
 from minigpt_pl.measures.repetition import distinct, longest_loop, recurring, repeated, self_bleu
 from minigpt_pl.text_model import TextModel
-from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
+from minigpt_pl.tokenizer import UNKNOWN_ID
 
 log = logging.getLogger(__name__)
 
@@ -48,44 +49,37 @@ REAL_CONTEXT = 5  # the first words of a real text take the place of a prompt
 NUM_CALIBRATION, NUM_REAL = 500, 2_000  # real texts that set the thresholds; other real texts that are measured
 NUM_PLANTED = 200  # real texts that get each planted failure
 
-Text = tuple[Sequence[int], Sequence[int]]  # context ids, ids
-
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """Measures generated and real texts in the same way.
-
-    Attributes:
-        real_texts: held-out texts by document number; they are not among the calibration texts.
-        num_calibration: held-out texts that set the thresholds of the detector.
-    """
+    """Measures generated and real texts in the same way."""
 
     model: TextModel
     train: Ids
     ngrams: NGramModel
     detector: FailureDetector
-    real_texts: dict[int, Text]
-    num_calibration: int
+    real_texts: dict[int, Text]  # held-out texts by document number, without the calibration texts
+    num_calibration: int  # held-out texts that set the thresholds of the detector
 
     @classmethod
     def fit(cls, model: TextModel, train: Ids, held_out: Ids, num_tokens: int) -> "TextMetrics":
-        """Count the n-grams of the training text, and calibrate the detector on held-out text.
-
-        Args:
-            num_tokens: length of the texts to measure; real texts are cut to it.
-        """
-        vocabulary, tokens, offsets = list_vocabulary(model.tokenizer), train.tokens, train.offsets
+        """Count the n-grams of the training text, and calibrate the detector on held-out text, cut to `num_tokens`."""
+        vocab_size, tokens, offsets = model.network.vocab_size, train.tokens, train.offsets
         log.info("Counting the n-grams of %s words.", f"{len(tokens):,}")
         with ThreadPoolExecutor(2) as pool:
-            words = pool.submit(NGramModel.fit, tokens, offsets, len(vocabulary), NGRAM_ORDER, show_progress=True)
+            words = pool.submit(NGramModel.fit, tokens, offsets, vocab_size, NGRAM_ORDER, show_progress=True)
             skeletons = pool.submit(NGramModel.fit, skeleton(tokens), offsets, SKELETON + 1, NGRAM_ORDER)
-            topics = TopicModel.fit(tokens, offsets, len(vocabulary))
-        ngrams, texts = words.result(), _real_texts(held_out, num_tokens)
+            topics = TopicModel.fit(tokens, offsets, vocab_size)
+        texts: dict[int, Text] = {}
+        for i, (start, end) in enumerate(pairwise(held_out.offsets)):  # the last token is the end token, not a word
+            ids = held_out.tokens[start : min(end - 1, start + REAL_CONTEXT + num_tokens)].tolist()
+            if len(ids) > REAL_CONTEXT:
+                texts[i] = (ids[:REAL_CONTEXT], ids[REAL_CONTEXT:])
         order = np.random.default_rng(0).permutation(sorted(texts)).tolist()
         num_calibration = min(NUM_CALIBRATION, len(order) // 2)
         calibration, chosen = order[:num_calibration], sorted(order[num_calibration : num_calibration + NUM_REAL])
-        decode, calibration_texts = model.tokenizer.decode, [texts[i] for i in calibration]
-        detector = FailureDetector(ngrams, skeletons.result(), topics, decode, vocabulary, calibration_texts)
+        ngrams, calibration_texts = words.result(), [texts[i] for i in calibration]
+        detector = FailureDetector(ngrams, skeletons.result(), topics, model.tokenizer, calibration_texts)
         return cls(model, train, ngrams, detector, {i: texts[i] for i in chosen}, num_calibration)
 
     def add_to(self, samples: Sequence[Sample]) -> None:
@@ -107,11 +101,7 @@ class TextMetrics:
         return records
 
     def detection_rates(self) -> dict[str, dict[str, float]]:
-        """Plant failures in at most `NUM_PLANTED` real texts and detect them.
-
-        Returns:
-            Planted failure -> kind -> share of texts in which this kind is detected. "nothing": the unchanged texts.
-        """
+        """Plant failures in `NUM_PLANTED` real texts: planted failure -> kind -> share of texts with this kind."""
         rng = np.random.default_rng(0)
         texts = [text for text in self.real_texts.values() if len(text[1]) >= 4 * PHRASE][:NUM_PLANTED]
         others = [list(texts[i][1]) for i in rng.permutation(len(texts))]
@@ -137,44 +127,29 @@ class TextMetrics:
 
     def _measure(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
         copies = longest_copies([ids for _, ids in texts], self.train.tokens, self.train.offsets, [UNKNOWN_ID])
-        scores = score_texts(self.model.network, texts)
-        return [self._record(*measured) for measured in zip(texts, scores, copies, strict=True)]
-
-    def _record(self, text: Text, scores: TextScores, copy: Copy) -> dict[str, Any]:
-        context, ids = text
-        spans, highest = self.detector.detect(context, ids)
-        metrics = {
-            "tokens": len(ids),
-            "loss": scores.loss,
-            "ngram_loss": self.ngram_loss(text),
-            "seen_4grams": copy.seen_4grams,
-            "entropy": scores.entropy,
-            "unknown": scores.unknown,
-            "repeated_4grams": repeated(ids, 4),
-            "loop": longest_loop(ids).length,
-            **{f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)},
-            "recurring": recurring(context, ids, self.detector.topics.weights),
-            "copied": copy.length,
-            **highest,
-        }
-        copied = {"start": copy.start, "length": copy.length, "document": copy.document}
-        return {"metrics": metrics, "failures": [span._asdict() for span in spans], "copied": copied}
+        records = []
+        for (context, ids), scores, copy in zip(texts, score_texts(self.model.network, texts), copies, strict=True):
+            spans, highest = self.detector.detect(context, ids)
+            metrics = {
+                "tokens": len(ids),
+                "loss": scores.loss,
+                "ngram_loss": self.ngram_loss((context, ids)),
+                "seen_4grams": copy.seen_4grams,
+                "entropy": scores.entropy,
+                "unknown": scores.unknown,
+                "repeated_4grams": repeated(ids, 4),
+                "loop": longest_loop(ids).length,
+                **{f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)},
+                "recurring": recurring(context, ids, self.detector.topics.weights),
+                "copied": copy.length,
+                **highest,
+            }
+            copied = {"start": copy.start, "length": copy.length, "document": copy.document}
+            records.append({"metrics": metrics, "failures": [span._asdict() for span in spans], "copied": copied})
+        return records
 
     def ngram_loss(self, text: Text) -> float:
         """Mean -log p of the words under the n-gram model, nats per word; nan for an empty text."""
         context, ids = text
         nats = -self.ngrams.log_probabilities(np.array([*context, *ids]))[len(context) :]
         return float(nats.mean()) if ids else float("nan")
-
-
-def _real_texts(held_out: Ids, num_tokens: int) -> dict[int, Text]:
-    """Document number -> (context, text) from its first words. Documents without words after the context are left out.
-
-    The last token of a document is its end token, not a word.
-    """
-    texts: dict[int, Text] = {}
-    for i, (start, end) in enumerate(zip(held_out.offsets, held_out.offsets[1:], strict=False)):
-        words = held_out.tokens[start : min(end - 1, start + REAL_CONTEXT + num_tokens)].tolist()
-        if len(words) > REAL_CONTEXT:
-            texts[i] = (words[:REAL_CONTEXT], words[REAL_CONTEXT:])
-    return texts

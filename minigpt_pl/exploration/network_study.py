@@ -23,18 +23,15 @@ SHORT_CONTEXT_SEEDS = 2  # texts per prompt for each length of context
 
 
 def study_network(
-    metrics: TextMetrics, held_out: Ids, prompts: Sequence[str], num_tokens: int, path: Path
+    metrics: TextMetrics, held_out: Ids, prompts: Sequence[str], num_tokens: int, folder: Path
 ) -> dict[str, Any]:
-    """Measure the network, and write the figures to a file.
+    """Measure the network, and write the figures to network.json. Estimates are [mean, low, high].
 
-    Returns:
-        Estimates are [mean, low, high].
-
-        - windows: number of held-out words; context: words of context -> estimate of their loss; further: words of
-          context -> how much the words further back lower the loss.
-        - copied_texts: number of texts of the induction test; copying: its losses; attention: (blocks, H, distance).
-        - cut: words of context during generation -> metric -> estimate, measured with the whole network.
-        - planted: as `TextMetrics.detection_rates`; thresholds: of the detector.
+    - windows: number of held-out words; context: words of context -> estimate of their loss; further: words of context
+      -> how much the words further back lower the loss.
+    - copied_texts: number of texts of the induction test; copying: its losses; attention: (blocks, H, distance).
+    - cut: words of context during generation -> metric -> estimate, measured with the whole network.
+    - planted: as `TextMetrics.detection_rates`; thresholds: of the detector.
     """
     network, length = metrics.model.network, metrics.model.network.max_length
     windows = probes.non_overlapping_windows(held_out.tokens, held_out.offsets, length + 1, NUM_WINDOWS)
@@ -53,7 +50,7 @@ def study_network(
     contexts = [*(c for c in probes.CONTEXTS if c < length), length]
     result["cut"] = {c: _with_short_context(metrics, prompts, num_tokens, c) for c in contexts}
     result |= {"planted": metrics.detection_rates(), "thresholds": metrics.detector.thresholds}
-    write_text(path, json.dumps(without_nan(result), indent=1) + "\n")
+    write_text(folder / "network.json", json.dumps(without_nan(result), indent=1) + "\n")
     return result
 
 
@@ -65,10 +62,10 @@ def _with_short_context(
     shorter = TextModel(probes.limit_context(model.network, context), model.tokenizer, model.end_id)
     top_k = min(20, model.network.vocab_size)
     groups = generate_texts(shorter, prompts, num_tokens, 0.8, top_k, seed=0, num_samples=SHORT_CONTEXT_SEEDS)
-    prompt_ids = [encode(prompt).ids for prompt in prompts]
-    texts = [
-        (ids, encode(text).ids[len(ids) :]) for ids, group in zip(prompt_ids, groups, strict=True) for text in group
-    ]
+    texts = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        ids = encode(prompt).ids
+        texts += [(ids, encode(text).ids[len(ids) :]) for text in group]
     values = {
         "loss": [scores.loss for scores in probes.score_texts(model.network, texts)],
         "ngram_loss": [metrics.ngram_loss(text) for text in texts],

@@ -28,11 +28,7 @@ Prompts = Sequence[tuple[str, str]]  # (kind, prompt)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """Read (kind, prompt) from a YAML file that maps kinds to lists of prompts.
-
-    Raises:
-        InputError: the file is unreadable, has another form, or contains no prompt or one prompt twice.
-    """
+    """Read (kind, prompt) from a YAML file that maps kinds to lists of prompts. No prompt may occur twice."""
     example = "as in short: [this movie is, the end]"
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
@@ -44,13 +40,11 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     prompts = [(str(kind), prompt) for kind, group in contents.items() for prompt in group]
     if not prompts:
         raise InputError(f"prompts={path}: has no prompt; write some, {example}")
-    seen = set()
-    for _, prompt in prompts:
+    for i, (_, prompt) in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompts={path}: {prompt!r} is not text; write it in quotes")
-        if prompt in seen:
+        if prompt in [before for _, before in prompts[:i]]:
             raise InputError(f"prompts={path}: {prompt!r} occurs twice; remove one")
-        seen.add(prompt)
     return prompts
 
 
@@ -63,8 +57,7 @@ def settings_grid(config: ExploreConfig) -> list[Setting]:
     grid: list[Setting] = []
     for values in itertools.product(*(getattr(config, name) for name in GRID)):
         setting = dict(zip(GRID, values, strict=True))
-        if is_greedy(setting):
-            setting |= GREEDY
+        setting |= GREEDY if is_greedy(setting) else {}
         if setting not in grid:
             grid.append(setting)
     return grid
@@ -96,8 +89,7 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
     """The grid, after a check that the model can generate with it.
 
     Raises:
-        InputError: one line for each value that the model cannot use and for each prompt without a known word; or more
-            than `MAX_UNCONFIRMED` texts without `confirm`.
+        InputError: the model cannot use a value or a prompt; or more than `MAX_UNCONFIRMED` texts without `confirm`.
     """
     vocab_size = model.network.vocab_size
     problems = [f"{name}=[]: must have at least one value" for name in GRID if not getattr(config, name)]
@@ -111,7 +103,7 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
         raise InputError(*problems)
     grid = settings_grid(config)
     encode_prompts(model.tokenizer, [prompt for _, prompt in prompts], "prompts: prompt")
-    count = sum(len(_seeds(config, setting)) for setting in grid) * len(prompts)
+    count = sum(1 if is_greedy(setting) else config.num_seeds for setting in grid) * len(prompts)
     if count > MAX_UNCONFIRMED and not config.confirm:
         start = time.monotonic()
         trial = generate_texts(model, [prompts[0][1]] * 32, config.num_tokens, seed=0)
@@ -123,10 +115,6 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
     return grid
 
 
-def _seeds(config: ExploreConfig, setting: Setting) -> range:
-    return range(config.seed, config.seed + (1 if is_greedy(setting) else config.num_seeds))
-
-
 def generate_samples(
     config: ExploreConfig, model: TextModel, prompts: Prompts, grid: Sequence[Setting], folder: Path
 ) -> tuple[list[Sample], list[str]]:
@@ -136,31 +124,40 @@ def generate_samples(
         All samples in the order of the grid, and one line for each setting that failed, which has no samples.
 
     Raises:
-        InputError: the folder belongs to another exploration.
+        InputError: the folder belongs to another exploration. It holds one; only the same command continues it.
     """
-    _check_plan(config, model, prompts, grid, folder)
+    checkpoint = Path(str(model.checkpoint))
+    status, plan_file = checkpoint.stat(), folder / PLAN
+    plan: dict[str, Any] = {"checkpoint": checkpoint.name, "size": status.st_size, "modified": status.st_mtime}
+    plan |= {name: getattr(config, name) for name in ("num_tokens", "seed", "num_seeds", "banned_words")}
+    plan |= {"prompts": [list(prompt) for prompt in prompts], "settings": list(grid)}
+    before = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else plan
+    if changed := [name for name in plan if before.get(name) != plan[name]]:
+        raise InputError(
+            f"folder={folder}: has an exploration with other {', '.join(changed)}; give folder=ANOTHER, or remove it"
+        )
+    write_text(plan_file, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
     path = folder / SAMPLES
-    samples = {_key(sample["prompt"], sample["seed"], sample["settings"]): sample for sample in read_samples(path)}
-    write_samples(path, samples.values())  # drops an incomplete last line
-    failed = []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]  # without an incomplete line
+    samples = {_key(sample): sample for sample in map(json.loads, lines)}
+    write_samples(path, samples.values())
+    failed, ordered = [], []
     with path.open("a", encoding="utf-8") as file:
         for setting in tqdm(grid, desc="Generating", unit=" settings", disable=None, leave=False):
-            seeds = _seeds(config, setting)
-            missing = [
-                (kind, prompt)
-                for kind, prompt in prompts
-                if any(_key(prompt, seed, setting) not in samples for seed in seeds)
-            ]
+            seeds = range(config.seed, config.seed + (1 if is_greedy(setting) else config.num_seeds))
+            keys = [(prompt, seed, *setting.values()) for _, prompt in prompts for seed in seeds]
+            incomplete = {prompt for prompt, *rest in keys if (prompt, *rest) not in samples}
+            missing = [(kind, prompt) for kind, prompt in prompts if prompt in incomplete]
             try:
-                new = list(generate_setting(config, model, missing, setting, seeds)) if missing else []
+                new = list(generate_setting(config, model, missing, setting, seeds))
             except InputError as error:
                 failed.append(f"{label(setting, varied_controls(grid))}: {error}")
                 continue
-            samples |= {_key(sample["prompt"], sample["seed"], setting): sample for sample in new}
+            samples |= {_key(sample): sample for sample in new}
+            ordered += [samples[key] for key in keys]
             file.write("".join(map(_line, new)))
             file.flush()
-    keys = [_key(prompt, seed, s) for s in grid for _, prompt in prompts for seed in _seeds(config, s)]
-    return [samples[key] for key in keys if key in samples], failed
+    return ordered, failed
 
 
 def generate_setting(
@@ -187,14 +184,6 @@ def generate_setting(
             }
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Read a file of samples, without an incomplete last line."""
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
-
-
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """Write a file of samples atomically."""
     write_text(path, "".join(map(_line, samples)))
@@ -213,22 +202,5 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _key(prompt: str, seed: int, setting: Setting) -> tuple[Any, ...]:
-    return (prompt, seed, *setting.values())
-
-
-def _check_plan(
-    config: ExploreConfig, model: TextModel, prompts: Prompts, grid: Sequence[Setting], folder: Path
-) -> None:
-    """A folder holds one exploration. The same command continues it; another command is refused."""
-    checkpoint = Path(str(model.checkpoint))
-    status, path = checkpoint.stat(), folder / PLAN
-    plan: dict[str, Any] = {"checkpoint": checkpoint.name, "size": status.st_size, "modified": status.st_mtime}
-    plan |= {name: getattr(config, name) for name in ("num_tokens", "seed", "num_seeds", "banned_words")}
-    plan |= {"prompts": [list(prompt) for prompt in prompts], "settings": list(grid)}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else plan
-    if changed := [name for name in plan if before.get(name) != plan[name]]:
-        raise InputError(
-            f"folder={folder}: has an exploration with other {', '.join(changed)}; give folder=ANOTHER, or remove it"
-        )
-    write_text(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+def _key(sample: Sample) -> tuple[Any, ...]:
+    return (sample["prompt"], sample["seed"], *sample["settings"].values())

@@ -11,7 +11,6 @@ from scipy import stats  # comes with scikit-learn
 
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import read_checkpoint
-from minigpt_pl.config import DataConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, Ids, open_run_corpus
 from minigpt_pl.errors import InputError
@@ -19,7 +18,6 @@ from minigpt_pl.exploration.summary import CONFIDENCE, RESAMPLES, Estimate, inte
 from minigpt_pl.text_model import TextModel, load
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
-NUM_DOCUMENTS = 1_000  # held-out documents, from the beginning
 MIN_SIZES = 4  # a power law has two parameters; fewer sizes leave too little to estimate its error
 # Settings that only say where or how a run was trained.
 IGNORED_GROUPS = ("logger.", "trainer.", "text_generator.")
@@ -28,24 +26,19 @@ IGNORED_SETTINGS = ("run_name", "output_dir", "resume", "data.cache_dir", "data.
 
 @dataclass(frozen=True)
 class Run:
-    """A run and its training text.
-
-    Attributes:
-        parameters: all parameters; `block_parameters`: without embeddings and the output layer.
-        text_tokens: tokens of the training text that the run could predict, without padding.
-        epochs: passes over them up to the checkpoint; nan if unknown, as for a model from Keras.
-        settings: name -> value, without `IGNORED_SETTINGS`.
-    """
+    """A run and its training text."""
 
     name: str
     model: TextModel
     corpus: Corpus
     held_out: Ids
-    parameters: int
-    block_parameters: int
-    text_tokens: int
-    epochs: float
-    settings: dict[str, Any]
+    text_tokens: int  # tokens of the training text that the run could predict, without padding
+    epochs: float  # passes over them up to the checkpoint; nan if unknown, as for a model from Keras
+    settings: dict[str, Any]  # name -> value, without IGNORED_SETTINGS
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.network.parameters())
 
     @property
     def tokens(self) -> float:
@@ -70,60 +63,37 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
         held_out = corpus.validation
         if held_out is None:
             raise InputError(f"{problem} has no held-out text; train with data.validation_share above 0")
-        first = opened[0] if opened else None
-        if first and list_vocabulary(model.tokenizer) != list_vocabulary(first.model.tokenizer):
-            raise InputError(f"{problem} has other words than {first.name}; give runs of one text and vocabulary size")
-        if first and not (
-            np.array_equal(held_out.tokens, first.held_out.tokens)
-            and np.array_equal(held_out.offsets, first.held_out.offsets)
-        ):
-            remedy = "give runs with the same data.validation_share and data.validation_documents"
-            raise InputError(f"{problem} has other held-out text than {first.name}; {remedy}")
-        opened.append(_run(checkpoint, model, data, corpus, held_out))
+        if opened:
+            first = opened[0]
+            if list_vocabulary(model.tokenizer) != list_vocabulary(first.model.tokenizer):
+                remedy = "give runs of one text and vocabulary size"
+                raise InputError(f"{problem} has other words than {first.name}; {remedy}")
+            ours, theirs = ((ids.tokens, ids.offsets) for ids in (held_out, first.held_out))
+            if not all(map(np.array_equal, ours, theirs)):
+                remedy = "give runs with the same data.validation_share and data.validation_documents"
+                raise InputError(f"{problem} has other held-out text than {first.name}; {remedy}")
+        settings: dict[str, Any] = {}
+        for group, values in runs.read_settings(folder).items():
+            nested = isinstance(values, dict)
+            settings |= {f"{group}.{name}": v for name, v in values.items()} if nested else {group: values}
+        contents, max_length = read_checkpoint(checkpoint), model.network.max_length
+        sequences = Sequences(corpus.train, max_length, data.cut, data.end_token, count_padding=False)
+        seed = contents["hyper_parameters"].get("seed", 0)
+        rows = BatchLoader(sequences, data.batch_size, seed, max_sequences=data.max_sequences).rows
+        batches = contents.get("global_step", math.nan) * settings.get("trainer.accumulate_grad_batches", 1)
+        text_tokens, epochs = int(sequences.target_counts[rows].sum()), batches * data.batch_size / len(rows)
+        kept = {name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)}
+        opened.append(Run(folder.name, model, corpus, held_out, text_tokens, epochs, kept))
     return opened
-
-
-def _run(checkpoint: Path, model: TextModel, data: DataConfig, corpus: Corpus, held_out: Ids) -> Run:
-    folder, network = checkpoint.parent.parent, model.network
-    contents = read_checkpoint(checkpoint)
-    settings: dict[str, Any] = {}
-    for group, values in runs.read_settings(folder).items():
-        nested = isinstance(values, dict)
-        settings |= {f"{group}.{name}": v for name, v in values.items()} if nested else {group: values}
-    sequences = Sequences(corpus.train, network.max_length, data.cut, data.end_token, count_padding=False)
-    seed = contents["hyper_parameters"].get("seed", 0)
-    rows = BatchLoader(sequences, data.batch_size, seed, max_sequences=data.max_sequences).rows
-    batches = contents.get("global_step", math.nan) * settings.get("trainer.accumulate_grad_batches", 1)
-    return Run(
-        folder.name,
-        model,
-        corpus,
-        held_out,
-        parameters=sum(p.numel() for p in network.parameters()),
-        block_parameters=sum(p.numel() for block in network.blocks for p in block.parameters()),
-        text_tokens=int(sequences.target_counts[rows].sum()),
-        epochs=batches * data.batch_size / len(rows),
-        settings={name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)},
-    )
-
-
-def held_out_documents(held_out: Ids) -> list[np.ndarray]:
-    """The first `NUM_DOCUMENTS` documents, without end tokens, because not all runs have learned one."""
-    offsets = held_out.offsets[: NUM_DOCUMENTS + 1]
-    return [held_out.tokens[start : end - 1] for start, end in zip(offsets, offsets[1:], strict=False)]
 
 
 def word_losses(
     losses: dict[str, np.ndarray], documents: Sequence[np.ndarray]
 ) -> dict[str, tuple[Estimate, Estimate | None]]:
-    """The mean loss of a known word for each run, and its difference from the first run's.
+    """The mean loss of a known word for each run, in nats, and its difference from the first run's.
 
     The intervals come from a bootstrap over documents. All runs use the same resampled documents, so the interval of a
-    difference is narrow if the documents agree on it.
-
-    Args:
-        losses: run -> (T,) nats, as from `document_losses`.
-        documents: token ids of each document.
+    difference is narrow if the documents agree on it. `losses` are those of `document_losses`.
     """
     known = np.concatenate([document[1:] for document in documents]) != UNKNOWN_ID
     numbers = np.repeat(np.arange(len(documents)), [max(len(document) - 1, 0) for document in documents])[known]
@@ -144,10 +114,8 @@ def power_law(x: Sequence[float], loss: Sequence[float]) -> dict[str, Any]:
     """Fit loss = scale * x ** -exponent (Kaplan et al., arXiv 2001.08361) by least squares of the logarithms.
 
     There is no constant term, because so few points cannot distinguish it from a smaller exponent. So the law holds
-    only for the range of the points.
-
-    Returns:
-        scale, exponent (with its interval from Student's t) and points; nothing for fewer than `MIN_SIZES` different x.
+    only for the range of the points. The interval of the exponent comes from Student's t. The result is empty for fewer
+    than `MIN_SIZES` different x.
     """
     if len(set(x)) < MIN_SIZES:
         return {}
@@ -160,23 +128,19 @@ def power_law(x: Sequence[float], loss: Sequence[float]) -> dict[str, Any]:
 def power_laws(compared: Sequence[Run], loss: dict[str, float]) -> list[dict[str, Any]]:
     """A power law for each group of two or more runs that differ only in their parameters, or only in their tokens.
 
-    Returns:
-        against: "parameters" or "tokens"; of: names of the runs, from small to large; and the result of `power_law`.
+    Each has also `against`, "parameters" or "tokens", and `of`, the names of the runs from small to large.
     """
     result = []
     for variable, prefix in {"parameters": "model.", "tokens": "data.max_sequences"}.items():
         groups: dict[tuple[Any, ...], list[Run]] = {}
         for run in compared:
             if not math.isnan(run.epochs):
-                same = [
-                    (key, str(value)) for key, value in run.settings.items() if not key.startswith((prefix, "seed"))
-                ]
+                same = [(key, str(v)) for key, v in run.settings.items() if not key.startswith((prefix, "seed"))]
                 text = run.text_tokens if variable == "parameters" else None
                 groups.setdefault((*sorted(same), text, round(run.epochs, 1)), []).append(run)
         for group in groups.values():
             group.sort(key=lambda run: getattr(run, variable))
             x, names = [getattr(run, variable) for run in group], [run.name for run in group]
             if x[0] < x[-1]:
-                fit = power_law(x, [loss[name] for name in names])
-                result.append({"against": variable, "of": names} | fit)
+                result.append({"against": variable, "of": names} | power_law(x, [loss[name] for name in names]))
     return result

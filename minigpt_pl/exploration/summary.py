@@ -4,7 +4,9 @@ The input is only the records of `samples.jsonl` and `held_out.jsonl`.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +16,6 @@ from minigpt_pl.exploration.samples import Sample, Setting, is_greedy
 
 RESAMPLES = 1_000
 CONFIDENCE = 0.95
-
-RULE = (
-    "A setting is among the best if the 95 % interval of its share of texts with any failure reaches down to the lowest"
-    " mean. The best settings are sorted by coherence, lowest n-gram loss first."
-)
 
 
 class Estimate(NamedTuple):
@@ -40,54 +37,40 @@ def estimate_text(
         return "–"
     if percent:
         return f"{estimate.mean:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"
-    size = max(map(abs, estimate))
     if digits is None:
+        size = max(map(abs, estimate))
         digits = 4 if size < 0.1 else 2 if size < 10 else 1
-    mean, low, high = (f"{number:{'+' if sign else ''}.{digits}f}" for number in estimate)
-    return f"{mean} [{low}, {high}]"
+    return "{} [{}, {}]".format(*(f"{number:{'+' if sign else ''}.{digits}f}" for number in estimate))
 
 
 def interval(mean: float, resampled: np.ndarray) -> Estimate:
-    """The percentile interval of resampled means."""
+    """The percentile interval of resampled means; all nan without a mean."""
     tail = (1 - CONFIDENCE) / 2
-    return Estimate(float(mean), *map(float, np.nanquantile(resampled, [tail, 1 - tail])))
+    low, high = (math.nan, math.nan) if math.isnan(mean) else np.nanquantile(resampled, [tail, 1 - tail])
+    return Estimate(float(mean), float(low), float(high))
 
 
 def bootstrap(values: np.ndarray) -> Estimate:
-    """The mean over prompts of the means over texts, with its interval.
+    """The mean over prompts of the means over texts, with its interval; all nan if there is no value.
 
     Prompts are resampled with replacement, and within each prompt its texts (Davison and Hinkley, Bootstrap Methods,
-    1997, section 3.8).
-
-    Args:
-        values: (P, S), prompts x texts; nan: no value.
-
-    Returns:
-        All nan if there is no value.
+    1997, section 3.8). `values` is (P, S), prompts x texts; nan: no value.
     """
     values = values[~np.isnan(values).all(axis=1)]
-    if not values.size:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    return interval(_mean(values), *_resampled_means([values]))
+    return interval(_mean(values), *_resampled_means([values])) if values.size else Estimate(*[math.nan] * 3)
 
 
 def _resampled_means(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Resampled means of (P, S) tables; the same prompts are drawn for each table."""
     rng, num_prompts = np.random.default_rng(0), len(tables[0])
     rows = rng.integers(num_prompts, size=(RESAMPLES, num_prompts))
-    sizes = [table.shape[1] for table in tables]
-    return [
-        _mean(table[rows[:, :, None], rng.integers(size, size=(*rows.shape, size))])
-        for table, size in zip(tables, sizes, strict=True)
-    ]
+    return [_mean(t[rows[:, :, None], rng.integers(t.shape[1], size=(*rows.shape, t.shape[1]))]) for t in tables]
 
 
 def _mean(values: np.ndarray) -> Any:
-    """Mean of the prompts' means: (..., P, S) -> (...). A prompt without values is left out."""
-    counts = (~np.isnan(values)).sum(axis=-1)
-    sums = np.nansum(values, axis=-1)
-    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    return np.nansum(means, axis=-1) / np.maximum((counts > 0).sum(axis=-1), 1)
+    """Mean of the prompts' means: (..., P, S) -> (...). A prompt without values is left out; nan without any value."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nanmean warns where it returns nan
+        return np.nanmean(np.nanmean(values, axis=-1), axis=-1)
 
 
 def by_prompt(samples: Iterable[Sample], name: str) -> np.ndarray:
@@ -95,19 +78,15 @@ def by_prompt(samples: Iterable[Sample], name: str) -> np.ndarray:
     groups: dict[str, list[float]] = {}
     for sample in samples:
         groups.setdefault(sample["prompt"], []).append(_value(sample, name))
-    table = np.full((len(groups), max(map(len, groups.values()))), np.nan)
-    for row, values in zip(table, groups.values(), strict=True):
-        row[: len(values)] = values
-    return table
+    return np.array(list(zip_longest(*groups.values(), fillvalue=math.nan))).T
 
 
 def _value(record: dict[str, Any], name: str) -> float:
     """A metric of a text. For "failure: KIND" or "failure: any": 1 if one is marked, else 0."""
     if name.startswith("failure: "):
-        kind = name.removeprefix("failure: ")
-        return float(any(kind in ("any", span["kind"]) for span in record["failures"]))
+        return float(any(name in ("failure: any", f"failure: {span['kind']}") for span in record["failures"]))
     value = record["metrics"].get(name)
-    return float("nan") if value is None else float(value)
+    return math.nan if value is None else float(value)
 
 
 def summarize(samples: Sequence[Sample], grid: Sequence[Setting]) -> list[Summary]:
@@ -125,12 +104,9 @@ def summarize_real(records: Sequence[dict[str, Any]]) -> Summary:
 
 
 def effect(samples: Sequence[Sample], control: str, name: str) -> tuple[float | None, float | None, Estimate]:
-    """The effect of a control on a metric: its mean at the control's highest value minus that at the lowest.
+    """The lowest and highest value of a control, and the metric's mean at the highest minus that at the lowest.
 
     The difference is computed for each prompt, over all other controls. Greedy settings are left out.
-
-    Returns:
-        The lowest value, the highest value (None, no limit, is the highest), and the difference.
     """
     sampled = [sample for sample in samples if not is_greedy(sample["settings"])]
     low, *_, high = sorted({sample["settings"][control] for sample in sampled}, key=none_last)
@@ -145,7 +121,7 @@ def none_last(value: float | None) -> tuple[bool, float]:
 
 
 def best_settings(summaries: Sequence[Summary]) -> list[int]:
-    """Indices of the settings that `RULE` picks, best first."""
+    """Indices of the best settings, best first. report.jinja states the rule."""
     lowest = min(summary["failure: any"].mean for summary in summaries)
     as_low = [i for i, summary in enumerate(summaries) if summary["failure: any"].low <= lowest]
     return sorted(as_low, key=lambda i: summaries[i]["ngram_loss"].mean)
@@ -153,10 +129,8 @@ def best_settings(summaries: Sequence[Summary]) -> list[int]:
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points (x, y), both to be minimized, that no other point dominates; sorted by x."""
-    order = sorted((i for i, point in enumerate(points) if not np.isnan(point).any()), key=lambda i: points[i])
-    lowest, front = np.inf, []
-    for i in order:
-        if points[i][1] < lowest:
-            lowest = points[i][1]
+    front: list[int] = []
+    for i in sorted((i for i, point in enumerate(points) if not np.isnan(point).any()), key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1]:
             front.append(i)
     return front

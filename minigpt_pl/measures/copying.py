@@ -1,6 +1,8 @@
 """How much of a text is copied: its longest run of words that also occurs in the training text."""
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -10,20 +12,16 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: Knuth's m
 
 
 class Copy(NamedTuple):
-    """The longest run of a text that occurs in the training text; the first one if there are several.
+    """The longest run of a text that occurs in the training text; of several runs, the first.
 
-    Attributes:
-        start: position in the text.
-        length: words; 0 if no run of `MIN_LENGTH` words occurs in the training text.
-        document: number of a training document that contains the run; -1: none.
-        seen_4grams: share of the text's runs of `MIN_LENGTH` words that occur in the training text, in [0, 1]; nan for
-            a shorter text. Compare it with real held-out text: a much lower value means odd phrases, a much higher
-            value means copying.
+    `seen_4grams` is the share of the text's runs of `MIN_LENGTH` words that occur in the training text; nan for a
+    shorter text. Compare it with real held-out text: a much lower value means odd phrases, a much higher value means
+    copying.
     """
 
-    start: int
-    length: int
-    document: int
+    start: int  # position in the text
+    length: int  # words; 0 if no run of MIN_LENGTH words occurs in the training text
+    document: int  # number of the first training document that contains the run; -1: none
     seen_4grams: float
 
 
@@ -36,9 +34,7 @@ def longest_copies(
     only if its shorter run was found. After n-gram novelty, McCoy et al. (RAVEN), arXiv 2111.09509.
 
     Args:
-        texts: token ids of each text.
-        tokens: (T,) ids of all training documents. Each document ends with an id that no text contains.
-        offsets: (N + 1,); document i is `tokens[offsets[i]:offsets[i + 1]]`.
+        tokens, offsets: the training text as in `NGramModel.fit`. Each document ends with an id that no text contains.
         ignored_ids: ids that match nothing, such as `[UNK]`, which stands for different words.
     """
     text_offsets = np.cumsum([0, *map(len, texts)])
@@ -75,7 +71,17 @@ def longest_copies(
         starts, hashes = starts[fits], hashes[fits]
         hashes = hashes * MULTIPLIER + values[tokens[starts + length]]
         length += 1
-    return [_copy(lengths[a:b], found_at[a:b], offsets) for a, b in zip(text_offsets, text_offsets[1:], strict=False)]
+    copies = []
+    for a, b in pairwise(text_offsets.tolist()):
+        is_seen = lengths[a : max(b - MIN_LENGTH + 1, a)] >= MIN_LENGTH  # of each run of MIN_LENGTH words
+        seen = float(is_seen.mean()) if len(is_seen) else math.nan
+        if is_seen.any():
+            start = a + int(lengths[a:b].argmax())
+            document = int(np.searchsorted(offsets, found_at[start], side="right")) - 1
+            copies.append(Copy(start - a, int(lengths[start]), document, seen))
+        else:
+            copies.append(Copy(0, 0, -1, seen))
+    return copies
 
 
 def _hash(values: np.ndarray, length: int) -> np.ndarray:
@@ -85,13 +91,3 @@ def _hash(values: np.ndarray, length: int) -> np.ndarray:
     for i in range(1, length):
         hashes = hashes * MULTIPLIER + values[i : i + count]
     return hashes
-
-
-def _copy(lengths: np.ndarray, found_at: np.ndarray, offsets: np.ndarray) -> Copy:
-    runs = len(lengths) - MIN_LENGTH + 1
-    seen = float(np.mean(lengths[:runs] >= MIN_LENGTH)) if runs > 0 else float("nan")
-    if not lengths.any():
-        return Copy(0, 0, -1, seen)
-    start = int(lengths.argmax())
-    document = int(np.searchsorted(offsets, found_at[start], side="right")) - 1
-    return Copy(start, int(lengths[start]), document, seen)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,12 @@ SPELLING_ORDER = 5
 def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, description: str) -> dict[str, Any]:
     """Evaluate a network, and n-gram models of its training text, on the same documents.
 
+    The result is ready for JSON: the counts, and the summary of `summarize_losses`. Bits per byte are the losses of all
+    tokens, plus the first words under the unigram model, plus the spelling of the unknown words.
+
     Args:
         texts: documents, each with at least one word.
-        train: the training text of the network.
         description: name of the texts, for the result and for errors.
-
-    Returns:
-        Plain values, ready for JSON: the counts, and the summary of `summarize_losses`. Bits per byte are the losses of
-        all tokens, plus the first words under the unigram model, plus the spelling of the unknown words.
 
     Raises:
         InputError: no document has a known word after its first.
@@ -76,8 +75,7 @@ def ngram_losses(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Losses of the n-gram models, in the order of `document_losses`, and the unigram loss of all first words, in nats.
 
-    Args:
-        end_id: None removes the end tokens from the training text.
+    If `end_id` is None, the end tokens of the training text do not count.
     """
     tokens, offsets = train.tokens, train.offsets
     if end_id is None:
@@ -96,52 +94,42 @@ def ngram_losses(
 def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
     """Nats to spell the unknown words, byte by byte and with an end mark.
 
-    The spelling model is a Kneser-Ney model of the vocabulary's own words. Together with the loss of `[UNK]`, this is a
-    complete code of the text, so models with different vocabularies can be compared.
-
-    Args:
-        unknown: how often each unknown word occurs.
-        vocabulary: known words; each counts once.
+    The spelling model is a Kneser-Ney model of the vocabulary's own words; each counts once. Together with the loss of
+    `[UNK]`, this is a complete code of the text, so models with different vocabularies can be compared.
     """
-    end, spelled = 256, [word.encode() for word in vocabulary]
-    letters = np.array([byte for word in spelled for byte in (*word, end)])
-    offsets = np.cumsum([0, *(len(word) + 1 for word in spelled)])
-    model = NGramModel.fit(letters, offsets, vocab_size=257, order=SPELLING_ORDER)
+    spelled, words = ({word: np.array([*word.encode(), 256]) for word in some} for some in (vocabulary, unknown))
+    offsets = np.cumsum([0, *map(len, spelled.values())])
+    model = NGramModel.fit(np.concatenate([*spelled.values()]), offsets, vocab_size=257, order=SPELLING_ORDER)
     return -sum(
-        count * float(model.log_probabilities(np.array([*word.encode(), end])).sum()) for word, count in unknown.items()
+        unknown[word] * float(model.log_probabilities(word_letters).sum()) for word, word_letters in words.items()
     )
 
 
 def summarize_losses(
     losses: Mapping[str, np.ndarray], documents: Sequence[np.ndarray], max_length: int, end_id: int | None
 ) -> dict[str, Any]:
-    """Means of several models' losses over the same tokens.
+    """Means of several models' losses over the same tokens, in nats per token, ready for JSON.
+
+    - beginning, whole: tokens 1 to L = max_length of the documents, and all tokens. Each model has loss, perplexity
+      (exp(loss)), word_loss and word_perplexity. The last two leave out [UNK] and [END], as val/word_perplexity does.
+    - by_position: loss by the number of tokens before the token in its document. A network sees at most L.
+    - by_frequency: loss by the word's frequency rank in the training text, and of [UNK] and [END].
 
     Args:
         losses: model -> (T,) nats, in the order of `document_losses`.
-        documents: token ids of each document.
-        max_length: L of the network.
         end_id: the end token, which is not a word; None: the documents have none.
-
-    Returns:
-        Plain values, ready for JSON. Losses are in nats per token; a perplexity is exp(loss).
-
-        - beginning, whole: tokens 1 to L of the documents, and all tokens. Each model has loss, perplexity, word_loss
-          and word_perplexity. The last two leave out [UNK] and [END], as val/word_perplexity in training.
-        - by_position: loss by the number of tokens before the token in its document. A network sees at most L.
-        - by_frequency: loss by the word's frequency rank in the training text, and of [UNK] and [END].
     """
     targets = np.concatenate([document[1:] for document in documents]).astype(np.int64)
     positions = np.concatenate([np.arange(1, len(document)) for document in documents])
-    is_word = (targets != UNKNOWN_ID) & (targets != (-1 if end_id is None else end_id))
+    end_id = -1 if end_id is None else end_id  # -1: in no text
+    is_word = (targets != UNKNOWN_ID) & (targets != end_id)
 
     def means(part: np.ndarray) -> dict[str, Any]:
         result: dict[str, Any] = {"tokens": int(part.sum()), "words": int((part & is_word).sum())}
         for name, values in losses.items():
-            result[name] = {}
-            for prefix, chosen in (("", part), ("word_", part & is_word)):
-                loss = float(values[chosen].mean())
-                result[name] |= {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(loss)}
+            loss, word_loss = float(values[part].mean()), float(values[part & is_word].mean())
+            result[name] = {"loss": loss, "perplexity": math.exp(loss)}
+            result[name] |= {"word_loss": word_loss, "word_perplexity": math.exp(word_loss)}
         return result
 
     def rows(bands: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -153,9 +141,7 @@ def summarize_losses(
 
     powers_of_2 = [2**power for power in range(max_length.bit_length()) if 2**power < max_length]
     ranks = np.where(is_word, targets - UNKNOWN_ID, 0)  # the vocabulary lists words by frequency
-    by_frequency = _bands(ranks, RANKS) | {"[UNK]": targets == UNKNOWN_ID}
-    if end_id is not None:
-        by_frequency["[END]"] = targets == end_id
+    by_frequency = _bands(ranks, RANKS) | {"[UNK]": targets == UNKNOWN_ID, "[END]": targets == end_id}
     return {
         "beginning": means(positions <= max_length),
         "whole": means(np.ones(len(targets), bool)),
@@ -167,7 +153,7 @@ def summarize_losses(
 def _bands(values: np.ndarray, ends: Sequence[int]) -> dict[str, np.ndarray]:
     """Name of each band -> mask of the values in it. Bands start at 1; a value of 0 is in none."""
     bands = {}
-    for before, end in zip([0, *ends[:-1]], ends, strict=True):
+    for before, end in pairwise([0, *ends]):
         name = f"{before + 1:,}-{end:,}" if end > before + 1 else f"{end:,}"
         bands[name] = (before < values) & (values <= end)
     return bands | {f"over {ends[-1]:,}": values > ends[-1]}

@@ -15,13 +15,15 @@ about one real text in 20 by construction. The signal is the ratio of the rate i
 text.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from dataclasses import InitVar, dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.measures.repetition import equal_stretches, recurring
@@ -38,6 +40,7 @@ RECURRING_WEIGHT = 2.0  # of recurring words relative to the topic in `drift`; c
 NUM_TOPICS = 100  # dimensions of the semantic space; 100 to 300 are usual (Deerwester et al. 1990)
 TOPIC_DOCUMENTS = 10_000  # at most this many documents build the semantic space
 
+Text = tuple[Sequence[int], Sequence[int]]  # context ids, ids
 Window = tuple[int, int, float]  # start, end (exclusive), score
 
 
@@ -99,15 +102,10 @@ def brackets(words: Sequence[str]) -> list[Span]:
 
 @dataclass(frozen=True)
 class TopicModel:
-    """Word vectors of latent semantic analysis (Deerwester et al. 1990), computed by scikit-learn.
+    """Word vectors of latent semantic analysis (Deerwester et al. 1990), computed by scikit-learn."""
 
-    Attributes:
-        vectors: (V, `NUM_TOPICS`), each word's vector times its weight.
-        weights: (V,), the inverse document frequency of each word; 0 for padding and `[UNK]`.
-    """
-
-    vectors: np.ndarray
-    weights: np.ndarray
+    vectors: np.ndarray  # (V, NUM_TOPICS), each word's vector times its weight
+    weights: np.ndarray  # (V,), the inverse document frequency of each word; 0 for padding and [UNK]
 
     @classmethod
     def fit(cls, tokens: np.ndarray, offsets: np.ndarray, vocab_size: int) -> "TopicModel":
@@ -116,7 +114,7 @@ class TopicModel:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfTransformer
 
-        documents = np.arange(0, len(offsets) - 1, -(-(len(offsets) - 1) // TOPIC_DOCUMENTS))
+        documents = np.arange(0, len(offsets) - 1, math.ceil((len(offsets) - 1) / TOPIC_DOCUMENTS))
         row_ends = np.concatenate([[0], np.cumsum(offsets[documents + 1] - offsets[documents])])
         ids = np.concatenate([tokens[offsets[i] : offsets[i + 1]] for i in documents]).astype(np.int64)
         counts = csr_matrix((np.ones(len(ids), np.float32), ids, row_ends), shape=(len(documents), vocab_size))
@@ -134,48 +132,33 @@ class TopicModel:
         return float(a @ b) / norms if norms else 0.0
 
 
-@cache
-def _vader() -> Any:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return SentimentIntensityAnalyzer()
-
-
 def skeleton(ids: np.ndarray) -> np.ndarray:
     """Replace all but the `SKELETON` commonest ids by one id. This keeps the grammar and removes the content."""
     return np.where(ids < SKELETON, ids, SKELETON)
 
 
+@dataclass
 class FailureDetector:
     """All kinds of failure; the last four are calibrated on real text.
 
-    Args:
-        words: n-grams of the training text.
-        skeletons: n-grams of its `skeleton`.
-        topics: topic model of the training text.
-        decode: ids -> text, for VADER.
-        vocabulary: the words by id.
-        real_texts: (context ids, ids) of held-out texts, as long as the texts to judge.
-
-    Attributes:
-        thresholds: kind -> score that 19 in 20 of the real texts do not exceed. Real texts shorter than a window do
-            not count.
+    `thresholds` has the score of each kind that 19 in 20 of the real texts do not exceed. Real texts shorter than a
+    window do not count.
     """
 
-    def __init__(
-        self,
-        words: NGramModel,
-        skeletons: NGramModel,
-        topics: TopicModel,
-        decode: Callable[[Sequence[int]], str],
-        vocabulary: Sequence[str],
-        real_texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    ):
-        self.topics, self.decode, self.vocabulary = topics, decode, vocabulary
+    words: NGramModel  # of the training text
+    skeletons: NGramModel  # of its `skeleton`
+    topics: TopicModel
+    tokenizer: Tokenizer
+    real_texts: InitVar[Sequence[Text]]  # held-out texts, as long as the texts to judge
+
+    def __post_init__(self, real_texts: Sequence[Text]) -> None:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self.vader = SentimentIntensityAnalyzer()
         # kind -> (function of context ids and ids that scores the windows, note with the score)
         self.scorers: dict[str, tuple[Callable[[Sequence[int], Sequence[int]], list[Window]], str]] = {
-            "grammar": (partial(_surprise, skeletons, skeleton), "{:.1f} nats per word of the skeleton"),
-            "nonsense": (partial(_surprise, words, np.asarray), "{:.1f} nats per word"),
+            "grammar": (partial(_surprise, self.skeletons, skeleton), "{:.1f} nats per word of the skeleton"),
+            "nonsense": (partial(_surprise, self.words, np.asarray), "{:.1f} nats per word"),
             "drift": (self._drift, "{:.2f} from the text before"),
             "sentiment": (self._sentiment_change, "{:.2f} from an earlier window"),
         }
@@ -185,25 +168,19 @@ class FailureDetector:
             self.thresholds[kind] = float(np.quantile(highest, 1 - FALSE_ALARMS)) if highest else float("inf")
 
     def detect(self, context: Sequence[int], ids: Sequence[int]) -> tuple[list[Span], dict[str, float]]:
-        """Judge a text that continues a context.
+        """The marked spans of a text that continues a context, in text order, with positions in `ids`.
 
-        Returns:
-            The marked spans in text order, with positions relative to `ids`; and the highest window score of each
-            calibrated kind, nan for a text shorter than a window.
+        Also the highest window score of each calibrated kind; nan for a text shorter than a window.
         """
-        context_words, words = ([self.vocabulary[id_] for id_ in part] for part in (context, ids))
-        skip = len(context_words)
-        spans = loops(words) + [
-            span._replace(start=span.start - skip, end=span.end - skip)
-            for span in brackets(context_words + words)
-            if span.start >= skip
-        ]
+        words, skip = [str(self.tokenizer.id_to_token(id_)) for id_ in (*context, *ids)], len(context)
+        spans = loops(words[skip:])
+        spans += [Span(kind, a - skip, b - skip, note) for kind, a, b, note in brackets(words) if a >= skip]
         highest = {}
         for kind, (score, note) in self.scorers.items():
             windows = score(context, ids)
             highest[kind] = max((value for *_, value in windows), default=float("nan"))
-            marked = [(start, end, value) for start, end, value in windows if value > self.thresholds[kind]]
-            spans += _merge_overlaps([Span(kind, start, end, note.format(value)) for start, end, value in marked])
+            marked = [Span(kind, a, b, note.format(value)) for a, b, value in windows if value > self.thresholds[kind]]
+            spans += _merge_overlaps(marked)
         return sorted(spans, key=lambda span: (span.start, span.end)), highest
 
     def _drift(self, context: Sequence[int], ids: Sequence[int]) -> list[Window]:
@@ -215,18 +192,16 @@ class FailureDetector:
         return [(half, len(ids), distance - RECURRING_WEIGHT * cohesion)]
 
     def _sentiment_change(self, context: Sequence[int], ids: Sequence[int]) -> list[Window]:
-        """Largest distance from an earlier window in VADER's compound score, -1 (blame) to 1 (praise).
-
-        Source: Hutto and Gilbert 2014.
-        """
-        starts = range(0, len(ids) - LONG_WINDOW + 1, LONG_WINDOW)
-        compounds = [
-            _vader().polarity_scores(self.decode(ids[start : start + LONG_WINDOW]))["compound"] for start in starts
-        ]
-        return [
-            (start, start + LONG_WINDOW, max((abs(compounds[i] - before) for before in compounds[:i]), default=0.0))
-            for i, start in enumerate(starts)
-        ]
+        """Largest distance from an earlier window in VADER's compound score, -1 to 1 (Hutto and Gilbert 2014)."""
+        windows: list[Window] = []
+        compounds: list[float] = []
+        for start in range(0, len(ids) - LONG_WINDOW + 1, LONG_WINDOW):
+            text = self.tokenizer.decode(ids[start : start + LONG_WINDOW])
+            compound = self.vader.polarity_scores(text)["compound"]
+            change = max((abs(compound - before) for before in compounds), default=0.0)
+            windows.append((start, start + LONG_WINDOW, change))
+            compounds.append(compound)
+        return windows
 
 
 def _surprise(
@@ -243,9 +218,8 @@ def _merge_overlaps(spans: list[Span]) -> list[Span]:
     merged: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
         if merged and span.start < merged[-1].end:
-            last = merged[-1]
+            last = merged.pop()
             note = span.note if span.end - span.start > last.end - last.start else last.note
-            merged[-1] = Span(last.kind, last.start, max(last.end, span.end), note)
-        else:
-            merged.append(span)
+            span = Span(last.kind, last.start, max(last.end, span.end), note)
+        merged.append(span)
     return merged

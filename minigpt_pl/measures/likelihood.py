@@ -25,23 +25,14 @@ Document = Sequence[int] | np.ndarray
 
 
 def document_losses(network: MiniGPT, documents: Sequence[Document], show_progress: bool = False) -> np.ndarray:
-    """The loss of each token except the documents' first ones.
-
-    Args:
-        network: dropout is not applied.
-        documents: token ids of each document.
-
-    Returns:
-        (T,) fp32 losses in nats, document after document.
-    """
+    """The loss of each token except the documents' first ones, without dropout: (T,) fp32, in nats."""
     weight, bias = network.output.weight, network.output.bias
     stride = max(network.max_length // 2, 1)
+    losses = [np.zeros(0, np.float32)]
     with inference_without_autocast(network):
-        losses = [
-            token_losses(hidden, weight, bias, targets).numpy(force=True)
-            for hidden, targets in predictions(network, documents, stride, show_progress)
-        ]
-    return np.concatenate(losses) if losses else np.zeros(0, np.float32)
+        for hidden, targets in predictions(network, documents, stride, show_progress):
+            losses.append(token_losses(hidden, weight, bias, targets).numpy(force=True))
+    return np.concatenate(losses)
 
 
 def predictions(
@@ -55,29 +46,26 @@ def predictions(
     from tqdm import tqdm  # comes with lightning
 
     network, length = pack_linear_layers(network), network.max_length
-    windows = [(document, window) for document in documents for window in _windows(len(document), length, stride)]
+    windows: list[tuple[Document, int, int, int]] = []  # document, start, first target, end; inputs: start to end - 2
+    for document in documents:
+        first = 1
+        while first < len(document):
+            start = 0 if first == 1 else first + stride - length - 1
+            end = min(start + length + 1, len(document))
+            windows.append((document, start, first, end))
+            first = end
     rows = max(BATCH_TOKENS // length, 1)
     device = network.output.weight.device
     disable = None if show_progress else True  # None: no bar if standard error is not a terminal
     with tqdm(total=len(windows), desc="Network", unit=" windows", leave=False, disable=disable) as progress:
         for batch in (windows[i : i + rows] for i in range(0, len(windows), rows)):
-            width = max(end - start for _, (start, _, end) in batch)
+            width = max(end - start for _, start, _, end in batch)
             ids = torch.full((len(batch), width), PADDING_ID)  # (B, L + 1); padding comes last, so it changes nothing
             predicted = torch.zeros(len(batch), width - 1, dtype=torch.bool)  # (B, L)
-            for row, (document, (start, first, end)) in enumerate(batch):
+            for row, (document, start, first, end) in enumerate(batch):
                 ids[row, : end - start] = torch.as_tensor(document[start:end])
                 predicted[row, first - start - 1 : end - start - 1] = True
             ids, predicted = ids.to(device), predicted.to(device)
             hidden = network.hidden_states(ids[:, :-1])  # (B, L, D)
             yield hidden[predicted], ids[:, 1:][predicted]
             progress.update(len(batch))
-
-
-def _windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Start, first target and end of each window of a document. The inputs are start to end - 2."""
-    first = 1
-    while first < length:
-        start = 0 if first == 1 else first + stride - max_length - 1
-        end = min(start + max_length + 1, length)
-        yield start, first, end
-        first = end

@@ -23,17 +23,11 @@ FALLBACK_DISCOUNTS = 0.5, 1.0, 1.5  # KenLM's, if there are too few counts of 1 
 
 @dataclass(frozen=True)
 class _Order:
-    """The n-grams of one length k. The number of an n-gram is its index in `keys`.
+    """The n-grams of one length k. The number of an n-gram is its index in `keys`."""
 
-    Attributes:
-        keys: (G,) int64, sorted: the number of its first k - 1 words, times V + 1, plus its last word.
-        probabilities: (G,) the part of the probability that comes from its own count.
-        backoffs: for each n-gram of length k - 1, the weight of the next lower order.
-    """
-
-    keys: np.ndarray
-    probabilities: np.ndarray
-    backoffs: np.ndarray
+    keys: np.ndarray  # (G,) int64, sorted: the number of its first k - 1 words, times V + 1, plus its last word
+    probabilities: np.ndarray  # (G,), the part of the probability that comes from its own count
+    backoffs: np.ndarray  # for each n-gram of length k - 1, the weight of the next lower order
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,6 @@ class NGramModel:
         Args:
             tokens: (T,) ids in [0, vocab_size) of all documents.
             offsets: (N + 1,); document i is `tokens[offsets[i]:offsets[i + 1]]`. No n-gram crosses documents.
-            vocab_size: V; all ids have a probability, also those that do not occur.
             order: words in the longest n-grams, at least 1.
 
         Raises:
@@ -87,13 +80,7 @@ class NGramModel:
         return cls(vocab_size, orders)
 
     def log_probabilities(self, ids: np.ndarray) -> np.ndarray:
-        """The log probability of each token of one document, given the document's beginning.
-
-        Args:
-            ids: (T,).
-
-        Returns:
-            (T,), in nats.
+        """The log probability of each token of one document, given the document's beginning: (T,) -> (T,), in nats.
 
         Raises:
             ValueError: an id outside [0, vocab_size).

@@ -6,7 +6,8 @@ Losses are in nats per token, entropies in bits. The networks must be in eval mo
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,16 +26,12 @@ CONTEXTS = (1, 2, 5, 10, 20, 40, 80)  # words
 class TextScores(NamedTuple):
     """Means over the words of a text, each predicted from all words before it (at most the model's `max_length`).
 
-    Attributes:
-        loss: -log p of the words at temperature 1 without controls. exp(loss) is the perplexity. Compare it with real
-            held-out text: a far lower loss means dull text, a far higher loss means strange text.
-        entropy: entropy of the model's distribution in bits, in [0, log2 V].
-        unknown: probability of `[UNK]`, which is never generated, in [0, 1]: how often the model lacks a word.
+    Compare the loss with real held-out text: a far lower loss means dull text, a far higher loss means strange text.
     """
 
-    loss: float
-    entropy: float
-    unknown: float
+    loss: float  # -log p of the words at temperature 1 without controls
+    entropy: float  # of the model's distribution, in [0, log2 V]
+    unknown: float  # probability of [UNK], which is never generated: how often the model lacks a word
 
 
 @torch.inference_mode()
@@ -57,47 +54,41 @@ def score_texts(network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[
     ]
 
 
-@torch.inference_mode()
-def last_token_losses(network: MiniGPT, sequences: Tensor) -> Tensor:
-    """The loss of each sequence's last id, given the ids before it: (B, L + 1) -> (B,)."""
-    network = pack_linear_layers(network)
-    hidden = [network.hidden_states(part[:, :-1])[:, -1] for part in torch.split(sequences, ROWS)]  # each (R, D)
-    return token_losses(torch.cat(hidden), network.output.weight, network.output.bias, sequences[:, -1])
-
-
 def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int, max_windows: int) -> Tensor:
-    """Windows of `length` ids, each inside one document, evenly spread over the text: (B, length).
+    """Windows of `length` ids, each inside one document, evenly spread over a text as in `NGramModel.fit`: (B, length).
 
-    Args:
-        tokens, offsets: a text as in `NGramModel.fit`. The last token of each document is left out: its end token.
+    The last token of each document is left out: its end token.
     """
-    documents = zip(offsets.tolist(), offsets[1:].tolist(), strict=False)
+    documents = pairwise(offsets.tolist())
     starts = np.array([start for a, b in documents for start in range(a, b - length, length)], dtype=np.int64)
     if len(starts) > max_windows:
         starts = starts[np.linspace(0, len(starts) - 1, max_windows, dtype=int)]
     return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
 
 
+@torch.inference_mode()
 def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
-    """The loss of the same words, given only the last c words before them.
+    """c -> losses (B',) of the same words given only the last c words, for each c of `CONTEXTS` up to L.
 
     Args:
         windows: (B, L + 1), L at most `max_length`; the last id is the target. Windows with the target `[UNK]` do not
-            count.
-
-    Returns:
-        c -> (B',) losses, for the same targets and each c of `CONTEXTS` up to L. Nothing without windows.
+            count. Without windows the result is empty.
     """
     if not len(windows):
         return {}
-    windows = windows[windows[:, -1] != UNKNOWN_ID]
-    longest = windows.shape[1] - 1
-    contexts = sorted({c for c in CONTEXTS if c < longest} | {longest})
-    return {c: last_token_losses(network, windows[:, -c - 1 :]).cpu().numpy() for c in contexts}
+    windows, longest = windows[windows[:, -1] != UNKNOWN_ID], windows.shape[1] - 1
+    contexts = [*(c for c in CONTEXTS if c < longest), longest]
+    network, losses = pack_linear_layers(network), {}
+    weight, bias = network.output.weight, network.output.bias
+    for c in contexts:
+        parts = torch.split(windows[:, -c - 1 : -1], ROWS)
+        hidden = torch.cat([network.hidden_states(part)[:, -1] for part in parts])  # (B', D)
+        losses[c] = token_losses(hidden, weight, bias, windows[:, -1]).cpu().numpy()
+    return losses
 
 
 @torch.inference_mode()
-def induction_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str, np.ndarray]:
+def induction_losses(network: MiniGPT, texts: Tensor) -> dict[str, np.ndarray]:
     """Does the network continue a sequence that occurred before? After Olsson et al., arXiv 2209.11895.
 
     A network that can copy predicts a repeated half far better than its first occurrence. It needs an induction head:
@@ -106,7 +97,6 @@ def induction_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str
 
     Args:
         texts: (B, L) ids of real text, with L at least 2 and at most half of `max_length`.
-        seed: random seed of the random words.
 
     Returns:
         Losses (B, L - 1) of the second half from its second word on. "random, again": random words after themselves;
@@ -114,7 +104,7 @@ def induction_losses(network: MiniGPT, texts: Tensor, seed: int = 0) -> dict[str
     """
     network, (count, length) = pack_linear_layers(network), texts.shape
     weight, bias = network.output.weight, network.output.bias
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(NUM_SPECIAL - 1, network.vocab_size - 1, (2, count, length), generator=generator)
     halves = {
         "random, first": (drawn[0], drawn[1]),
@@ -134,8 +124,7 @@ def attention_maps(network: MiniGPT, ids: Sequence[int]) -> Tensor:
     """Attention weights of each head for up to `max_length` ids: (blocks, H, L, L); row i covers positions j <= i."""
     x = network.embed(torch.tensor([list(ids)], device=network.output.weight.device))  # (1, L, D)
     maps = []
-    blocks: Any = network.blocks  # PyTorch does not declare the type of a ModuleList's items
-    for block in blocks:
+    for block in cast(Any, network.blocks):  # PyTorch does not declare the type of its items
         maps.append(block.attention.attention_weights(x)[0])
         x = block(x)
     return torch.stack(maps).cpu()

@@ -7,17 +7,11 @@ import numpy as np
 
 
 class Loop(NamedTuple):
-    """A stretch of a text that repeats itself.
+    """A stretch of a text that repeats itself."""
 
-    Attributes:
-        onset: position of its first token.
-        period: tokens in one turn.
-        length: tokens from the onset to the end of the last turn, which may be incomplete.
-    """
-
-    onset: int
-    period: int
-    length: int
+    onset: int  # position of its first token
+    period: int  # tokens in one turn
+    length: int  # tokens from the onset to the end of the last turn, which may be incomplete
 
 
 def distinct(ids: Sequence[object], n: int) -> float:
@@ -49,7 +43,6 @@ def recurring(context: Sequence[int], ids: Sequence[int], weights: np.ndarray) -
 
     Args:
         context: the prompt; its words count as words that occurred before.
-        ids: the text that continues it.
         weights: (V,), at least 0; inverse document frequencies give rare words a higher weight.
     """
     half = len(ids) // 2
@@ -90,7 +83,5 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> list[float]:
     if len(texts) < 2:
         return [float("nan")] * len(texts)
     joined = [" ".join(words) for words in texts]
-    return [
-        float(sacrebleu.sentence_bleu(text, joined[:i] + joined[i + 1 :], tokenize="none").score)
-        for i, text in enumerate(joined)
-    ]
+    pairs = [(text, joined[:i] + joined[i + 1 :]) for i, text in enumerate(joined)]
+    return [float(sacrebleu.sentence_bleu(text, others, tokenize="none").score) for text, others in pairs]
