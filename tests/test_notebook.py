@@ -18,7 +18,7 @@ def test_it_runs(trained, monkeypatch):
     monkeypatch.delenv("MINIGPT_SOURCE", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     resources = {"metadata": {"path": str(trained)}}
-    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
 
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = ["".join(o.get("text", "") for o in cell.outputs if o.get("name") == "stdout") for cell in code]
