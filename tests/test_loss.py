@@ -133,3 +133,13 @@ def test_token_losses():
     assert losses.shape == targets.shape
     plain = F.cross_entropy(F.linear(*tensors).flatten(0, 1), targets.flatten(), reduction="none").view(5, 8)
     assert_close(losses, plain)
+
+
+def test_token_losses_of_bf16_products_are_in_fp32():
+    tensors, targets = example(requires_grad=False)
+    rounded = [tensor.bfloat16() for tensor in tensors]
+    logits = F.linear(*rounded).float().flatten(0, 1)
+    exact = F.cross_entropy(logits, targets.flatten(), reduction="none").view(5, 8)
+    assert_close(token_losses(*rounded, targets), exact, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(token_losses(*tensors, targets), exact, rtol=2**-6, atol=2**-6)

@@ -79,7 +79,7 @@ def test_the_norm_comes_last(ids):
     hidden = model(ids)[1]
     assert_close(hidden.mean(-1), torch.zeros(3, 12), atol=1e-5, rtol=0)
     assert_close(hidden.var(-1, unbiased=False), torch.ones(3, 12), atol=1e-2, rtol=0)
-    assert model.blocks[0].attention_norm.eps == 1e-6
+    assert model.blocks[0].attention_norm.eps == model.blocks[0].feed_forward_norm.eps == 1e-6
 
 
 def test_initial_weights_are_keras_weights():
@@ -103,6 +103,12 @@ def test_dropout_only_in_training(ids):
     assert not torch.equal(model(ids)[0], model(ids)[0])
     model.eval()
     assert torch.equal(model(ids)[0], model(ids)[0])
+
+
+def test_dropout_applies_to_the_outputs_of_attention_and_feed_forward():
+    block, x = MiniGPT(**SMALL).blocks[0], torch.randn(3, 12, 16)
+    block.dropout.forward = torch.zeros_like  # drops everything
+    assert torch.equal(block(x), block.feed_forward_norm(block.attention_norm(x)))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
