@@ -137,7 +137,7 @@ def _steps(
         step = Step(running, drawn.tolist())
         if with_probabilities:
             nats = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)  # (B,)
-            entropies = (nats / math.log(2) * (controls.temperature > 0)).tolist()  # greedy: 0
+            entropies = (nats / math.log(2)).tolist()
             step = Step(*step[:2], *probabilities_and_ranks(output.all_logits(hidden), drawn), entropies)
         yield step
         finished = {row for row, id_ in enumerate(step.ids) if id_ == controls.end_id}
