@@ -6,7 +6,6 @@ from torch.testing import assert_close
 
 from minigpt_pl import MiniGPT
 from minigpt_pl.cpu.dropout import Dropout
-from minigpt_pl.model import causal_mask
 
 SMALL = {"vocab_size": 50, "max_length": 12, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "feed_forward_dim": 24}
 
@@ -39,8 +38,9 @@ def test_returns_logits_and_hidden_states(ids):
     assert_close(logits, hidden @ model.output.weight.T + model.output.bias)
 
 
-def test_mask_forbids_later_positions():
-    assert causal_mask(3).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+def test_attention_weights_are_0_for_later_positions():
+    weights = MiniGPT(**SMALL).blocks[0].attention.attention_weights(torch.randn(1, 3, 16))
+    assert (weights[0, 0] > 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])

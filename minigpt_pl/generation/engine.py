@@ -18,6 +18,9 @@ from minigpt_pl.model import MiniGPT
 MAX_SCREENED_SHARE = 1 / 20  # of the vocabulary; a larger top_k does not use the 8-bit screen
 GROUP_SIZE = 20  # tokens in a group of `_top_indices`
 
+Model = MiniGPT | InferenceModel
+Prompts = Sequence[Sequence[int]]
+
 
 class Step(NamedTuple):
     """One more token for each unfinished text. The last three fields are empty unless requested.
@@ -37,9 +40,7 @@ class Step(NamedTuple):
     entropies: list[float] = []
 
 
-def generate_ids(
-    model: MiniGPT | InferenceModel, prompts: Sequence[Sequence[int]], controls: Controls, seeds: Sequence[int]
-) -> list[list[int]]:
+def generate_ids(model: Model, prompts: Prompts, controls: Controls, seeds: Sequence[int]) -> list[list[int]]:
     """The new ids of each prompt: `num_tokens`, or fewer if the text ends. Without the end token.
 
     Arguments and errors are those of `stream_ids`.
@@ -55,11 +56,7 @@ def generate_ids(
 
 
 def stream_ids(
-    model: MiniGPT | InferenceModel,
-    prompts: Sequence[Sequence[int]],
-    controls: Controls,
-    seeds: Sequence[int],
-    with_probabilities: bool = False,
+    model: Model, prompts: Prompts, controls: Controls, seeds: Sequence[int], with_probabilities: bool = False
 ) -> Iterator[Step]:
     """Continue each prompt, one token at a time. The last `max_length` tokens are the context.
 
@@ -91,16 +88,12 @@ def stream_ids(
         yield step
 
 
-def _prepared(model: MiniGPT | InferenceModel) -> InferenceModel:
+def _prepared(model: Model) -> InferenceModel:
     return InferenceModel(model) if isinstance(model, MiniGPT) else model
 
 
 def _steps(
-    model: InferenceModel,
-    prompts: Sequence[Sequence[int]],
-    controls: Controls,
-    seeds: Sequence[int],
-    with_probabilities: bool = False,
+    model: InferenceModel, prompts: Prompts, controls: Controls, seeds: Sequence[int], with_probabilities: bool = False
 ) -> Iterator[Step]:
     if controls.num_beams > 1:
         for text, prompt in enumerate(prompts):
