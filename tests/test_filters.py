@@ -107,6 +107,13 @@ def test_greedy_equals_generate(hugging_face):
         assert filters.process(logits, controls, text, place).argmax(-1) == out.sequences[:, 3 + place]
 
 
+def test_extreme_temperatures():
+    logits = torch.tensor([[1e9, 2e9], [0, 1e-3]])
+    for value in (1e-300, 1e-30, 1e-6):
+        assert filters.temperature(logits, value).softmax(-1).tolist() == [[0, 1], [0, 1]]
+    assert_close(filters.temperature(logits, 1e300).softmax(-1), torch.full((2, 2), 0.5))
+
+
 class TestTexts:
     """Texts of different lengths in one batch. Padding must not change the results."""
 
