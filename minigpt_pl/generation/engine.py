@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +99,8 @@ def _steps(
         for text, prompt in enumerate(prompts):
             found = beam_search.search(model, prompt, controls)
             # Generate the same ids again, each one forced, to get their steps.
-            forced: dict[str, Any] = {"num_tokens": len(found), "forced_ids": dict(enumerate(found)), "min_tokens": 0}
-            again = replace(controls, **forced, num_beams=1, length_penalty=1.0, stop_sequences=())
+            again = replace(controls, num_tokens=len(found), forced_ids=dict(enumerate(found)))
+            again = replace(again, num_beams=1, length_penalty=1.0, stop_sequences=())
             for step in _steps(model, [prompt], again, [0], with_probabilities):
                 yield step._replace(texts=[text])
         return
