@@ -108,7 +108,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits[torch.arange(rows, device=ids.device), ids] -= counted.to(dtype)
                 grad_bias += grad_logits.sum(dim=0)
                 grad_hidden[start : start + rows] = output_transposed(grad_logits)  # (C, V) @ (V, D)
-                grad_weight += _transposed_product(grad_logits, chunk)  # (V, C) @ (C, D)
+                if dtype == torch.float32 and onednn.supports(weight_):  # faster; in bf16, PyTorch itself calls oneDNN
+                    grad_weight += onednn.linear(grad_logits.T, chunk.T)  # (V, C) @ (C, D)
+                else:
+                    grad_weight += grad_logits.T @ chunk
         if need_gradients:
             ctx.save_for_backward(grad_hidden[:count], grad_weight, grad_bias)
         return loss
@@ -129,11 +132,6 @@ def _losses(probabilities: Tensor, ids: Tensor, hidden: Tensor, weight: Tensor, 
         logits = F.linear(hidden[rows], weight, bias.to(weight.dtype)).to(bias.dtype)
         losses[rows] = F.cross_entropy(logits, ids[rows], reduction="none")
     return losses
-
-
-def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """a.T @ b: (C, V), (C, D) -> (V, D). In fp32 by oneDNN, which is faster. In bf16 PyTorch calls oneDNN itself."""
-    return onednn.linear(a.T, b.T) if a.dtype == torch.float32 and onednn.supports(a) else a.T @ b
 
 
 def _chunk_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:

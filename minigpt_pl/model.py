@@ -114,8 +114,8 @@ class TransformerBlock(nn.Module):
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """The block's input and its attention's output, (..., D) each -> the block's output (..., D)."""
         x = self.attention_norm(x + self.dropout(attended))
-        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-        return x
+        output: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return output
 
 
 class CausalSelfAttention(nn.Module):
@@ -160,12 +160,8 @@ class CausalSelfAttention(nn.Module):
 def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
     """softmax(Q K' / sqrt(K)) without later positions (arXiv 1706.03762): (B, H, L, K) each -> (B, H, L, L)."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
-    return scores.masked_fill(causal_mask(query.shape[-2], query.device), -math.inf).softmax(dim=-1)
-
-
-def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
-    """(L, L), True where attention is forbidden: row i must not see column j if j > i."""
-    return torch.triu(torch.ones(length, length, dtype=torch.bool, device=device), diagonal=1)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)  # (L, L)
+    return scores.masked_fill(later, -math.inf).softmax(dim=-1)
 
 
 def _initialize_as_keras(module: nn.Module) -> None:

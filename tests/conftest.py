@@ -151,11 +151,11 @@ def run_main(module: str, *arguments: str, cwd: Path, input: str = "") -> subpro
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
-def run_module(module: str, *arguments: str, cwd: Path, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+def run_module(module: str, *arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
     """Runs `python -m minigpt_pl.<module> ...` in a new process that cannot reach the hub."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
     command = [sys.executable, "-m", f"minigpt_pl.{module}", *arguments]
-    options = {"env": environment, "capture_output": True, "text": True, "timeout": timeout} | options
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 1800} | options
     return subprocess.run(command, cwd=cwd, **options)
 
 

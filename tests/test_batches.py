@@ -127,6 +127,16 @@ def test_processes_divide_each_batch(world_size):
         assert all(parts)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("batch_size", [6, 19, 30])
+def test_processes_validate_every_sequence_once(world_size, batch_size):
+    """Even if the last batch has fewer sequences than there are processes."""
+    options = {"seed": None, "batch_size": batch_size, "world_size": world_size}
+    shares = [rows(loader(rank=rank, **options)) for rank in range(world_size)]
+    assert len(set(map(len, shares))) == 1
+    assert sorted(sum(sum(shares, []), ())) == list(range(1, 101, 5))
+
+
 def test_targets_of_a_step_are_counted_over_batches_and_processes():
     options = {"batch_size": 2, "seed": 0, "accumulate": 2, "world_size": 2}
     shares = [list(BatchLoader(sequences(), rank=rank, **options)) for rank in range(2)]

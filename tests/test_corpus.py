@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -88,19 +89,15 @@ def test_a_failed_encoding_leaves_nothing_behind(config, tmp_path):
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def _open(config, queue):
-    queue.put(open_corpus(config, 200).record["fingerprint"])
+def _fingerprint(config):
+    return open_corpus(config, 200).record["fingerprint"]
 
 
 def test_processes_that_start_together_share_one_encoding(config, tmp_path):
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_open, args=(config, queue)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    fingerprints = {queue.get(timeout=60) for _ in processes}
-    for process in processes:
-        process.join()
+    ready = context.Barrier(3)
+    with ProcessPoolExecutor(3, mp_context=context, initializer=ready.wait) as pool:
+        fingerprints = set(pool.map(_fingerprint, [config] * 3))
     assert len(fingerprints) == 1
     assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 1
 

@@ -125,6 +125,12 @@ def test_an_operator_that_is_missing_or_fails():
     assert onednn.works(lambda: True) is True
 
 
+@pytest.mark.skipif(sys.platform != "linux" or "ONEDNN_MAX_CPU_ISA" in os.environ, reason="unknown CPU features")
+def test_8_bit_products_are_used_where_the_cpu_has_vnni():
+    """Otherwise the tests with `needs_int8` would skip themselves silently."""
+    assert int8.HAS_INT8 is ("avx512_vnni" in Path("/proc/cpuinfo").read_text().split())
+
+
 @needs_int8
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_inexact_8_bit_products_are_not_used(isa):

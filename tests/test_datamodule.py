@@ -107,3 +107,19 @@ def test_default_second_moment_is_one_that_fits(model, optimizer, second_moment)
 def test_by_occurrence_with_a_tied_embedding_is_refused():
     with pytest.raises(InputError, match="second_moment=by_occurrence: needs model.tie_embeddings=false"):
         MiniGPTModule({"tie_embeddings": True}, {"second_moment": "by_occurrence"})
+
+
+def test_dropout_differs_between_batches_epochs_processes_and_seeds(datamodule, monkeypatch):
+    def masks(seed: int, rank: int) -> list[bytes]:
+        module, found = MiniGPTModule(TINY | {"vocab_size": 26, "max_length": 16, "dropout": 0.5}, seed=seed), []
+        module.model.blocks[0].dropout.register_forward_hook(
+            lambda dropout, inputs, output: found.append((output == 0).numpy().tobytes())
+        )
+        monkeypatch.setattr(MiniGPTModule, "global_rank", rank)
+        limits = {"limit_train_batches": 2, "limit_val_batches": 0}
+        trainer(max_epochs=2, enable_checkpointing=False, **limits).fit(module, datamodule=datamodule)
+        return found
+
+    assert len(masks(0, 0)) == 8  # twice for each batch: after attention and after the feed-forward layers
+    assert len({*masks(0, 0), *masks(0, 1), *masks(1, 0)}) == 24
+    assert masks(0, 0) == masks(0, 0)

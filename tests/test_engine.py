@@ -257,9 +257,11 @@ class TestEngine:
             generate_ids(network(vocab_size=15), [[2]], controls, [0])
 
     @pytest.mark.parametrize("temperature", [0, 1])
-    def test_a_diverged_output_layer_raises(self, temperature):
+    @pytest.mark.parametrize("part", ["output.weight", "output.bias"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_one_diverged_token_raises(self, part, value, temperature):
         model = network()
-        model.output.weight.data[5] = float("nan")
+        model.get_parameter(part).data[5] = value
         with pytest.raises(ValueError, match="NaN"):
             generate_ids(model, [[2]], Controls(vocab_size=SIZE, temperature=temperature), [0])
 

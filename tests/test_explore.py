@@ -379,6 +379,7 @@ class TestPage:
     @pytest.fixture
     def page(self, browser, explored):
         page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(600_000)
         messages, requests = [], []
         page.on("console", lambda message: messages.append(message.text))
         page.on("pageerror", lambda error: messages.append(str(error)))

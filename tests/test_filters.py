@@ -35,7 +35,7 @@ SETTINGS = {
     ),
     "min_tokens": ([4, NEW], lambda value: {"min_new_tokens": value}),
     "temperature": ([0.3, 0.8, 2.0], lambda value: {"temperature": value}),
-    "top_k": ([1, 5, SIZE], lambda value: {"top_k": value}),
+    "top_k": ([1, 5, SIZE - 1, SIZE], lambda value: {"top_k": value}),
     "top_p": ([1e-9, 0.1, 0.6, 0.95], lambda value: {"top_p": value}),
     "min_p": ([0.02, 0.3, 1.0], lambda value: {"min_p": value}),
     "typical_p": ([0.1, 0.5, 0.9], lambda value: {"typical_p": value}),
@@ -105,6 +105,21 @@ def test_greedy_equals_generate(hugging_face):
     for place, logits in enumerate(out.logits):
         text = out.sequences[:, : 3 + place]
         assert filters.process(logits, controls, text, place).argmax(-1) == out.sequences[:, 3 + place]
+
+
+def test_extreme_temperatures():
+    logits = torch.tensor([[1e9, 2e9], [0, 1e-3]])
+    for value in (1e-300, 1e-30, 1e-6):
+        assert filters.temperature(logits, value).softmax(-1).tolist() == [[0, 1], [0, 1]]
+    assert_close(filters.temperature(logits, 1e300).softmax(-1), torch.full((2, 2), 0.5))
+
+
+def test_top_p_keeps_the_smallest_set():
+    assert filters.top_p(torch.zeros(1, 4), 0.5).isfinite().sum() == 2
+
+
+def test_typical_p_of_almost_1_keeps_all():
+    assert filters.typical_p(torch.randn(100, 50), 1 - 1e-9).isfinite().all()
 
 
 class TestTexts:

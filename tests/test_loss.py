@@ -133,3 +133,22 @@ def test_token_losses():
     assert losses.shape == targets.shape
     plain = F.cross_entropy(F.linear(*tensors).flatten(0, 1), targets.flatten(), reduction="none").view(5, 8)
     assert_close(losses, plain)
+
+
+def test_token_losses_of_bf16_products_are_in_fp32():
+    tensors, targets = example(requires_grad=False)
+    rounded = [tensor.bfloat16() for tensor in tensors]
+    logits = F.linear(*rounded).float().flatten(0, 1)
+    exact = F.cross_entropy(logits, targets.flatten(), reduction="none").view(5, 8)
+    assert_close(token_losses(*rounded, targets), exact, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(token_losses(*tensors, targets), exact, rtol=2**-6, atol=2**-6)
+
+
+def test_the_gpu_path_has_its_softmax_in_fp32(monkeypatch):
+    monkeypatch.setattr(loss_module, "SYNC_FREE_DEVICES", ())
+    tensors, targets = example(requires_grad=False)
+    tensors = [tensor.sign() for tensor in tensors]  # small integers: the products are exact in bf16
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(*tensors, targets)
+    assert_close(ours, reference(*tensors, targets), rtol=1e-6, atol=0)

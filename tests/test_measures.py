@@ -1,6 +1,5 @@
 import math
 import random
-import time
 
 import numpy as np
 import pytest
@@ -103,13 +102,11 @@ class TestCopying:
             assert (copy.length, copy.start) == (length, -start)
 
     @pytest.mark.slow
-    def test_13_million_words_take_seconds(self):
+    def test_copies_from_13_million_words(self):
         rng = np.random.default_rng(0)
         tokens = rng.zipf(1.2, 13_000_000).clip(2, 19_999).astype(np.uint16)
         texts = [tokens[i * 1000 : i * 1000 + 60].tolist() for i in range(1000)]
-        start = time.monotonic()
         copies = copying.longest_copies(texts, tokens, np.array([0, len(tokens)]))
-        print(f"{time.monotonic() - start:.1f} s")  # seen with -s; no assertion on time
         assert all(copy.length == 60 for copy in copies)
 
     def test_no_texts(self):

@@ -6,7 +6,6 @@ from torch.testing import assert_close
 
 from minigpt_pl import MiniGPT
 from minigpt_pl.cpu.dropout import Dropout
-from minigpt_pl.model import causal_mask
 
 SMALL = {"vocab_size": 50, "max_length": 12, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "feed_forward_dim": 24}
 
@@ -39,8 +38,9 @@ def test_returns_logits_and_hidden_states(ids):
     assert_close(logits, hidden @ model.output.weight.T + model.output.bias)
 
 
-def test_mask_forbids_later_positions():
-    assert causal_mask(3).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+def test_attention_weights_are_0_for_later_positions():
+    weights = MiniGPT(**SMALL).blocks[0].attention.attention_weights(torch.randn(1, 3, 16))
+    assert (weights[0, 0] > 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
@@ -79,7 +79,7 @@ def test_the_norm_comes_last(ids):
     hidden = model(ids)[1]
     assert_close(hidden.mean(-1), torch.zeros(3, 12), atol=1e-5, rtol=0)
     assert_close(hidden.var(-1, unbiased=False), torch.ones(3, 12), atol=1e-2, rtol=0)
-    assert model.blocks[0].attention_norm.eps == 1e-6
+    assert model.blocks[0].attention_norm.eps == model.blocks[0].feed_forward_norm.eps == 1e-6
 
 
 def test_initial_weights_are_keras_weights():
@@ -103,6 +103,12 @@ def test_dropout_only_in_training(ids):
     assert not torch.equal(model(ids)[0], model(ids)[0])
     model.eval()
     assert torch.equal(model(ids)[0], model(ids)[0])
+
+
+def test_dropout_applies_to_the_outputs_of_attention_and_feed_forward():
+    block, x = MiniGPT(**SMALL).blocks[0], torch.randn(3, 12, 16)
+    block.dropout.forward = torch.zeros_like  # drops everything
+    assert torch.equal(block(x), block.feed_forward_norm(block.attention_norm(x)))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from minigpt_pl.model import MiniGPT
 
 MAX_SCREENED_SHARE = 1 / 20  # of the vocabulary; a larger top_k does not use the 8-bit screen
 GROUP_SIZE = 20  # tokens in a group of `_top_indices`
+
+Model = MiniGPT | InferenceModel
+Prompts = Sequence[Sequence[int]]
 
 
 class Step(NamedTuple):
@@ -37,9 +40,7 @@ class Step(NamedTuple):
     entropies: list[float] = []
 
 
-def generate_ids(
-    model: MiniGPT | InferenceModel, prompts: Sequence[Sequence[int]], controls: Controls, seeds: Sequence[int]
-) -> list[list[int]]:
+def generate_ids(model: Model, prompts: Prompts, controls: Controls, seeds: Sequence[int]) -> list[list[int]]:
     """The new ids of each prompt: `num_tokens`, or fewer if the text ends. Without the end token.
 
     Arguments and errors are those of `stream_ids`.
@@ -55,11 +56,7 @@ def generate_ids(
 
 
 def stream_ids(
-    model: MiniGPT | InferenceModel,
-    prompts: Sequence[Sequence[int]],
-    controls: Controls,
-    seeds: Sequence[int],
-    with_probabilities: bool = False,
+    model: Model, prompts: Prompts, controls: Controls, seeds: Sequence[int], with_probabilities: bool = False
 ) -> Iterator[Step]:
     """Continue each prompt, one token at a time. The last `max_length` tokens are the context.
 
@@ -91,23 +88,19 @@ def stream_ids(
         yield step
 
 
-def _prepared(model: MiniGPT | InferenceModel) -> InferenceModel:
+def _prepared(model: Model) -> InferenceModel:
     return InferenceModel(model) if isinstance(model, MiniGPT) else model
 
 
 def _steps(
-    model: InferenceModel,
-    prompts: Sequence[Sequence[int]],
-    controls: Controls,
-    seeds: Sequence[int],
-    with_probabilities: bool = False,
+    model: InferenceModel, prompts: Prompts, controls: Controls, seeds: Sequence[int], with_probabilities: bool = False
 ) -> Iterator[Step]:
     if controls.num_beams > 1:
         for text, prompt in enumerate(prompts):
             found = beam_search.search(model, prompt, controls)
             # Generate the same ids again, each one forced, to get their steps.
-            forced: dict[str, Any] = {"num_tokens": len(found), "forced_ids": dict(enumerate(found)), "min_tokens": 0}
-            again = replace(controls, **forced, num_beams=1, length_penalty=1.0, stop_sequences=())
+            again = replace(controls, num_tokens=len(found), forced_ids=dict(enumerate(found)))
+            again = replace(again, num_beams=1, length_penalty=1.0, stop_sequences=())
             for step in _steps(model, [prompt], again, [0], with_probabilities):
                 yield step._replace(texts=[text])
         return
@@ -137,7 +130,7 @@ def _steps(
         step = Step(running, drawn.tolist())
         if with_probabilities:
             nats = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)  # (B,)
-            entropies = (nats / math.log(2) * (controls.temperature > 0)).tolist()  # greedy: 0
+            entropies = (nats / math.log(2)).tolist()
             step = Step(*step[:2], *probabilities_and_ranks(output.all_logits(hidden), drawn), entropies)
         yield step
         finished = {row for row, id_ in enumerate(step.ids) if id_ == controls.end_id}
