@@ -80,7 +80,7 @@ def run(
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         with handled():
-            # hydra.main() refuses a flag between two overrides, as in `data=text -m seed=1,2`.
+            # hydra.main() refuses a flag between two overrides. Lightning's child processes get their folder that way.
             parser = get_args_parser()
             parser.error = lambda message: exit_with(f"{message}; --hydra-help lists the flags")  # type: ignore
             args = parser.parse_intermixed_args()
@@ -149,17 +149,6 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     started = GlobalHydra.instance().is_initialized()
     with nullcontext() if started else hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         return hydra.compose(config_name, overrides=list(overrides))
-
-
-def overrides_given() -> list[str]:
-    """The overrides of this command line. In a sweep: those of this job."""
-    return list(HydraConfig.get().overrides.task)
-
-
-def group_choice(group: str) -> str | None:
-    """The file of conf/<group>/ that is in use."""
-    choice: str | None = HydraConfig.get().runtime.choices.get(group)
-    return choice
 
 
 def in_sweep() -> bool:
