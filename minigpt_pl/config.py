@@ -453,13 +453,16 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
 
 
+def forced_words_problems(words: Any) -> Iterator[str]:
+    """One line unless the control is words by position or None."""
+    entries = words.items() if isinstance(words, Mapping) else [(words, words)] if words is not None else []
+    if not all(isinstance(position, int) and isinstance(word, str) for position, word in entries):
+        yield f"forced_words={words}: must be words by position, as {{0: 'a', 5: 'film'}}"
+
+
 def _sample_problems(config: SampleConfig) -> Iterator[str]:
-    forced, lists = config.forced_words, config.compare
-    if forced is not None and not (
-        isinstance(forced, Mapping)
-        and all(isinstance(at, int) and isinstance(word, str) and word for at, word in forced.items())
-    ):
-        yield f"forced_words={forced}: must be words by position, as '{{0: a, 5: film}}'"
+    lists = config.compare
+    yield from forced_words_problems(config.forced_words)
     if lists is not None and not (
         isinstance(lists, Mapping) and lists and all(isinstance(values, list) and values for values in lists.values())
     ):

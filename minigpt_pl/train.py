@@ -57,7 +57,7 @@ def _refuse_in_sweep(config: TrainConfig) -> None:
 def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
     """With `resume`, put the settings of the run before the arguments that do not repeat them."""
     where = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
-    if not any(_name(argument) == "resume" for argument in where) or {"-m", "--multirun"} & set(arguments):
+    if not any(_name(argument) == "resume" for argument in where) or {"-m", "--multirun"} & {*sys.argv}:
         return arguments
     config = app.to_settings(app.compose("train", where))
     checkpoint = _checkpoint_to_resume(config)

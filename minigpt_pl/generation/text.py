@@ -157,7 +157,7 @@ def stream_records(
 def _prepare(
     model: TextModel, prompts: str | Iterable[str], seed: int | None, num_samples: int, controls: dict[str, Any]
 ) -> tuple[Controls, list[Record], list[list[int]]]:
-    """Check everything. Returns the controls on ids, and for each text its record without words and its prompt's ids."""
+    """Check everything. Returns the controls on ids, and for each text an empty record and the ids of its prompt."""
     if not isinstance(model, TextModel):
         raise InputError(f"model={model!r:.60}: must be the result of minigpt_pl.load(RUN)")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
