@@ -212,6 +212,8 @@ class TestBadInput:
             (["data.source=none"], ["data.source=none: has no plain_text"]),
             (["model.embed_dim=-1", "data.cut=chop"], ["model.embed_dim=-1: must be", "data.cut=chop: must be one of"]),
             (["trainer.max_epochs=x", "model.embed_dim=-1"], ["trainer.max_epochs=x: must be a whole number"]),
+            (["=3"], ["=3: is not a choice; --help lists them"]),
+            (["model=1", "+data=null"], ["model=1: is not a choice", "+data=null: is not a choice"]),
             (["~trainer.nothing"], ["'trainer.nothing' does not exist"]),
             (["+seed=1"], ["An item is already at 'seed'. Either remove + prefix: 'seed=1'"]),
             (["resume=auto"], ["resume=auto: no unfinished run in outputs"]),
@@ -398,7 +400,7 @@ def test_resume_by_name_with_a_moved_text(trained, story, tmp_path):
     changed = tmp_path / "changed.txt"
     changed.write_text(story.read_text() + "The cat sees the dog.\n")
     refused = run_main("train", *options, f"data.path={changed}", cwd=tmp_path)
-    assert_refused(refused, "data: the text is not the one")
+    assert_refused(refused, "data: this is not the text that")
 
 
 def test_a_run_in_training_is_not_resumed(trained, tmp_path):
