@@ -1,26 +1,14 @@
 """python -m minigpt_pl.sample: generate text with a trained model."""
 
 import itertools
-import json
-import math
 import re
-import secrets
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minigpt_pl.cli import app
 from minigpt_pl.config import SampleConfig
 from minigpt_pl.errors import InputError
-
-if TYPE_CHECKING:
-    from minigpt_pl.generation.text import Record
-    from minigpt_pl.text_model import TextModel
-
-Measures = dict[str, float]
 
 
 def main() -> None:
@@ -32,7 +20,6 @@ def sample(config: SampleConfig) -> None:
     from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint  # PyTorch, once the settings are right
     from minigpt_pl.cli import display
     from minigpt_pl.cpu.allocator import keep_freed_memory
-    from minigpt_pl.generation.prompts import encode_prompts, unknown_words
     from minigpt_pl.text_model import load
 
     keep_freed_memory()
@@ -51,55 +38,7 @@ def sample(config: SampleConfig) -> None:
         from minigpt_pl.cli.session import Session
 
         return Session(model, config).run()
-    encode_prompts(model.tokenizer, prompts, "prompt" if config.prompts_file is None else "prompts_file: prompt")
-    for number, prompt in enumerate(prompts, 1):
-        if unknown := unknown_words(model.tokenizer, prompt):
-            where = f" (prompt {number})" if len(prompts) > 1 else ""
-            print(f"not in the vocabulary: {' '.join(unknown)}{where}", file=sys.stderr)
-    if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
-        display.print_words(model, prompts[0], config.show is not None, seed=config.seed, **config.arguments())
-    else:
-        _print_all(model, prompts, config, combinations)
-
-
-def _print_all(
-    model: "TextModel", prompts: list[str], config: SampleConfig, combinations: list[dict[str, Any]]
-) -> None:
-    """Print each text with each combination of settings. With `compare`, also a table of measures."""
-    from minigpt_pl.cli import display
-    from minigpt_pl.generation.text import BATCH_TEXTS, stream_records
-
-    seed = secrets.randbelow(2**31 - config.num_samples) if config.seed is None else config.seed
-    with_probabilities = config.show is not None or config.format == "jsonl" or config.compare is not None
-    streams = [  # an error in any combination comes before the first text
-        stream_records(model, prompts, seed, config.num_samples, with_probabilities, **(config.arguments() | settings))
-        for settings in combinations
-    ]
-    total = len(combinations) * len(prompts) * config.num_samples
-    all_measures: list[list[Measures]] = [[] for _ in combinations]
-    separator, done, start = "", 0, time.monotonic()
-    for settings, records, measures in zip(combinations, streams, all_measures, strict=True):
-        for record in records:
-            if config.compare is not None:
-                measures.append(_measure(record))
-            done += 1
-            if done % BATCH_TEXTS == 0:
-                left = (time.monotonic() - start) * (total - done) / done
-                print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
-            if config.format == "jsonl":
-                values = asdict(record)
-                if measures:  # JSON has no NaN: null
-                    values["measures"] = {name: None if math.isnan(v) else v for name, v in measures[-1].items()}
-                print(json.dumps(values, ensure_ascii=False))
-                continue
-            title = f"[{display.settings_text(settings)}]\n" if settings else ""
-            markdown = config.format == "markdown"
-            text = display.as_markdown(record) if markdown else display.as_text(record, config.show is not None)
-            print(separator + title + text)
-            separator = "\n"
-    if config.compare is not None and config.format != "jsonl":
-        print()
-        _print_table(combinations, all_measures)
+    display.print_texts(model, prompts, config, combinations)
 
 
 def _combinations(config: SampleConfig) -> list[dict[str, Any]]:
@@ -108,32 +47,6 @@ def _combinations(config: SampleConfig) -> list[dict[str, Any]]:
     combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     changed = [app.change(config, **values) for values in combinations]
     return [{name: getattr(settings, name) for name in lists} for settings in changed]
-
-
-def _measure(record: "Record") -> Measures:
-    """The effect of the settings on a text; NaN if the text is too short for a measure."""
-    from minigpt_pl.measures.repetition import distinct, repeated
-
-    return {
-        "entropy": sum(record.entropies) / len(record.entropies) if record.entropies else math.nan,
-        **{f"distinct-{n}": distinct(record.tokens, n) for n in (1, 2, 3)},
-        "repeated-4": repeated(record.tokens),
-    }
-
-
-def _print_table(combinations: Sequence[Mapping[str, Any]], all_measures: Sequence[list[Measures]]) -> None:
-    """A Markdown table: the mean of each measure for each combination, without texts that are too short."""
-    from minigpt_pl.cli.display import setting_text
-
-    rows = [[*combinations[0], *all_measures[0][0]]]
-    for settings, measures in zip(combinations, all_measures, strict=True):
-        columns = [[m[name] for m in measures if not math.isnan(m[name])] for name in measures[0]]
-        means = [f"{sum(values) / len(values):.3f}" if values else "-" for values in columns]
-        rows.append([*map(setting_text, settings.values()), *means])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
 def quote_prompts(arguments: list[str]) -> list[str]:

@@ -155,7 +155,7 @@ class TestBadInput:
                 ["seed=1,2: has several values; write [a,b] for a list, quote"],
             ),
             (["prompt=a", "+topk=3"], ["topk: no such setting"]),
-            (["prompt=a", "run=${none}"], ["Interpolation key 'none' not found"]),
+            (["prompt=a", "run=${none}"], ["run: Interpolation key 'none' not found"]),
             (["--nope"], ["unrecognized arguments: --nope; --hydra-help lists the flags"]),
             (["--config-dir", "none"], ["none' not found"]),
             (["--config-name", "none"], ["Cannot find primary config 'none'"]),
