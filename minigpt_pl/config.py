@@ -293,7 +293,7 @@ class SampleConfig(WordControls):
 
 def _values_of(control: Any) -> tuple[str, Any, Any]:
     """A list of values of a sampling control, as a field."""
-    several = {"temperature": [0.2, 0.5, 0.8, 1.0, 1.3], "top_k": [1, 2, 10, 20, 100, None]}
+    several: dict[str, list[Any]] = {"temperature": [0.2, 0.5, 0.8, 1.0, 1.3], "top_k": [1, 2, 10, 20, 100, None]}
     default = several.get(control.name, [control.default])
     return control.name, list[control.type], field(default_factory=lambda: [*default], metadata=control.metadata)
 

@@ -102,7 +102,8 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
     """
     vocab_size = model.network.vocab_size
     if config.top_k == ExploreConfig().top_k:  # the default works with every vocabulary
-        config = replace(config, top_k=[k for k in config.top_k if k is None or k <= vocab_size])
+        changes: dict[str, Any] = {"top_k": [k for k in config.top_k if k is None or k <= vocab_size]}
+        config = replace(config, **changes)
     problems = [f"{name}=[]: must have at least one value" for name in GRID if not getattr(config, name)]
     for k in config.top_k:
         if k is not None and k > vocab_size:
