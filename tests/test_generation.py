@@ -245,6 +245,10 @@ class TestText:
             "top_k=99",
         ]
 
+    def test_a_position_below_zero(self, model):
+        with pytest.raises(InputError, match="forced_words={-1: 'dog'}: positions start at 0, the first new token"):
+            generate_text(model, "the", 9, top_k=5, forced_words={-1: "dog"})
+
     def test_all_problems_are_named_at_once(self, model):
         with pytest.raises(InputError, match="(?s)num_tokens=0.*temperature=-1.*top_k=0"):
             generate_text(model, "the", num_tokens=0, temperature=-1, top_k=0)
