@@ -436,7 +436,7 @@ def test_unusable_run_names(story, tmp_path, name):
 def test_a_full_disk(trained):
     command = [sys.executable, "-m", "minigpt_pl.sample", "prompt=the cat", "num_samples=9"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=trained, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+        done = subprocess.run(command, cwd=trained, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert_refused(done, "output: no space left on the disk")
 
 
@@ -446,14 +446,14 @@ def test_a_full_disk(trained):
 )
 def test_a_closed_pipe(trained, command, beginning):
     command = f"{sys.executable} -m minigpt_pl.sample {command}"
-    done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith(beginning) and "Error" not in done.stderr and "Exception" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", ["'prompt=the cat'", "--help"])
 def test_closed_standard_output(trained, arguments):
     command = f"{sys.executable} -m minigpt_pl.sample {arguments} >&-"
-    done = subprocess.run(command, shell=True, cwd=trained, stderr=subprocess.PIPE, text=True, timeout=100)
+    done = subprocess.run(command, shell=True, cwd=trained, stderr=subprocess.PIPE, text=True, timeout=300)
     assert (done.returncode, done.stderr[:32]) == (2, "error: standard output is closed")
 
 
@@ -467,5 +467,5 @@ def test_each_line_is_a_prompt(trained):
 
 def test_closed_standard_input(trained):
     command = f"{sys.executable} -m minigpt_pl.sample prompts_file=- <&-"
-    done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=300)
     assert_refused(done, "prompts_file=-: cannot be read")

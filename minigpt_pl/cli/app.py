@@ -76,7 +76,7 @@ def run(
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         with handled():
-            # hydra.main() refuses an override after a flag. Lightning appends hydra.run.dir=... for its processes.
+            # hydra.main() refuses overrides on both sides of a flag. Lightning appends some for its processes.
             parser = get_args_parser()
             parser.error = lambda message: exit_with(f"{message}; --hydra-help lists the flags")  # type: ignore
             args = parser.parse_intermixed_args()
