@@ -346,10 +346,7 @@ class ConvertConfig:
 
 
 def check(config: Any) -> None:
-    """Find all problems of a configuration.
-
-    Args:
-        config: an instance of one of the classes above.
+    """Find all problems of an instance of one of the classes above.
 
     Raises:
         InputError: one line per problem, with the setting, its value and the remedy.
