@@ -8,7 +8,6 @@ COMMANDS = ("train", "sample", "evaluate", "explore", "convert")
 
 
 def main() -> None:
-    """The line of a command is the first line of its module's docstring."""
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         try:
@@ -17,7 +16,7 @@ def main() -> None:
             print("not installed; pip install -e . in the checkout")
     elif arguments in ([], ["-h"], ["--help"]):
         for command in COMMANDS:
-            print((importlib.import_module(f"minigpt_pl.{command}").__doc__ or "").splitlines()[0])
+            print(importlib.import_module(f"minigpt_pl.{command}").__doc__)
         print("\nEach has --help, which lists its settings.")
     else:
         command = arguments[0] if arguments[0] in COMMANDS else "train"

@@ -292,9 +292,10 @@ class SampleConfig(WordControls):
 
 
 def _values_of(control: Any) -> tuple[str, Any, Any]:
-    """A list of values of a sampling control, as a field; the default is a list of its default alone."""
-    values = field(default_factory=lambda: [control.default], metadata=control.metadata)
-    return control.name, list[control.type], values
+    """A list of values of a sampling control, as a field."""
+    several: dict[str, list[Any]] = {"temperature": [0.2, 0.5, 0.8, 1.0, 1.3], "top_k": [1, 2, 10, 20, 100, None]}
+    default = several.get(control.name, [control.default])
+    return control.name, list[control.type], field(default_factory=lambda: [*default], metadata=control.metadata)
 
 
 _Grid = make_dataclass("_Grid", [_values_of(NumberControls.__dataclass_fields__[name]) for name in GRID])
@@ -345,10 +346,7 @@ class ConvertConfig:
 
 
 def check(config: Any) -> None:
-    """Find all problems of a configuration.
-
-    Args:
-        config: an instance of one of the classes above.
+    """Find all problems of an instance of one of the classes above.
 
     Raises:
         InputError: one line per problem, with the setting, its value and the remedy.
@@ -453,13 +451,16 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
 
 
+def forced_words_problems(words: Any) -> Iterator[str]:
+    """One line unless the control is words by position or None."""
+    entries = words.items() if isinstance(words, Mapping) else [(words, words)] if words is not None else []
+    if not all(isinstance(position, int) and isinstance(word, str) for position, word in entries):
+        yield f"forced_words={words}: must be words by position, as {{0: 'a', 5: 'film'}}"
+
+
 def _sample_problems(config: SampleConfig) -> Iterator[str]:
-    forced, lists = config.forced_words, config.compare
-    if forced is not None and not (
-        isinstance(forced, Mapping)
-        and all(isinstance(at, int) and isinstance(word, str) and word for at, word in forced.items())
-    ):
-        yield f"forced_words={forced}: must be words by position, as '{{0: a, 5: film}}'"
+    lists = config.compare
+    yield from forced_words_problems(config.forced_words)
     if lists is not None and not (
         isinstance(lists, Mapping) and lists and all(isinstance(values, list) and values for values in lists.values())
     ):

@@ -21,10 +21,7 @@ def main() -> None:
 
 
 def convert(config: ConvertConfig) -> Path:
-    """Import (`from_keras`) or export (`to_keras`) a model.
-
-    Returns:
-        The new run folder, or the new Keras file.
+    """Import (`from_keras`) or export (`to_keras`) a model. Returns the new run folder, or the new Keras file.
 
     Raises:
         InputError: a file is missing or holds another model, or the files do not fit together.
@@ -61,11 +58,10 @@ def read_vocabulary(path: Path, size: int) -> list[str]:
         )
     seen: dict[str, int] = {}
     for line, word in enumerate(words, start=1):
-        if word in seen:
-            raise InputError(f"vocabulary={path}: line {line} repeats line {seen[word]} ({word!r}); {remedy}")
+        if (first := seen.setdefault(word, line)) != line:
+            raise InputError(f"vocabulary={path}: line {line} repeats line {first} ({word!r}); {remedy}")
         if line > 2 and split_words(word) != [word]:
             raise InputError(f"vocabulary={path}: line {line} ({word!r}) is not one word of the notebook; {remedy}")
-        seen[word] = line
     return [*words, END]
 
 
@@ -110,18 +106,11 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any])
         seed=settings.seed,
     )
     module.model.load_state_dict(weights)
+    contents = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__}
+    # Lightning needs these two. With empty lists a resumed run uses the learning rate of its own settings.
+    contents |= {"optimizer_states": [], "lr_schedulers": []}
     path.parent.mkdir()
-    checkpoint = {
-        "epoch": 0,
-        "global_step": 0,
-        "pytorch-lightning_version": lightning.__version__,
-        "state_dict": module.state_dict(),
-        # Lightning needs these two. With empty lists a resumed run uses the learning rate of its own settings.
-        "optimizer_states": [],
-        "lr_schedulers": [],
-        "hyper_parameters": dict(module.hparams),
-    }
-    torch.save(checkpoint, path)
+    torch.save(contents | {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
 
 
 def _export(config: ConvertConfig, target: Path, vocabulary: Path | None) -> Path:

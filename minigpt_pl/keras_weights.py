@@ -63,21 +63,15 @@ _OUTPUT = _arrays(("", "output", "D>V", "V"))
 _KINDS = (_EMBEDDINGS, _BLOCK, _OUTPUT)
 
 # Axis -> argument of MiniGPT.
-_ARGUMENTS = {
-    "V": "vocab_size",
-    "L": "max_length",
-    "D": "embed_dim",
-    "H": "num_heads",
-    "K": "head_dim",
-    "F": "feed_forward_dim",
-}
+_ARGUMENTS = dict(V="vocab_size", L="max_length", D="embed_dim", H="num_heads", K="head_dim", F="feed_forward_dim")
 
 
 class KerasModel(NamedTuple):
     """The contents of a Keras file.
 
     Attributes:
-        arguments: of `MiniGPT`. A `.weights.h5` file does not contain the dropout; it is then 0.1, as in the notebook.
+        arguments: of `MiniGPT`. Without one dropout for all blocks in the file it is 0.1, as in the notebook. A
+            `.weights.h5` file never contains it.
         state_dict: the weights for that `MiniGPT`, bit by bit.
     """
 
@@ -96,16 +90,16 @@ def read_keras(path: Path) -> KerasModel:
     state: dict[str, Tensor] = {}
     num_blocks = 0
     for name, kind in _recognize(path, layers):
-        prefix = ""
-        if kind is _BLOCK:
-            prefix = f"blocks.{num_blocks}."
-            num_blocks += 1
+        prefix = f"blocks.{num_blocks}." if kind is _BLOCK else ""
+        num_blocks += kind is _BLOCK
         for place, (parameter, axes) in kind.items():
             array = layers[name][place]
             _check_array(path, f"layers/{name}/{place}", array, axes.replace(">", ""), sizes)
             state[prefix + parameter] = _to_torch(array, axes)
+    keras_layers = [layer["config"] for layer in config.get("config", {}).get("layers", [])]
+    rates = {float(layer["rate"]) for layer in keras_layers if {"rate", "num_heads"} <= layer.keys()}  # of the blocks
     arguments: dict[str, Any] = {argument: sizes[axis] for axis, argument in _ARGUMENTS.items()}
-    arguments |= {"num_blocks": num_blocks, "dropout": _dropout(config), "tie_embeddings": False}
+    arguments |= {"num_blocks": num_blocks, "dropout": rates.pop() if len(rates) == 1 else 0.1, "tie_embeddings": False}
     return KerasModel(arguments, state)
 
 
@@ -193,28 +187,21 @@ def _h5py() -> Any:
 
 def _recognize(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[tuple[str, Arrays]]:
     """The layers that have weights, with their kinds: embeddings, blocks in their order, output."""
-    recognized = []
-    for name, arrays in layers.items():
-        kind = next((kind for kind in _KINDS if arrays.keys() == kind.keys()), None)
-        if kind is None:
-            raise InputError(
-                f"from_keras={path}: the notebook has no layer like {name}"
-                f" (it has TokenAndPositionEmbedding, TransformerBlock and Dense); {_REMEDY}"
-            )
-        recognized.append((name, kind))
-    embeddings, blocks, outputs = (sum(kind is one for _, kind in recognized) for one in _KINDS)
-    if embeddings != 1 or blocks < 1 or outputs != 1:
+    recognized = [(name, kind) for name, arrays in layers.items() for kind in _KINDS if arrays.keys() == kind.keys()]
+    if unknown := layers.keys() - dict(recognized).keys():
         raise InputError(
-            f"from_keras={path}: holds {embeddings} embedding, {blocks} Transformer and {outputs} output layers,"
-            f" but needs 1, 1 or more, and 1; {_REMEDY}"
+            f"from_keras={path}: the notebook has no layer like {min(unknown)}"
+            f" (it has TokenAndPositionEmbedding, TransformerBlock and Dense); {_REMEDY}"
         )
-
-    def order(layer: tuple[str, Arrays]) -> tuple[int, int]:
-        name, kind = layer
-        number = re.search(r"_(\d+)$", name)  # transformer_block, transformer_block_1, ..., transformer_block_10
-        return _KINDS.index(kind), int(number[1]) if number else 0
-
-    return sorted(recognized, key=order)
+    # transformer_block, transformer_block_1, ..., transformer_block_10
+    recognized.sort(key=lambda layer: int((re.findall(r"_(\d+)$", layer[0]) or [0])[0]))
+    embeddings, blocks, outputs = ([layer for layer in recognized if layer[1] is kind] for kind in _KINDS)
+    if len(embeddings) != 1 or not blocks or len(outputs) != 1:
+        raise InputError(
+            f"from_keras={path}: holds {len(embeddings)} embedding, {len(blocks)} Transformer and {len(outputs)} output"
+            f" layers, but needs 1, 1 or more, and 1; {_REMEDY}"
+        )
+    return embeddings + blocks + outputs
 
 
 def _check_array(path: Path, where: str, array: np.ndarray, axes: str, sizes: dict[str, int]) -> None:
@@ -229,10 +216,3 @@ def _check_array(path: Path, where: str, array: np.ndarray, axes: str, sizes: di
         raise InputError(
             f"from_keras={path}: {where} has shape {array.shape}, but the arrays before it need {expected}; {_REMEDY}"
         )
-
-
-def _dropout(config: Mapping[str, Any]) -> float:
-    """The argument `rate` of the notebook's `TransformerBlock`, if all blocks have the same; else 0.1."""
-    layers = config.get("config", {}).get("layers", [])
-    rates = {layer["config"]["rate"] for layer in layers if {"rate", "num_heads"} <= layer["config"].keys()}
-    return float(rates.pop()) if len(rates) == 1 else 0.1

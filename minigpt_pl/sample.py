@@ -1,26 +1,14 @@
 """python -m minigpt_pl.sample: generate text with a trained model."""
 
 import itertools
-import json
-import math
 import re
-import secrets
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minigpt_pl.cli import app
 from minigpt_pl.config import SampleConfig
 from minigpt_pl.errors import InputError
-
-if TYPE_CHECKING:
-    from minigpt_pl.generation.text import Record
-    from minigpt_pl.text_model import TextModel
-
-Measures = dict[str, float]
 
 
 def main() -> None:
@@ -32,7 +20,6 @@ def sample(config: SampleConfig) -> None:
     from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint  # PyTorch, once the settings are right
     from minigpt_pl.cli import display
     from minigpt_pl.cpu.allocator import keep_freed_memory
-    from minigpt_pl.generation.prompts import encode_prompts, unknown_words
     from minigpt_pl.text_model import load
 
     keep_freed_memory()
@@ -51,98 +38,15 @@ def sample(config: SampleConfig) -> None:
         from minigpt_pl.cli.session import Session
 
         return Session(model, config).run()
-    encode_prompts(model.tokenizer, prompts, "prompt" if config.prompts_file is None else "prompts_file: prompt")
-    for number, prompt in enumerate(prompts, 1):
-        if unknown := unknown_words(model.tokenizer, prompt):
-            where = f" (prompt {number})" if len(prompts) > 1 else ""
-            print(f"not in the vocabulary: {' '.join(unknown)}{where}", file=sys.stderr)
-    if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
-        display.print_words(model, prompts[0], config.show is not None, seed=config.seed, **config.arguments())
-    else:
-        _print_all(model, prompts, config, combinations)
-
-
-def _print_all(
-    model: "TextModel", prompts: list[str], config: SampleConfig, combinations: list[dict[str, Any]]
-) -> None:
-    """Print each text with each combination of settings. With `compare`, also a table of measures."""
-    from minigpt_pl.cli import display
-    from minigpt_pl.generation.text import BATCH_TEXTS, stream_records
-
-    seed = secrets.randbelow(2**31 - config.num_samples) if config.seed is None else config.seed
-    with_probabilities = config.show is not None or config.format == "jsonl" or config.compare is not None
-    streams = [  # an error in any combination comes before the first text
-        stream_records(model, prompts, seed, config.num_samples, with_probabilities, **(config.arguments() | settings))
-        for settings in combinations
-    ]
-    total = len(combinations) * len(prompts) * config.num_samples
-    all_measures: list[list[Measures]] = [[] for _ in combinations]
-    separator, done, start = "", 0, time.monotonic()
-    for settings, records, measures in zip(combinations, streams, all_measures, strict=True):
-        for record in records:
-            if config.compare is not None:
-                measures.append(_measure(record))
-            done += 1
-            if done % BATCH_TEXTS == 0:
-                left = (time.monotonic() - start) * (total - done) / done
-                print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
-            if config.format == "jsonl":
-                print(_as_json(record, measures[-1] if measures else {}))
-                continue
-            title = f"[{display.settings_text(settings)}]\n" if settings else ""
-            markdown = config.format == "markdown"
-            text = display.as_markdown(record) if markdown else display.as_text(record, config.show is not None)
-            print(separator + title + text)
-            separator = "\n"
-    if config.compare is not None and config.format != "jsonl":
-        print("\n" + "\n".join(_table(combinations, all_measures)))
+    display.print_texts(model, prompts, config, combinations)
 
 
 def _combinations(config: SampleConfig) -> list[dict[str, Any]]:
     """Every combination of the values in `compare`; one empty combination without it."""
-    if config.compare is None:
-        return [{}]
-    names = list(config.compare)
-    changed = [
-        app.change(config, **dict(zip(names, values, strict=True)))
-        for values in itertools.product(*config.compare.values())
-    ]
-    return [{name: getattr(settings, name) for name in names} for settings in changed]
-
-
-def _measure(record: "Record") -> Measures:
-    """The effect of the settings on a text; NaN if the text is too short for a measure."""
-    from minigpt_pl.measures.repetition import distinct, repeated
-
-    return {
-        "entropy": sum(record.entropies) / len(record.entropies) if record.entropies else math.nan,
-        **{f"distinct-{n}": distinct(record.tokens, n) for n in (1, 2, 3)},
-        "repeated-4": repeated(record.tokens),
-    }
-
-
-def _as_json(record: "Record", measures: Measures) -> str:
-    """One line. JSON has no NaN: null."""
-    values = asdict(record)
-    if measures:
-        values["measures"] = {name: None if math.isnan(value) else value for name, value in measures.items()}
-    return json.dumps(values, ensure_ascii=False)
-
-
-def _table(combinations: Sequence[Mapping[str, Any]], all_measures: Sequence[list[Measures]]) -> Iterator[str]:
-    """A Markdown table: the mean of each measure for each combination, without texts that are too short."""
-    from minigpt_pl.cli.display import setting_text
-
-    rows = []
-    for settings, measures in zip(combinations, all_measures, strict=True):
-        columns = {name: [m[name] for m in measures if not math.isnan(m[name])] for name in measures[0]}
-        means = {name: f"{sum(values) / len(values):.3f}" if values else "-" for name, values in columns.items()}
-        rows.append({name: setting_text(value) for name, value in settings.items()} | means)
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    header = {name: name for name in widths}
-    rule = {name: "-" * (width - 1) + ":" for name, width in widths.items()}
-    for row in (header, rule, *rows):
-        yield "| " + " | ".join(row[name].rjust(width) for name, width in widths.items()) + " |"
+    lists = config.compare or {}
+    combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    changed = [app.change(config, **values) for values in combinations]
+    return [{name: getattr(settings, name) for name in lists} for settings in changed]
 
 
 def quote_prompts(arguments: list[str]) -> list[str]:
@@ -150,48 +54,43 @@ def quote_prompts(arguments: list[str]) -> list[str]:
 
     Hydra still reads a list (`prompt=[...]`), null, and a value that is quoted as a whole.
     """
-    return [_quote_prompt(argument) for argument in arguments]
-
-
-def _quote_prompt(argument: str) -> str:
-    name, _, value = argument.partition("=")
     hydra_value = r"""null|\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'"""
-    if name != "prompt" or re.fullmatch(hydra_value, value, re.DOTALL):
-        return argument
-    # Inside Hydra's quotes a backslash escapes a quote mark, ${ (a reference) and the end, and nothing else.
-    escaped = re.sub(r'(\\*)("|\$\{|\Z)', lambda match: match[1] * 2 + (match[2] and "\\" + match[2]), value)
-    return f'prompt="{escaped}"'
+    quoted = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "prompt" and not re.fullmatch(hydra_value, value, re.DOTALL):
+            # Inside Hydra's quotes a backslash escapes a quote mark, ${ (a reference) and the end, and nothing else.
+            value = re.sub(r'(\\*)("|\$\{)', r"\1\1\\\2", value)
+            value = re.sub(r"\\+\Z", r"\g<0>\g<0>", value)
+            argument = f'prompt="{value}"'
+        quoted.append(argument)
+    return quoted
 
 
 def _prompts(config: SampleConfig) -> list[str]:
-    if config.prompt is None and config.prompts_file is None:
+    file, prompts = config.prompts_file, config.prompt
+    if prompts is None and file is None:
         raise InputError("prompt=null: give prompt='this movie is', or prompts_file=FILE (- for standard input)")
-    if config.prompt is not None and config.prompts_file is not None:
-        raise InputError(f"prompts_file={config.prompts_file}: prompt={config.prompt} is given, too; leave one out")
-    if config.prompts_file is not None:
-        # Not splitlines(): it also splits at U+0085 and U+2028, which a prompt may contain.
-        lines = _read(config.prompts_file).replace("\r\n", "\n").split("\n")
-        prompts = [line for line in lines if line.strip()]
-        if not prompts:
-            raise InputError(f"prompts_file={config.prompts_file}: holds no prompt; write one per line")
+    if prompts is not None and file is not None:
+        raise InputError(f"prompts_file={file}: prompt={prompts} is given, too; leave one out")
+    if file is None:
+        prompts = prompts if isinstance(prompts, list) else [prompts]
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"prompt={prompts}: must be a text or a list of texts; quote numbers, as in ['10']")
         return prompts
-    prompts = config.prompt if isinstance(config.prompt, list) else [config.prompt]
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"prompt={config.prompt}: must be a text or a list of texts; quote numbers, as in ['10']")
-    return prompts
-
-
-def _read(prompts_file: str) -> str:
     try:
-        if prompts_file != "-":
-            return Path(prompts_file).read_text(encoding="utf-8-sig")
-        if sys.stdin is None:
+        if file == "-" and sys.stdin is None:
             raise OSError("standard input is closed")
-        return sys.stdin.read().removeprefix("\ufeff")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"prompts_file={prompts_file}: cannot be read ({error}); give a UTF-8 file, or - for standard input"
+            f"prompts_file={file}: cannot be read ({error}); give a UTF-8 file, or - for standard input"
         ) from error
+    # Not splitlines(): it also splits at U+0085 and U+2028, which a prompt may contain.
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    if not (prompts := [line for line in lines if line.strip()]):
+        raise InputError(f"prompts_file={file}: holds no prompt; write one per line")
+    return prompts
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.cli import app
@@ -28,8 +30,9 @@ def train(config: TrainConfig) -> None:
     from minigpt_pl.training.fit import fit
     from minigpt_pl.training.trainer import is_first_process
 
-    name_prefix = app.group_choice("experiment") or app.group_choice("data") or "run"
-    overrides = [override for override in app.overrides_given() if _name(override) != "resume"]
+    hydra = HydraConfig.get()
+    name_prefix = hydra.runtime.choices.get("experiment") or hydra.runtime.choices.get("data") or "run"
+    overrides = [override for override in hydra.overrides.task if _name(override) != "resume"]
     try:
         fit(config, name_prefix, overrides, _checkpoint_to_resume(config))
     except Interrupted:
@@ -54,7 +57,7 @@ def _refuse_in_sweep(config: TrainConfig) -> None:
 def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
     """With `resume`, put the settings of the run before the arguments that do not repeat them."""
     where = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
-    if not any(_name(argument) == "resume" for argument in where) or {"-m", "--multirun"} & set(arguments):
+    if not any(_name(argument) == "resume" for argument in where) or {"-m", "--multirun"} & {*sys.argv}:
         return arguments
     config = app.to_settings(app.compose("train", where))
     checkpoint = _checkpoint_to_resume(config)

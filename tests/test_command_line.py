@@ -132,7 +132,7 @@ class TestBadInput:
             (["prompt="], ["prompt='': has no words"]),
             (["prompt=xyzzy plugh"], ["prompt='xyzzy plugh': the model knows none of its words"]),
             ([], ["prompt=null: give prompt="]),
-            (["prompt=a", "prompts_file=p.txt"], ["prompts_file=p.txt: give it or prompt=a, and not both"]),
+            (["prompt=a", "prompts_file=p.txt"], ["prompts_file=p.txt: prompt=a is given, too"]),
             (["prompt=a", "top_k=2.5"], ["top_k=2.5: must be a whole number or null"]),
             (["prompt=a", "temperature=x"], ["temperature=x: must be a number"]),
             (["prompt=a", "interactive=maybe"], ["interactive=maybe: must be true or false"]),
@@ -142,11 +142,11 @@ class TestBadInput:
             (["prompt=a", "top_k=0"], ["top_k=0: must be at least 1"]),
             (["prompt=a", "top_k=100000"], ["top_k=100000: must be 1 to 26"]),
             (["prompt=a", "top_p=0", "min_tokens=-1"], ["top_p=0.0: must be above 0", "min_tokens=-1: must be"]),
-            (["prompt=a", "top_k=5", "min_tokens=61"], ["min_tokens=61: must be 0 to num_tokens=60"]),
+            (["prompt=a", "top_k=5", "min_tokens=61"], ["min_tokens=61: must be at most num_tokens=60"]),
             (["prompt=a", "topk=3"], ["topk=3: no such setting"]),
             (["prompt=a", "run=none"], ["run=none: no such run folder"]),
-            (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: give it or run=tiny, and not both"]),
-            (["prompt=[]"], ["prompt=[]: must be a text, or a list of texts"]),
+            (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: run=tiny chooses one, too"]),
+            (["prompt=[]"], ["prompt=[]: must be a text or a list of texts"]),
             (["prompt=[the cat, 2.50, null]"], ["prompt=['the cat', 2.5, None]: must be a text"]),
             (["the cat"], ["the cat: is not a setting; write SETTING=VALUE"]),
             (["prompt=a", "num_tokens=[1"], ["num_tokens=[1: cannot be read; put quotes around the value"]),
@@ -155,11 +155,11 @@ class TestBadInput:
                 ["seed=1,2: has several values; write [a,b] for a list, quote"],
             ),
             (["prompt=a", "+topk=3"], ["topk: no such setting"]),
-            (["prompt=a", "run=${none}"], ["Interpolation key 'none' not found"]),
+            (["prompt=a", "run=${none}"], ["run: Interpolation key 'none' not found"]),
             (["--nope"], ["unrecognized arguments: --nope; --hydra-help lists the flags"]),
             (["--config-dir", "none"], ["none' not found"]),
             (["--config-name", "none"], ["Cannot find primary config 'none'"]),
-            (["prompt=a", "output_dir=none"], ["output_dir=none: no finished run there"]),
+            (["prompt=a", "output_dir=none"], ["output_dir=none: holds no finished run"]),
             (["prompt=a", "checkpoint=none.ckpt"], ["checkpoint=none.ckpt: no such run folder or checkpoint"]),
             (["prompts_file=none.txt"], ["prompts_file=none.txt: cannot be read"]),
             (["prompt=a", "top_k=0", "temperature=-1"], ["top_k=0: must be at least 1", "temperature=-1.0: must be"]),
@@ -212,6 +212,8 @@ class TestBadInput:
             (["data.source=none"], ["data.source=none: has no plain_text"]),
             (["model.embed_dim=-1", "data.cut=chop"], ["model.embed_dim=-1: must be", "data.cut=chop: must be one of"]),
             (["trainer.max_epochs=x", "model.embed_dim=-1"], ["trainer.max_epochs=x: must be a whole number"]),
+            (["=3"], ["=3: is not a choice; --help lists them"]),
+            (["model=1", "+data=null"], ["model=1: is not a choice", "+data=null: is not a choice"]),
             (["~trainer.nothing"], ["'trainer.nothing' does not exist"]),
             (["+seed=1"], ["An item is already at 'seed'. Either remove + prefix: 'seed=1'"]),
             (["resume=auto"], ["resume=auto: no unfinished run in outputs"]),
@@ -392,11 +394,13 @@ def test_resume_by_name_with_a_moved_text(trained, story, tmp_path):
     done = run_main("train", *options, "data.path=moved.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "outputs" / "tiny" / "run.json").read_text())["epochs"] == 3
-    assert_refused(run_main("train", *options, "run_name=other", cwd=tmp_path), "run_name=other: resume=tiny goes on")
+    assert_refused(
+        run_main("train", *options, "run_name=other", cwd=tmp_path), "run_name=other: resume=tiny continues tiny"
+    )
     changed = tmp_path / "changed.txt"
     changed.write_text(story.read_text() + "The cat sees the dog.\n")
     refused = run_main("train", *options, f"data.path={changed}", cwd=tmp_path)
-    assert_refused(refused, "data: the text is not the one")
+    assert_refused(refused, "data: this is not the text that")
 
 
 def test_a_run_in_training_is_not_resumed(trained, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from minigpt_pl.cli import app
-from minigpt_pl.config import ConvertConfig, ExploreConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig
+from minigpt_pl.config import ConvertConfig, ExploreConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
 from minigpt_pl.errors import InputError
 
 CONF = Path(app.CONFIG_DIR)
@@ -96,6 +96,89 @@ def test_these_need_no_second_setting(override):
 def test_problems_name_setting_value_and_remedy(override, message):
     with pytest.raises(InputError, match=message):
         settings(override)
+
+
+TEXT = ("data=text", "data.path=my.txt")
+NO_TEXTS = "text_generator.every_n_epochs=0"
+CONFLICTS = [
+    ("train", [*TEXT, "data.validation_path=held.txt", "data.validation_share=0.1"], ["data.validation_share=0.1"]),
+    ("train", ["find_learning_rate=true", "run_name=a", "resume=b"], ["run_name=a", "resume=b"]),
+    (
+        "train",
+        ["trainer.limit_val_batches=0", "trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=9"],
+        ["trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=9"],
+    ),
+    (
+        "train",
+        [NO_TEXTS, "text_generator.num_tokens=9", "text_generator.top_k=null", "text_generator.prompts=[a]"],
+        ["text_generator.prompts=['a']", "text_generator.num_tokens=9", "text_generator.top_k=None"],
+    ),
+    ("train", [NO_TEXTS, "text_generator.temperature=0.5"], ["text_generator.temperature=0.5"]),
+    (
+        "sample",
+        ["interactive=true", "prompts_file=a", "compare={top_k: [1]}", "format=jsonl"],
+        ["prompts_file=a", "compare={'top_k': [1]}", "format=jsonl"],
+    ),
+    ("sample", ["interactive=true", "prompt=a"], ["prompt=a"]),
+    ("convert", ["to_keras=a.weights.h5", "run_name=b"], ["run_name=b"]),
+    ("convert", ["from_keras=a", "vocabulary=v.txt", "run=b"], ["run=b"]),
+]
+
+
+@pytest.mark.parametrize(("command", "overrides", "refused"), CONFLICTS, ids=str)
+def test_settings_without_effect_are_refused(command, overrides, refused):
+    with pytest.raises(InputError) as caught:
+        app.to_settings(app.compose(command, overrides))
+    assert [problem.split(": has no effect with ")[0] for problem in caught.value.problems] == refused
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        ("sample", ["show=probabilities", "format=markdown"], "show=probabilities: needs format=text"),
+        ("sample", ["forced_words={a: cat}"], "forced_words={'a': 'cat'}: must be words by position"),
+        ("sample", ["compare={}"], "compare={}: must be lists of values by setting"),
+        ("sample", ["compare=[1]"], "compare=[1]: must be lists of values by setting"),
+        ("sample", ["compare={seed: [1, 2]}"], "compare={'seed': [1, 2]}: cannot compare seed; choose from"),
+        ("explore", ["compare=[a]"], "compare=['a']: give two runs or more"),
+        ("explore", ["compare=[a,b]", "run=c"], "run=c: compare= names its own runs; leave one of them out"),
+        ("convert", [], "from_keras=: give from_keras=FILE to import a model, or to_keras=FILE"),
+        ("convert", ["from_keras=a"], "vocabulary=: from_keras needs it"),
+        ("convert", ["to_keras=a.h5"], "to_keras=a.h5: must end in .weights.h5"),
+        *(
+            ("convert", ["from_keras=a", "vocabulary=v", f"run_name='{name}'"], f"run_name={name}: must be a plain")
+            for name in ("a/b", "a\\b", ".a", "  ", "x" * 201)
+        ),
+    ],
+    ids=str,
+)
+def test_the_rules_of_the_other_commands(command, overrides, message):
+    with pytest.raises(InputError) as caught:
+        app.to_settings(app.compose(command, overrides))
+    assert [problem[: len(message)] for problem in caught.value.problems] == [message]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SampleConfig(num_samples=True), "num_samples=True: must be a whole number"),
+        (SampleConfig(num_tokens=2.0), "num_tokens=2.0: must be a whole number"),
+        (SampleConfig(temperature="1"), "temperature='1': must be a number"),
+        (SampleConfig(top_k="1"), "top_k='1': must be a whole number or null"),
+        (SampleConfig(interactive=1), "interactive=1: must be true or false"),
+        (SampleConfig(run=3), "run=3: must be a text or null"),
+        (SampleConfig(run=""), "run=: must not be empty"),
+        (SampleConfig(banned_words="cat"), "banned_words='cat': must be a list, as in [a, b]"),
+        (SampleConfig(stop_words=[3]), "stop_words=[3]: must be a list, as in [a, b]"),
+        (TrainConfig(data=TextConfig()), "data.path=???: must be given"),
+        (TrainConfig(data=ImdbConfig(train_splits=["dev"])), "data.train_splits=['dev']: must be one of train, test"),
+    ],
+    ids=str,
+)
+def test_wrong_values_in_python(config, message):
+    with pytest.raises(InputError) as caught:
+        check(config)
+    assert [problem[: len(message)] for problem in caught.value.problems] == [message]
 
 
 def test_pack_needs_ends():

@@ -191,6 +191,11 @@ class TestEngine:
         new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
         assert [[id_ for id_ in ids if id_ != 3] for ids in new] == generate_ids(model, prompts, controls, [1, 2, 3])
 
+    @pytest.mark.parametrize("num_beams", [1, 2])
+    def test_no_prompts(self, num_beams):
+        controls = Controls(vocab_size=SIZE, temperature=0, num_beams=num_beams)
+        assert generate_ids(network(), [], controls, []) == [] == [*stream_ids(network(), [], controls, [])]
+
     def test_a_stream_may_be_left(self):
         stream = stream_ids(network(), [[5]], Controls(vocab_size=SIZE), [0])
         next(stream)
@@ -513,6 +518,9 @@ class TestControls:
             "top_k",
             "top_p",
         ]
+
+    def test_the_default_top_k_fits_every_vocabulary(self):
+        assert Controls(vocab_size=15).top_k == 15 and Controls(vocab_size=21).top_k == 20
 
     def test_the_ends_of_the_ranges(self):
         Controls(vocab_size=15, num_tokens=1, min_tokens=1, temperature=0, top_k=15, top_p=1, min_p=1, typical_p=1)

@@ -306,7 +306,9 @@ class TestScore:
 
     def test_equals_the_generated_probabilities(self, trained):
         model = minigpt_pl.load(trained / "outputs" / "tiny")
-        record = minigpt_pl.generate(model, "the cat", 3 * model.network.max_length, 1.5, None, seed=1)[0]
+        record = minigpt_pl.generate(
+            model, "the cat", 3 * model.network.max_length, temperature=1.5, top_k=None, seed=1
+        )[0]
         words = score(model, record.text)[2:]
         assert [word.text for word in words] == record.tokens and len(words) > model.network.max_length
         assert [word.probability for word in words] == pytest.approx(record.probabilities, rel=1e-4)

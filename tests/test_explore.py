@@ -10,13 +10,14 @@ import pytest
 from conftest import HOSTILE, PROMPTS, TINY_RUN, records, run_module
 from scipy import stats
 
-from minigpt_pl import InputError, load
+from minigpt_pl import InputError, MiniGPT, TextModel, load
 from minigpt_pl.cli import app
 from minigpt_pl.exploration import samples as samples_
 from minigpt_pl.exploration.markup import MarkedSample, Table, Text, escape_markdown
 from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
 from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, pareto_front, summarize
+from minigpt_pl.tokenizer import build_tokenizer
 
 SMALL = ["run=tiny", "prompts=prompts.yaml", "num_tokens=12", "num_seeds=2"]
 SMALL += ["temperature=[0.5,1.5]", "top_k=[1,5,null]"]
@@ -70,6 +71,17 @@ class TestGrid:
         with pytest.raises(InputError) as error:
             settings(*overrides)
         assert str(error.value).startswith(message)
+
+    def test_the_default_grid_works_with_eight_words(self):
+        model = TextModel(
+            MiniGPT(vocab_size=8, max_length=8, embed_dim=8, num_heads=1, feed_forward_dim=8),
+            build_tokenizer(["", "[UNK]", "the", "cat", "a", "dog", "sees", "[END]"]),
+            end_id=7,
+        )
+        grid = check_grid(settings(), model, [("short", "the cat")])
+        assert {setting["top_k"] for setting in grid} == {1, 2, None}
+        with pytest.raises(InputError, match="top_k=10: the model has only 8 words; give at most that, or null"):
+            check_grid(settings("top_k=[2,10]"), model, [("short", "the cat")])
 
     def test_values_that_the_model_cannot_use(self, trained):
         model, prompts = load(trained / "outputs/tiny"), [("short", "the cat")]

@@ -245,6 +245,10 @@ class TestText:
             "top_k=99",
         ]
 
+    def test_a_position_below_zero(self, model):
+        with pytest.raises(InputError, match="forced_words={-1: 'dog'}: positions start at 0, the first new token"):
+            generate_text(model, "the", 9, top_k=5, forced_words={-1: "dog"})
+
     def test_all_problems_are_named_at_once(self, model):
         with pytest.raises(InputError, match="(?s)num_tokens=0.*temperature=-1.*top_k=0"):
             generate_text(model, "the", num_tokens=0, temperature=-1, top_k=0)
@@ -294,7 +298,9 @@ class TestText:
         with pytest.raises(InputError, match="num_samples=2: all texts are the same with temperature=0"):
             generate_texts(model, ["the"], num_beams=3, temperature=0, top_k=None, num_samples=2)
         greedy, wide = (generate_text(model, "the", 9, 0, None, num_beams=beams) for beams in (1, 4))
-        assert wide != greedy and wide == "".join(["the", *stream_text(model, "the", 9, 0, None, num_beams=4)])
+        assert wide != greedy and wide == "".join(
+            ["the", *stream_text(model, "the", 9, temperature=0, top_k=None, num_beams=4)]
+        )
 
     @pytest.mark.parametrize("greedy", [{"temperature": 0, "top_k": 5}, {"top_k": 1}])
     def test_samples_that_would_all_be_the_same(self, model, greedy):
@@ -351,14 +357,18 @@ class TestText:
             generate_text("outputs/tiny", "the")
 
     def test_numbers_of_numpy(self, model):
-        record = generate(model, "the", np.int64(4), np.float32(0.5), np.int32(5), np.int64(3))[0]
-        assert record == generate(model, "the", 4, 0.5, 5, 3)[0]
+        record = generate(model, "the", np.int64(4), temperature=np.float32(0.5), top_k=np.int32(5), seed=np.int64(3))[
+            0
+        ]
+        assert record == generate(model, "the", 4, temperature=0.5, top_k=5, seed=3)[0]
         assert json.loads(json.dumps(dataclasses.asdict(record)))["settings"]["num_tokens"] == 4
 
     @pytest.mark.parametrize("surroundings", ["autocast", "train", "double"])
     def test_the_same_text_in_any_surroundings(self, model, surroundings):
         def written():
-            return generate(model, "the cat", 20, 1.5, None, seed=3), score(model, "the cat likes the dog")
+            return generate(model, "the cat", 20, temperature=1.5, top_k=None, seed=3), score(
+                model, "the cat likes the dog"
+            )
 
         expected = written()
         try:

@@ -110,7 +110,9 @@ class TestFormats:
     def test_jsonl(self, sample, model):
         lines = sample("prompt=[the cat, zebra the]", "num_samples=2", "seed=3", "format=jsonl", "stop_words=[a]").out
         records = [json.loads(line) for line in lines.splitlines()]
-        expected = minigpt_pl.generate(model, ["the cat", "zebra the"], None, 0.8, 5, 3, 2, stop_words=["a"])
+        expected = minigpt_pl.generate(
+            model, ["the cat", "zebra the"], top_k=5, seed=3, num_samples=2, stop_words=["a"]
+        )
         assert [minigpt_pl.Record(**record) for record in records] == [
             # JSON has names for places, and paths as they were given
             minigpt_pl.Record(**vars(record) | {"checkpoint": "outputs/tiny/checkpoints/best.ckpt"})
@@ -129,7 +131,7 @@ class TestFormats:
     @pytest.mark.parametrize("samples", [1, 2])
     def test_probabilities_without_colours(self, sample, model, samples):
         text = sample("prompt=the cat", "seed=3", "show=probabilities", "num_tokens=6", f"num_samples={samples}").out
-        record = minigpt_pl.generate(model, "the cat", 6, 0.8, 5, 3)[0]
+        record = minigpt_pl.generate(model, "the cat", 6, top_k=5, seed=3)[0]
         words = [f"{word}({p:.2g})" for word, p in zip(record.tokens, record.probabilities, strict=True)]
         assert text.split("\n")[0] == "the cat" + "".join(words)
 
@@ -255,7 +257,7 @@ class TestInteractive:
         out, errors = sample("interactive=true", "seed=3", typed=typed)
         words = {"banned_words": ["the", "a"], "stop_words": ["dog", "king"]}
         words["forced_words"] = {0: "ship", 2: "well-known"}
-        records = minigpt_pl.generate(model, "the cat", 9, 0.8, None, 3, 2, **words)
+        records = minigpt_pl.generate(model, "the cat", 9, top_k=None, seed=3, num_samples=2, **words)
         expected = [
             minigpt_pl.generate_text(model, "the cat", 60, 0.8, 5, 3),
             minigpt_pl.generate_text(model, "the cat", 9, 3.0, None, 3),

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,16 @@ from minigpt_pl.errors import InputError
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ is inside the package. In a checkout the two are in the same folder.
 CONFIG_DIR = str(next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()))
+_GROUPS = "|".join(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def register_schemas() -> None:
     """Register the typed settings with Hydra, under the names that conf/ uses."""
-    store = ConfigStore.instance().store
-    for name in ("train", "sample", "convert", "explore", "evaluate"):
-        store(name=f"{name}_schema", node=getattr(config, f"{name.capitalize()}Config"))
-    store(group="data", name="imdb_schema", node=config.ImdbConfig)
-    store(group="data", name="text_schema", node=config.TextConfig)
-    store(group="logger", name="wandb_schema", node=config.WandbConfig)
+    groups = {"imdb": "data", "text": "data", "wandb": "logger"}
+    for name in ("train", "sample", "convert", "explore", "evaluate", *groups):
+        schema = getattr(config, f"{name.capitalize()}Config")
+        ConfigStore.instance().store(f"{name}_schema", schema, groups.get(name))
 
 
 def run(
@@ -49,17 +48,14 @@ def run(
     """Read `conf/<config_name>.yaml` and the command line, check the settings, and call `task` with them.
 
     Bad input prints one line per problem and exits with code 2. HYDRA_FULL_ERROR=1 shows the traceback instead.
-
-    Args:
-        task: takes an instance of the class in `config`.
-        prepare: changes the overrides (`name=value`) before Hydra reads them.
+    `prepare` may change the overrides (`name=value`) before Hydra reads them.
     """
     if sys.stdout is None:
         exit_with("standard output is closed; leave it open, or send it to a file with > FILE")
     register_schemas()
     version.setbase("1.3")
     full_error = os.environ.get(_FULL_ERROR) == "1"
-    handled: Callable[[], AbstractContextManager[None]] = nullcontext if full_error else one_line_errors
+    handled: Any = nullcontext if full_error else one_line_errors
     show_help = started = False
 
     @functools.wraps(task)  # Hydra names the job after the task's file
@@ -80,7 +76,7 @@ def run(
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         with handled():
-            # hydra.main() refuses a flag between two overrides, as in `data=text -m seed=1,2`.
+            # hydra.main() refuses overrides on both sides of a flag. Lightning appends some for its processes.
             parser = get_args_parser()
             parser.error = lambda message: exit_with(f"{message}; --hydra-help lists the flags")  # type: ignore
             args = parser.parse_intermixed_args()
@@ -88,9 +84,10 @@ def run(
                 show_help, args.help, args.multirun = True, False, False
             if args.info is None:  # --info prints its own log
                 _start_logging()
+            if wrong := [o for o in args.overrides if re.fullmatch(rf"\+*({_GROUPS}|)=([\d.[\]]*|null)", o)]:
+                raise InputError(*(f"{override}: is not a choice; --help lists them" for override in wrong))
             # Hydra's users write +experiment=mine, but Hydra refuses a + where the defaults list has the group.
-            overrides = [re.sub(r"^\+(?=(experiment|debug)=)", "", override) for override in args.overrides]
-            args.overrides = prepare(overrides)
+            args.overrides = prepare([re.sub(r"^\+(?=(experiment|debug)=)", "", o) for o in args.overrides])
             _run_hydra(args, parser, job, CONFIG_DIR, config_name)
     except Exception as error:
         if full_error or started:
@@ -149,17 +146,6 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     started = GlobalHydra.instance().is_initialized()
     with nullcontext() if started else hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         return hydra.compose(config_name, overrides=list(overrides))
-
-
-def overrides_given() -> list[str]:
-    """The overrides of this command line. In a sweep: those of this job."""
-    return list(HydraConfig.get().overrides.task)
-
-
-def group_choice(group: str) -> str | None:
-    """The file of conf/<group>/ that is in use."""
-    choice: str | None = HydraConfig.get().runtime.choices.get(group)
-    return choice
 
 
 def in_sweep() -> bool:

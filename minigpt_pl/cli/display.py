@@ -1,15 +1,22 @@
 """Texts and records for people: in a terminal, coloured by probability, and as Markdown."""
 
 import itertools
+import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, TextIO
 
-from minigpt_pl.generation.text import Record, stream_words
+from minigpt_pl.config import SampleConfig
+from minigpt_pl.generation.prompts import encode_prompts, unknown_words
+from minigpt_pl.generation.text import BATCH_TEXTS, Record, stream_records, stream_words
+from minigpt_pl.measures.repetition import distinct, repeated
 from minigpt_pl.text_model import TextModel
 
 # Lowest probability of a colour, its name, and its terminal code.
@@ -30,6 +37,75 @@ def with_probability(word: str, probability: float) -> str:
         return f"{word}({probability:.2g})"
     code = next(code for lowest, _, code in COLOURS if probability >= lowest)
     return f"\x1b[{code}m{word}\x1b[0m"
+
+
+def print_texts(
+    model: TextModel, prompts: Sequence[str], config: SampleConfig, combinations: Sequence[dict[str, Any]] = ({},)
+) -> None:
+    """Print the texts of each prompt with each combination of settings. With `compare`, also a table of measures.
+
+    Unknown words and, for many texts, the progress go to standard error. Errors come before any output.
+    """
+    encode_prompts(model.tokenizer, prompts, "prompt" if config.prompts_file is None else "prompts_file: prompt")
+    for number, prompt in enumerate(prompts, 1):
+        if unknown := unknown_words(model.tokenizer, prompt):
+            where = f" (prompt {number})" if len(prompts) > 1 else ""
+            print(f"not in the vocabulary: {' '.join(unknown)}{where}", file=sys.stderr)
+    show = config.show is not None
+    if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
+        return print_words(model, prompts[0], show, seed=config.seed, **config.arguments())
+    seed = secrets.randbelow(2**31 - config.num_samples) if config.seed is None else config.seed
+    with_probabilities = show or config.format == "jsonl" or config.compare is not None
+    streams = [  # an error in any combination comes before the first text
+        stream_records(model, prompts, seed, config.num_samples, with_probabilities, **(config.arguments() | settings))
+        for settings in combinations
+    ]
+    total = len(combinations) * len(prompts) * config.num_samples
+    all_measures: list[list[dict[str, float]]] = [[] for _ in combinations]
+    separator, done, start = "", 0, time.monotonic()
+    for settings, records, measures in zip(combinations, streams, all_measures, strict=True):
+        for record in records:
+            if config.compare is not None:
+                measures.append(_measure(record))
+            done += 1
+            if done % BATCH_TEXTS == 0:
+                left = (time.monotonic() - start) * (total - done) / done
+                print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
+            if config.format == "jsonl":
+                values = asdict(record)
+                if measures:  # JSON has no NaN: null
+                    values["measures"] = {name: None if math.isnan(v) else v for name, v in measures[-1].items()}
+                print(json.dumps(values, ensure_ascii=False))
+                continue
+            title = f"[{settings_text(settings)}]\n" if settings else ""
+            text = as_markdown(record) if config.format == "markdown" else as_text(record, show)
+            print(separator + title + text)
+            separator = "\n"
+    if config.compare is not None and config.format != "jsonl":
+        print()
+        _print_table(combinations, all_measures)
+
+
+def _measure(record: Record) -> dict[str, float]:
+    """The effect of the settings on a text; NaN if the text is too short for a measure."""
+    return {
+        "entropy": sum(record.entropies) / len(record.entropies) if record.entropies else math.nan,
+        **{f"distinct-{n}": distinct(record.tokens, n) for n in (1, 2, 3)},
+        "repeated-4": repeated(record.tokens),
+    }
+
+
+def _print_table(combinations: Sequence[Mapping[str, Any]], all_measures: Sequence[list[dict[str, float]]]) -> None:
+    """A Markdown table: the mean of each measure for each combination, without texts that are too short."""
+    rows = [[*combinations[0], *all_measures[0][0]]]
+    for settings, measures in zip(combinations, all_measures, strict=True):
+        columns = [[m[name] for m in measures if not math.isnan(m[name])] for name in measures[0]]
+        means = [f"{sum(values) / len(values):.3f}" if values else "-" for values in columns]
+        rows.append([*map(setting_text, settings.values()), *means])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    for row in rows:
+        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
 def print_words(model: TextModel, prompt: str, show_probabilities: bool, **controls: Any) -> None:

@@ -60,8 +60,8 @@ def explain(error: Exception) -> str:
     if not isinstance(cause, OmegaConfBaseException):
         return " ".join(text.split())
     override = re.search(r"(?:Error merging override|append to your config use) \+*(.*)", text)
+    setting = override[1] if override else cause.full_key or getattr(error, "full_key", None)
     file = re.match("In '(.*?)':", text)
-    setting = override[1] if override else cause.full_key
     return f"{setting or 'settings'}: {problem_of(cause)}{f' (in {file[1]}.yaml)' if file else ''}"
 
 

@@ -9,7 +9,6 @@ import yaml
 from minigpt_pl.cli import app, display
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.generation.prompts import encode_prompts, unknown_words
 from minigpt_pl.generation.text import stream_records
 from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import list_vocabulary
@@ -37,7 +36,7 @@ class Session:
     def run(self) -> None:
         if sys.stdin is None:
             raise InputError("interactive=true: standard input is closed; give prompt= or prompts_file=")
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # encode_prompts reports bad bytes
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # print_texts reports bad bytes
         self._check(self.config)
         in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         if in_terminal:
@@ -51,7 +50,7 @@ class Session:
                 if line.startswith("/"):
                     self._run_command(*line[1:].split())
                 elif line:
-                    self._continue(line)
+                    display.print_texts(self.model, [line], self.config)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -95,17 +94,6 @@ class Session:
     def _check(self, config: SampleConfig) -> None:
         """Check against the model, too: for example that it knows the words."""
         stream_records(self.model, [], config.seed, config.num_samples, **config.arguments())
-
-    def _continue(self, prompt: str) -> None:
-        encode_prompts(self.model.tokenizer, [prompt])
-        if unknown := unknown_words(self.model.tokenizer, prompt):
-            print(f"not in the vocabulary: {' '.join(unknown)}", file=sys.stderr)
-        config, shown, controls = self.config, self.config.show is not None, self.config.arguments()
-        if config.num_samples == 1:
-            display.print_words(self.model, prompt, shown, seed=config.seed, **controls)
-            return
-        records = stream_records(self.model, [prompt], config.seed, config.num_samples, shown, **controls)
-        print("\n\n".join(display.as_text(record, shown) for record in records))
 
     def _set_up_line_editing(self) -> None:
         """History, and completion with Tab, if Python has readline."""

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
         InputError: the model cannot use a value or a prompt; or more than `MAX_UNCONFIRMED` texts without `confirm`.
     """
     vocab_size = model.network.vocab_size
+    if config.top_k == ExploreConfig().top_k:  # the default works with every vocabulary
+        changes: dict[str, Any] = {"top_k": [k for k in config.top_k if k is None or k <= vocab_size]}
+        config = replace(config, **changes)
     problems = [f"{name}=[]: must have at least one value" for name in GRID if not getattr(config, name)]
     for k in config.top_k:
         if k is not None and k > vocab_size:

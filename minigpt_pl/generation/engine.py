@@ -104,6 +104,8 @@ def _steps(
             for step in _steps(model, [prompt], again, [0], with_probabilities):
                 yield step._replace(texts=[text])
         return
+    if not prompts:
+        return
     device, num_tokens = model.network.output.weight.device, controls.num_tokens
     longest = max(map(len, prompts))  # T
     padded = [[-1] * (longest - len(prompt)) + [*prompt] + [0] * num_tokens for prompt in prompts]

@@ -1,12 +1,11 @@
 """From words to token ids: prompts, and the controls that name words."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from minigpt_pl.config import CONTROLS, NumberControls, WordControls, range_problems
+from minigpt_pl.config import CONTROLS, NUMBER_CONTROLS, WordControls, forced_words_problems, range_problems
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.text_model import TextModel
@@ -59,19 +58,18 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
     Raises:
         InputError: one line per control that is unknown, has a wrong type, is out of range or names unknown words.
     """
-    values = {
-        name: value for name, value in values.items() if value is not None or name not in ("num_tokens", "max_tokens")
-    }
-    problems = []
-    if "max_tokens" in values:  # the name in the notebook's code
-        if "num_tokens" in values:
-            problems.append(f"max_tokens={values['max_tokens']}: is an alias of num_tokens; give one of them")
-        values["num_tokens"] = values.pop("max_tokens")
-    if unknown := [name for name in values if name not in CONTROLS]:
-        choices = ", ".join(CONTROLS)
-        raise InputError(*(f"{name}={values[name]!r}: no such control; choose from {choices}" for name in unknown))
-    given = WordControls(**values)
-    if problems := problems + [*range_problems(given)]:
+    values = dict(values)
+    numbers_of_tokens = [values.pop(name, None) for name in ("num_tokens", "max_tokens")]
+    counts = [count for count in numbers_of_tokens if count is not None]
+    choices = ", ".join(CONTROLS)
+    unknown = [name for name in values if name not in CONTROLS]
+    problems = [f"{name}={values[name]!r}: no such control; choose from {choices}" for name in unknown]
+    if len(counts) > 1:
+        problems.append(f"max_tokens={counts[1]}: is an alias of num_tokens; give one of them")
+    if problems:
+        raise InputError(*problems)
+    given = WordControls(*counts, **values)
+    if problems := [*range_problems(given), *forced_words_problems(given.forced_words)]:
         raise InputError(*problems)
     tokenizer, forced_words = model.tokenizer, given.forced_words or {}
     banned, stops = (
@@ -89,10 +87,9 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
             problems.append(f"banned_words={[word]}: forced_words has it too; leave it out of one of them")
     # A network trained without [END] would generate it at random.
     never = [PADDING_ID, UNKNOWN_ID] + ([] if model.end_id is not None else [tokenizer.get_vocab()[END]])
-    numbers = {control.name: getattr(given, control.name) for control in fields(NumberControls)}
     try:
         controls = Controls(
-            **numbers,
+            **{name: getattr(given, name) for name in NUMBER_CONTROLS},
             vocab_size=model.network.vocab_size,
             end_id=model.end_id,
             banned_ids=[*never, *(ids[0] for ids in banned.values() if len(ids) == 1)],
@@ -104,7 +101,7 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
         problems += error.problems
     if problems:
         raise InputError(*problems)
-    settings = {name: getattr(controls, name) for name in numbers}
+    settings = {name: getattr(controls, name) for name in NUMBER_CONTROLS}
     settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy's
     words = {"banned_words": [*banned], "stop_words": [*stops], "forced_words": dict(forced_words)}
     return controls, settings | words
@@ -118,13 +115,10 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int] | None:
         return None
 
 
-def _forced_problems(tokenizer: Tokenizer, words: Any, num_tokens: int, forced_ids: dict[int, int]) -> Iterator[str]:
+def _forced_problems(
+    tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int, forced_ids: dict[int, int]
+) -> Iterator[str]:
     """Fill `forced_ids` (position -> id), and give a line for each entry that is impossible."""
-    if not isinstance(words, Mapping) or not all(
-        isinstance(position, int) and isinstance(word, str) for position, word in words.items()
-    ):
-        yield f"forced_words={words!r}: must be words by position, as {{0: 'a', 5: 'film'}}"
-        return
     for position, word in words.items():
         ids = _encode(tokenizer, word) or []
         positions = range(position, position + len(ids))

@@ -4,14 +4,14 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from minigpt_pl.config import NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.engine import generate_ids, stream_ids
+from minigpt_pl.generation.engine import stream_ids
 from minigpt_pl.generation.prompts import controls_on_ids, encode_prompts, unknown_words
 from minigpt_pl.text_model import TextModel
 
@@ -99,62 +99,43 @@ def generate_texts(
     Sample i of each prompt has the random seed `seed + i`. Other arguments and errors: `generate_text`.
     """
     controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
-    request = _prepare(model, prompts, seed, num_samples, controls)
-    texts: list[str] = []
-    for jobs in request.batches():
-        new_ids = generate_ids(model.prepared, [job.ids for job in jobs], request.controls, [job.seed for job in jobs])
-        texts += [
-            job.prompt.rstrip() + decode_continuation(model.tokenizer, ids)
-            for job, ids in zip(jobs, new_ids, strict=True)
-        ]
+    records = stream_records(model, prompts, seed, num_samples, with_probabilities=False, **controls)
+    texts = [record.text for record in records]
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
 
 def generate(
-    model: TextModel,
-    prompts: str | Iterable[str],
-    num_tokens: int | None = None,
-    temperature: float = NumberControls.temperature,
-    top_k: int | None = NumberControls.top_k,
-    seed: int | None = None,
-    num_samples: int = 1,
-    **controls: Any,
+    model: TextModel, prompts: str | Iterable[str], num_tokens: int | None = None, **controls: Any
 ) -> list[Record]:
-    """The texts of `generate_texts` as a flat list of records with all details."""
-    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
-    return list(stream_records(model, prompts, seed, num_samples, **controls))
+    """The texts of `generate_texts` as a flat list of records with all details.
+
+    `controls`: `temperature`, `top_k`, `seed`, `num_samples` and all other arguments of `generate_texts`.
+    """
+    return list(stream_records(model, prompts, num_tokens=num_tokens, **controls))
 
 
-def stream_text(
-    model: TextModel,
-    prompt: str,
-    num_tokens: int | None = None,
-    temperature: float = NumberControls.temperature,
-    top_k: int | None = NumberControls.top_k,
-    seed: int | None = None,
-    **controls: Any,
-) -> Iterator[str]:
+def stream_text(model: TextModel, prompt: str, num_tokens: int | None = None, **controls: Any) -> Iterator[str]:
     """The new words of `generate_text`, one by one. Each comes with the space before it, if it has one.
 
+    `controls`: `temperature`, `top_k`, `seed` and all other arguments of `generate_text`.
+
     Example:
-        >>> for word in stream_text(model, "this movie is"):
+        >>> for word in stream_text(model, "this movie is", temperature=0.8, top_k=20):
         ...     print(word, end="", flush=True)
     """
-    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
-    return (word for word, _ in stream_words(model, prompt, seed, **controls))
+    return (word for word, _ in stream_words(model, prompt, num_tokens=num_tokens, **controls))
 
 
 def stream_words(
     model: TextModel, prompt: str, seed: int | None = None, with_probabilities: bool = False, **controls: Any
 ) -> Iterator[tuple[str, float | None]]:
     """`stream_text` with the probability of each word as in `Record`. It is None unless requested."""
-    request = _prepare(model, [prompt], seed, 1, controls)
-    [job] = request.jobs
-    steps = stream_ids(model.prepared, [job.ids], request.controls, [job.seed], with_probabilities)
+    on_ids, [record], prompts = _prepare(model, [prompt], seed, 1, controls)
+    steps = stream_ids(model.prepared, prompts, on_ids, [record.seed], with_probabilities)
     return (
         (decode_continuation(model.tokenizer, step.ids), step.probabilities[0] if with_probabilities else None)
         for step in steps
-        if step.ids != [request.controls.end_id]
+        if step.ids != [on_ids.end_id]
     )
 
 
@@ -170,31 +151,13 @@ def stream_records(
 
     Without `with_probabilities` the fields `probabilities`, `ranks` and `entropies` stay empty, which is faster.
     """
-    request = _prepare(model, prompts, seed, num_samples, controls)
-    return (record for jobs in request.batches() for record in _records(model, jobs, request, with_probabilities))
-
-
-class _Job(NamedTuple):
-    """One text to generate."""
-
-    prompt: str
-    ids: list[int]
-    seed: int
-
-
-class _Request(NamedTuple):
-    controls: Controls
-    settings: dict[str, Any]  # all controls by name, for the records
-    jobs: list[_Job]
-
-    def batches(self) -> Iterator[list[_Job]]:
-        return (self.jobs[start : start + BATCH_TEXTS] for start in range(0, len(self.jobs), BATCH_TEXTS))
+    return _complete(model, *_prepare(model, prompts, seed, num_samples, controls), with_probabilities)
 
 
 def _prepare(
     model: TextModel, prompts: str | Iterable[str], seed: int | None, num_samples: int, controls: dict[str, Any]
-) -> _Request:
-    """Check everything, and translate words to ids."""
+) -> tuple[Controls, list[Record], list[list[int]]]:
+    """Check everything. Returns the controls on ids, and for each text an empty record and the ids of its prompt."""
     if not isinstance(model, TextModel):
         raise InputError(f"model={model!r:.60}: must be the result of minigpt_pl.load(RUN)")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -219,32 +182,37 @@ def _prepare(
     if problems:
         raise InputError(*problems)
     first_seed = secrets.randbelow(largest_seed + 1) if seed is None else int(seed)
-    jobs = [
-        _Job(prompt, ids, first_seed + sample)
-        for prompt, ids in zip(prompts, encode_prompts(model.tokenizer, prompts), strict=True)
-        for sample in range(num_samples)
-    ]
-    return _Request(on_ids, settings, jobs)
-
-
-def _records(model: TextModel, jobs: Sequence[_Job], request: _Request, with_probabilities: bool) -> Iterator[Record]:
     checkpoint = None if model.checkpoint is None else str(model.checkpoint)
-    records = [
-        Record(prompt, "", [], [], [], [], unknown_words(model.tokenizer, prompt), request.settings, seed, checkpoint)
-        for prompt, _, seed in jobs
-    ]
-    prompts, seeds = [job.ids for job in jobs], [job.seed for job in jobs]
-    for step in stream_ids(model.prepared, prompts, request.controls, seeds, with_probabilities):
-        for row, (text, id_) in enumerate(zip(step.texts, step.ids, strict=True)):
-            if id_ != request.controls.end_id:
-                record = records[text]
-                record.tokens.append(decode_continuation(model.tokenizer, [id_]))
+    records, all_ids = [], []
+    for prompt, ids in zip(prompts, encode_prompts(model.tokenizer, prompts), strict=True):
+        unknown = unknown_words(model.tokenizer, prompt)
+        for sample in range(num_samples):
+            records.append(Record(prompt, "", [], [], [], [], unknown, settings, first_seed + sample, checkpoint))
+            all_ids.append(ids)
+    return on_ids, records, all_ids
+
+
+def _complete(
+    model: TextModel, controls: Controls, records: list[Record], prompts: list[list[int]], with_probabilities: bool
+) -> Iterator[Record]:
+    """Generate the words of the records."""
+    words: dict[int, str] = {}  # decoded tokens
+    for start in range(0, len(records), BATCH_TEXTS):
+        batch = records[start : start + BATCH_TEXTS]
+        batch_ids, seeds = prompts[start : start + BATCH_TEXTS], [record.seed for record in batch]
+        for step in stream_ids(model.prepared, batch_ids, controls, seeds, with_probabilities):
+            for row, (text, id_) in enumerate(zip(step.texts, step.ids, strict=True)):
+                if id_ == controls.end_id:
+                    continue
+                if id_ not in words:
+                    words[id_] = decode_continuation(model.tokenizer, [id_])
+                batch[text].tokens.append(words[id_])
                 if with_probabilities:
-                    record.probabilities.append(step.probabilities[row])
-                    record.ranks.append(step.ranks[row])
-                    record.entropies.append(step.entropies[row])
-    for record in records:
-        yield replace(record, text=record.prompt.rstrip() + "".join(record.tokens))
+                    batch[text].probabilities.append(step.probabilities[row])
+                    batch[text].ranks.append(step.ranks[row])
+                    batch[text].entropies.append(step.entropies[row])
+        for record in batch:
+            yield replace(record, text=record.prompt.rstrip() + "".join(record.tokens))
 
 
 def decode_continuation(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
