@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from minigpt_pl.errors import InputError
 from minigpt_pl.generation import filters
 from minigpt_pl.generation.controls import Controls
 
@@ -120,6 +121,11 @@ def test_top_p_keeps_the_smallest_set():
 
 def test_typical_p_of_almost_1_keeps_all():
     assert filters.typical_p(torch.randn(100, 50), 1 - 1e-9).isfinite().all()
+
+
+def test_one_text_without_a_choice_is_enough():
+    with pytest.raises(InputError, match="no token is left after 3 new tokens"):
+        filters.require_a_choice(torch.tensor([[0.0, 1.0], [-torch.inf, -torch.inf]]), 3)
 
 
 class TestTexts:
