@@ -179,7 +179,9 @@ def test_train_from_the_hub(hub, tmp_path):
         assert noise not in shown
     reads = [path for method, path, status in hub.requests if method == "GET" and path.endswith(".parquet")]
     assert len(reads) == len(set(reads)) == 3, "a file was read twice"
-    assert sum(path.endswith("README.md") for method, path, _ in hub.requests if method == "HEAD") == 1
+    assert sum(path.endswith("/dataset_infos.json") for _, path, _ in hub.requests) == 1, (
+        "the data set was loaded twice"
+    )
 
     code, shown = train_in_a_terminal(tmp_path, environment | {"HF_TOKEN": "hf_wrong"}, *OPTIONS)
     assert code == 2 and "error: data.source=hub: stanfordnlp/imdb cannot be reached (" in shown
