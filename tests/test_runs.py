@@ -110,6 +110,8 @@ class TestCommand:
         error = process.communicate(timeout=600)[1]
         assert process.returncode == 130
         assert "Traceback" not in error and "interrupted after" in error
+        assert "To continue it, add resume=long to the command." in error
+        assert all(len(line) < 100 for line in error.splitlines())
         folder = tmp_path / "outputs" / "long"
         steps = checkpoint(folder)["global_step"]
         assert steps > 0 and runs.read_record(folder)["status"] == "interrupted"

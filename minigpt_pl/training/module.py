@@ -135,10 +135,7 @@ class MiniGPTModule(L.LightningModule):
             self.epoch_sums = checkpoint["epoch_sums"]
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # Lightning refuses to clip for fused optimizers in mixed precision because of the loss scaling of fp16. We have
         # no fp16.

@@ -21,21 +21,18 @@ class Progress(L.Callback):
     bar: Any = None
 
     @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.start = self.last_shown = time.monotonic()
         self.steps_before = trainer.global_step
         self.bar = _rich_bar() if sys.stderr.isatty() else None
         if self.bar is not None:
-            self.task = self.bar.add_task(
-                "", total=self._total_steps(trainer), completed=trainer.global_step, numbers=""
-            )
+            total = pl_module.hparams["total_steps"]
+            self.task = self.bar.add_task("", total=total, completed=self.steps_before, numbers="", left="")
             self.bar.start()
 
     @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now, done, total = time.monotonic(), trainer.global_step, self._total_steps(trainer)
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        now, done, total = time.monotonic(), trainer.global_step, pl_module.hparams["total_steps"]
         due = now - self.last_shown >= (LOG_SECONDS if self.bar is None else BAR_SECONDS)
         if done == self.steps_before or not (due or done >= total):
             return
@@ -46,11 +43,13 @@ class Progress(L.Callback):
             f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         )
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        # The mean time of a step, with its share of the validations and of the texts.
+        seconds = round((now - self.start) / (done - self.steps_before) * (total - done))
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, description=epoch, numbers=numbers)
+            self.bar.update(self.task, completed=done, description=epoch, numbers=numbers, left=left)
         else:
-            left = _hours_minutes_seconds((now - self.start) / (done - self.steps_before) * (total - done))
-            print(f"{epoch}  step {done}/{total}  {numbers}  {left} left", file=sys.stderr, flush=True)
+            print(f"{epoch}  step {done}/{total}  {numbers}  {left}", file=sys.stderr, flush=True)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,10 +67,6 @@ class Progress(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
-
-    @staticmethod
-    def _total_steps(trainer: L.Trainer) -> int:
-        return int(trainer.lightning_module.hparams["total_steps"])
 
 
 def _rich_bar() -> Any:
@@ -92,14 +87,8 @@ def _rich_bar() -> Any:
         progress.BarColumn(bar_width=None),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(elapsed_when_finished=False),
-        progress.TextColumn("left"),
+        progress.TextColumn("{task.fields[left]}"),
         console=Console(stderr=True),
         expand=True,
         redirect_stdout=False,  # the user may redirect the texts
     )
-
-
-def _hours_minutes_seconds(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

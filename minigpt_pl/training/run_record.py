@@ -63,3 +63,5 @@ class RunRecord(L.Callback):
         if (self.folder / "metrics.csv").exists():
             loss_curve.draw(self.folder)
         log.info("Run %s: %s after %s steps.", self.folder, status, trainer.global_step)
+        if status == "interrupted" and (self.folder / runs.LAST).exists():
+            log.info("To continue it, add resume=%s to the command.", self.folder.name)

@@ -54,11 +54,15 @@ class TextGenerator(L.Callback):
             write_text(self.path, "".join(lines))
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         if epoch % self.every_n_epochs:
             return
-        network = _validated_network(trainer, pl_module).eval()
+        network = pl_module.model
+        for callback in trainer.callbacks:  # with `ema_decay`: the average, which is validated and saved
+            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                network = callback._average_model.module.model
+        network.eval()
         model = TextModel(network, self.tokenizer, pl_module.end_id)
         texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **self.controls)]
         network.train()
@@ -73,14 +77,6 @@ class TextGenerator(L.Callback):
                 logger.experiment.add_text("samples", "\n\n".join(texts), trainer.global_step)
             elif isinstance(logger, L.loggers.WandbLogger):
                 logger.log_text("samples", columns=["text"], data=[[text] for text in texts], step=trainer.global_step)
-
-
-def _validated_network(trainer: Any, pl_module: Any) -> Any:
-    """The network whose weights are validated and saved: with `ema_decay` the average."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:  # it has no public name
-            return callback._average_model.module.model
-    return pl_module.model
 
 
 def _first_known_words(corpus: Corpus) -> str:

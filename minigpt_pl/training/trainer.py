@@ -28,11 +28,7 @@ UNCHANGED = (
 
 
 def build_trainer(
-    config: TrainConfig,
-    folder: Path,
-    datamodule: TextDataModule,
-    callbacks: list[L.Callback],
-    resume_from: Path | None,
+    config: TrainConfig, folder: Path, datamodule: TextDataModule, callbacks: list[L.Callback], resume_from: Path | None
 ) -> L.Trainer:
     """The Trainer of the settings.
 
@@ -94,8 +90,8 @@ def processes(settings: TrainerConfig) -> dict[str, Any]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
     local_processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    numbers = {"devices": local_processes, "num_nodes": world_size // local_processes}
     strategy = "ddp" if world_size > 1 else settings.strategy
+    numbers = {"devices": local_processes, "num_nodes": world_size // local_processes}
     return {"accelerator": settings.accelerator, "strategy": strategy, **numbers}
 
 
