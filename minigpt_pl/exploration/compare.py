@@ -61,7 +61,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
 
     longest = max(run.model.network.max_length for run in compared)
     summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
-    record: dict[str, Any] = {  # all figures of the report are in it
+    record: dict[str, Any] = {  # all figures of the report; less_first is the loss minus that of the first run
         "documents": len(documents),
         "tokens": summary["whole"]["tokens"],
         "words": summary["whole"]["words"],
@@ -72,7 +72,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
                 "context": run.model.network.max_length,
                 "text": run.text_tokens,
                 "passes": run.epochs,
-                **dict(zip(("word_loss", "less_first"), losses_of_words[run.name], strict=True)),  # loss - the first
+                **dict(zip(("word_loss", "less_first"), losses_of_words[run.name], strict=True)),
                 "consistency": {name: bootstrap(by_prompt(texts_of[run.name], name)) for name in CONSISTENCY},
             }
             for run in compared

@@ -51,15 +51,13 @@ def study_network(
         attention = probes.attention_by_distance(network, windows[:NUM_INDUCTION, :length])
         result["attention"] = attention.round(4).tolist()
     contexts = [*(c for c in probes.CONTEXTS if c < length), length]
-    result["cut"] = {c: _with_short_context(metrics, prompts, num_tokens, c) for c in contexts}
+    result["cut"] = {c: _with_context(metrics, prompts, num_tokens, c) for c in contexts}
     result |= {"planted": metrics.detection_rates(), "thresholds": metrics.detector.thresholds}
     write_text(folder / "network.json", json.dumps(without_nan(result), indent=1) + "\n")
     return result
 
 
-def _with_short_context(
-    metrics: TextMetrics, prompts: Sequence[str], num_tokens: int, context: int
-) -> dict[str, Estimate]:
+def _with_context(metrics: TextMetrics, prompts: Sequence[str], num_tokens: int, context: int) -> dict[str, Estimate]:
     """Metrics of texts that the network generates with a shorter context, at temperature 0.8 and top_k 20."""
     model, encode = metrics.model, metrics.model.tokenizer.encode
     shorter = TextModel(probes.limit_context(model.network, context), model.tokenizer, model.end_id)

@@ -97,10 +97,8 @@ def summarize(samples: Sequence[Sample], grid: Sequence[Setting]) -> list[Summar
 
 def summarize_real(records: Sequence[dict[str, Any]]) -> Summary:
     """The estimates for real texts. Each text counts as its own prompt. Without texts, all are nan."""
-    return {
-        name: bootstrap(np.array([_value(record, name) for record in records]).reshape(-1, 1))
-        for name in [*METRICS, *FAILURES]
-    }
+    values = {name: [_value(record, name) for record in records] for name in [*METRICS, *FAILURES]}
+    return {name: bootstrap(np.array(column).reshape(-1, 1)) for name, column in values.items()}
 
 
 def effect(samples: Sequence[Sample], control: str, name: str) -> tuple[float | None, float | None, Estimate]:

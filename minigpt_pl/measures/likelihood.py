@@ -43,8 +43,7 @@ def predictions(
     """Yield batches of hidden states (N, D) and of the ids (N,) that they predict, in the order of the documents.
 
     Args:
-        stride: tokens from the start of a window to the start of the next. A stride of 1 gives each token the longest
-            possible context, but is slowest.
+        stride: tokens from the start of a window to the next start; 1 gives the longest context, but is slowest.
     """
     from tqdm import tqdm  # comes with lightning
 

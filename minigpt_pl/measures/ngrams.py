@@ -7,12 +7,11 @@ Language Modeling", TR-10-98, Harvard 1998, section 3.3):
 
 - w is the predicted word, h the words before it, and h' the same words without the first one.
 - a(g) is the count of the n-gram g. In the highest order, and if g begins a document, it is how often g occurs. In
-  lower orders, it is the number of different words before g. a(h.) is the sum of a(hw) over all w.
-- D is the discount, which depends on the count.
+  lower orders, it is the number of different words before g.
+- a(h.) is the sum of a(hw) over all w. D is the discount, which depends on the count.
 
-If no word follows h in the text, p(w | h) = p(w | h'). Unigrams back off to 1 / V, so every word of the vocabulary has
-a probability above 0. As in KenLM (K. Heafield et al., ACL 2013), each document begins with a mark. The probabilities
-equal KenLM's.
+If no word follows h in the text, p(w | h) = p(w | h'). Unigrams back off to 1 / V, so each word's p is above 0. As in
+KenLM (K. Heafield et al., ACL 2013), each document begins with a mark. The probabilities equal KenLM's.
 """
 
 from dataclasses import dataclass
