@@ -50,7 +50,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
         log.info("Loss of %s on %s held-out documents.", run.name, f"{len(documents):,}")
         losses[run.name] = document_losses(run.model.network, documents, show_progress=True)
     metrics = TextMetrics.fit(first.model, first.corpus.train, first.held_out, config.num_tokens)
-    real = summarize_real(metrics.of_real_texts(folder / "held_out.jsonl"))
+    real_text = summarize_real(metrics.of_real_texts(folder / "held_out.jsonl"))
     for run in compared:
         log.info("Texts of %s.", run.name)
         seeds = range(config.seed, config.seed + config.num_seeds)
@@ -82,7 +82,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
         "fits": power_laws(compared, {name: loss.mean for name, (loss, _) in losses_of_words.items()}),
     }
     write_text(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
-    _write(compared, record, real, samples, folder / "compare.md")
+    _write(compared, record, real_text, samples, folder / "compare.md")
 
 
 def _one_setting(config: ExploreConfig) -> Setting:
@@ -99,7 +99,7 @@ def _one_setting(config: ExploreConfig) -> Setting:
 
 
 def _by_context(compared: Sequence[ComparedRun], longest: int) -> dict[str, dict[int, Estimate]]:
-    """ComparedRun -> words of context, up to what the run can use -> loss. All runs predict the same tokens."""
+    """Run name -> words of context, up to the context of the run -> loss. All runs predict the same tokens."""
     held_out, result = compared[0].held_out, {}
     windows = non_overlapping_windows(held_out.tokens, held_out.offsets, longest + 1, NUM_WINDOWS)  # (N, longest + 1)
     for run in compared:
