@@ -22,9 +22,9 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Print the measures, and write evaluation.json and a chart, evaluation.png, into the run folder.
+    """Print the measures, and write evaluation.json and the chart evaluation.png into the run folder.
 
-    The file names also contain the name of `text` and `num_documents`, if these are given.
+    If `text` or `num_documents` is given, the file names contain it.
 
     Raises:
         InputError: a file is missing or unreadable, or there is no text to evaluate on.
@@ -57,7 +57,7 @@ def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[s
     from minigpt_pl.tokenizer import split_words
 
     texts = []
-    if config.text is not None:  # first, because opening the training text can take long
+    if config.text is not None:  # before the training text, which can take long to open
         documents, _ = text_documents("text", config.text, "text", config.document)
         texts = list(islice(filter(split_words, documents()), config.num_documents))
         if not texts:
@@ -66,7 +66,7 @@ def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[s
     if config.text is not None:
         return f"text={config.text}", texts, corpus.train
     if corpus.validation is None:
-        raise InputError(f"run={run_folder.name}: has no held-out text; give text=FILE with text that it has not seen")
+        raise InputError(f"run={run_folder.name}: has no held-out text; give text=FILE with text unknown to the model")
     texts = list(islice(held_out_texts(data), config.num_documents))
     return f"held-out text of {corpus.record['source']}", texts, corpus.train
 
@@ -74,7 +74,7 @@ def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[s
 def _print(result: dict[str, Any], models: Sequence[str]) -> None:
     print(f"checkpoint: {result['checkpoint']}")
     print(f"{result['text']}: {result['documents']:,} documents, {result['bytes']:,} bytes")
-    beginning = f"the first {result['max_length']} tokens after a document's first"
+    beginning = f"tokens 2 to {result['max_length'] + 1} of each document"
     for part, heading in (("beginning", beginning), ("whole", "all tokens")):
         means = result[part]
         print(f"\n{heading}: {means['tokens']:,}, with {means['words']:,} known words")
@@ -92,7 +92,7 @@ def _print(result: dict[str, Any], models: Sequence[str]) -> None:
 
 
 def _draw(result: dict[str, Any], models: Sequence[str]) -> Any:
-    """A matplotlib figure of three charts: word perplexity, loss by position, loss by frequency."""
+    """Draw three charts with matplotlib: word perplexity, loss by position, loss by frequency."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""python -m minigpt_pl.explore: texts over a grid of settings, or of several runs, with their measures in a report."""
+"""python -m minigpt_pl.explore: measure texts of one run with many settings, or of several runs, in a report."""
 
 import importlib.util
 import logging
@@ -22,11 +22,11 @@ def main() -> None:
 def explore(config: ExploreConfig) -> None:
     """Generate texts, measure them, and write a report into a folder.
 
-    The folder gets samples.jsonl, held_out.jsonl, network.json, report.md, report.html and the charts. With `compare`
-    it gets the files of `exploration.compare`.
+    The files are samples.jsonl, held_out.jsonl, network.json, report.md, report.html and the charts. With `compare`,
+    they are those of `exploration.compare`.
 
     Raises:
-        InputError: a run, its words or its text is missing, or prompts or settings cannot be used.
+        InputError: a run, its tokenizer or its text is missing, or prompts or settings cannot be used.
     """
     keep_freed_memory()
     if missing := [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]:
@@ -48,31 +48,31 @@ def explore(config: ExploreConfig) -> None:
         log.info("Comparison: %s", folder / "compare.md")
         return
     checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
-    run, model = checkpoint.parent.parent, load(checkpoint)
+    run_folder, model = checkpoint.parent.parent, load(checkpoint)
     grid = samples.check_grid(config, model, prompts)
-    _, corpus = open_run_corpus(run, model.tokenizer, config.source)
+    _, corpus = open_run_corpus(run_folder, model.tokenizer, config.source)
     held_out = corpus.validation
     if held_out is None:
-        raise InputError(f"run={run.name}: has no held-out text; train with data.validation_share above 0")
-    folder = Path(config.folder or run / "explore")
+        raise InputError(f"run={run_folder.name}: has no held-out text; train with data.validation_share above 0")
+    folder = Path(config.folder or run_folder / "explore")
     make_folder(folder, "folder")
     log.info("Exploring %s: %d prompts, %d settings", checkpoint, len(prompts), len(grid))
-    made, failed = samples.generate_samples(config, model, prompts, grid, folder)
+    generated, failed = samples.generate_samples(config, model, prompts, grid, folder)
     for line in failed:
         log.warning("Left out: %s", line)
-    if not made:
-        raise InputError("explore: the model can generate no text with these settings; change them")
-    grid = [setting for setting in grid if any(sample["settings"] == setting for sample in made)]
+    if not generated:
+        raise InputError("explore: the model can generate no text with these settings; give other settings")
+    grid = [setting for setting in grid if any(sample["settings"] == setting for sample in generated)]
     metrics = TextMetrics.fit(model, corpus.train, held_out, config.num_tokens)
-    log.info("Measuring %s texts and %s held-out texts.", f"{len(made):,}", f"{len(metrics.real_texts):,}")
-    metrics.add_to(made)
-    samples.write_samples(folder / samples.SAMPLES, made)
-    real = metrics.of_real_texts(folder / "held_out.jsonl")
+    log.info("Measuring %s texts and %s held-out texts.", f"{len(generated):,}", f"{len(metrics.real_texts):,}")
+    metrics.add_to(generated)
+    samples.write_samples(folder / samples.SAMPLES, generated)
+    real_records = metrics.of_real_texts(folder / "held_out.jsonl")
     log.info("Measuring how the network uses its context.")
-    study = study_network(metrics, held_out, [prompt for _, prompt in prompts], config.num_tokens, folder)
+    network_study = study_network(metrics, held_out, [prompt for _, prompt in prompts], config.num_tokens, folder)
     log.info("Drawing the charts and writing the report.")
-    text = corpus.record["source"]
-    report(Exploration(run.name, text, model, grid, made, failed, real, metrics.num_calibration, study), folder)
+    measured = real_records, metrics.num_calibration, network_study
+    report(Exploration(run_folder.name, corpus.record["source"], model, grid, generated, failed, *measured), folder)
     log.info("Report: %s and %s", folder / "report.html", folder / "report.md")
 
 

@@ -241,7 +241,7 @@ class TestRun:
             (b"", "text=my.txt: the file is empty"),
             (b"  \n\n \n", "text=my.txt: has no words"),
             (b"\xff\xfe\x00", "text=my.txt: cannot be read"),
-            (b"zebra xylophone\n", "text=my.txt: no document has a second word"),
+            (b"zebra xylophone\n", "text=my.txt: no document has a known word after its first"),
         ],
     )
     def test_unusable_texts(self, a_run, contents, message):

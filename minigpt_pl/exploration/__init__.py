@@ -1,1 +1,1 @@
-"""The parts of `explore`: samples over a grid of settings, their metrics, a summary, charts and a report."""
+"""The parts of `explore`: samples for a grid of settings, their metrics, a summary, charts and a report."""

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from minigpt_pl.exploration.metrics import FAILURES
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, value_text, varied_controls
-from minigpt_pl.exploration.scaling import Run
+from minigpt_pl.exploration.scaling import ComparedRun
 from minigpt_pl.exploration.summary import Estimate, Summary, none_last, pareto_front
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9}
@@ -20,28 +20,28 @@ matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top":
 BEHAVIOUR = {
     "ngram_loss": "n-gram loss (nats)",
     "loss": "own loss (nats)",
-    "seen_4grams": "4-word runs of the training text",
+    "seen_4grams": "4-word sequences of the training text",
     "entropy": "entropy of the model (bits)",
-    "repeated_4grams": "repeated 4-word runs",
+    "repeated_4grams": "repeated 4-word sequences",
     "loop": "longest loop (words)",
     "distinct_2": "different pairs of words",
     "self_bleu": "self-BLEU",
     "failure: any": "texts with a failure",
 }
-REAL_TEXT: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2, "label": "real text"}
-GREEDY: dict[str, Any] = {"color": "#a33", "linestyle": "--", "linewidth": 1, "label": "greedy"}
+REAL_TEXT_LINE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2, "label": "real text"}
+GREEDY_LINE: dict[str, Any] = {"color": "#a33", "linestyle": "--", "linewidth": 1, "label": "greedy"}
 BEST_COLOUR, OTHER_COLOUR = "#1b7837", "#4575b4"
 
 
 def _plot_estimates(axis: Axes, x: Sequence[float], estimates: Sequence[Estimate], **style: Any) -> None:
-    """A line through the means, and a band for the intervals."""
+    """Draw a line through the means, and a band for the intervals."""
     mean, low, high = np.array(estimates).T
     (line,) = axis.plot(x, mean, "o-", markersize=3, linewidth=1.3, **style)
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summary) -> Figure:
-    """Each metric against the first varied control, with a line for each value of the other controls."""
+def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary) -> Figure:
+    """Each metric against the first varied control, with one line for each setting of the other controls."""
     x_name, *others = varied_controls(grid) or ["temperature"]
     sampled = [i for i, setting in enumerate(grid) if not is_greedy(setting)]
     lines: dict[str, list[int]] = {}
@@ -57,9 +57,9 @@ def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summa
             _plot_estimates(axis, x, [summaries[i][name] for i in line], color=colour, label=text or None)
         for setting, summary in zip(grid, summaries, strict=True):
             if is_greedy(setting) and not np.isnan(summary[name].mean):
-                axis.axhline(summary[name].mean, **GREEDY)
-        if not np.isnan(real[name].mean):
-            axis.axhline(real[name].mean, **REAL_TEXT)
+                axis.axhline(summary[name].mean, **GREEDY_LINE)
+        if not np.isnan(real_text[name].mean):
+            axis.axhline(real_text[name].mean, **REAL_TEXT_LINE)
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(ticks)), list(map(value_text, ticks)))
         axis.set_xlabel(x_name)
@@ -67,11 +67,11 @@ def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summa
     return figure
 
 
-def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summary, best: Sequence[int]) -> Figure:
-    """Coherence against diversity; low is good in both."""
+def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary, best: Sequence[int]) -> Figure:
+    """Coherence against diversity. Low is good in both."""
     diversity, title = "self_bleu", "self-BLEU (lower: more diverse)"
     if all(np.isnan(summary[diversity].mean) for summary in summaries):
-        diversity, title = "repeated_4grams", "repeated 4-word runs (lower: more diverse)"
+        diversity, title = "repeated_4grams", "repeated 4-word sequences (lower: more diverse)"
     points = [(summary["ngram_loss"].mean, summary[diversity].mean) for summary in summaries]
     front, varied = pareto_front(points), varied_controls(grid)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
@@ -82,14 +82,14 @@ def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summa
         x, y = summary["ngram_loss"], summary[diversity]
         style: dict[str, Any] = {"color": BEST_COLOUR if i in best else OTHER_COLOUR, "markersize": 4, "linewidth": 0.5}
         axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), fmt="o", **style)
-        if i in front or i in best[:1]:  # the names of all points would overlap
+        if i in front or i in best[:1]:  # names of all points would overlap
             name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
             axis.annotate(name, points[i], xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555")
     front_x, front_y = zip(*(points[i] for i in front), strict=True) if front else ((), ())
-    axis.plot(front_x, front_y, color="#999", linewidth=1, label="no setting is better in both")
-    if not np.isnan(real["ngram_loss"].mean):
-        axis.axvline(real["ngram_loss"].mean, **REAL_TEXT)
-    axis.plot([], [], "o", color=BEST_COLOUR, label="best by the rule")
+    axis.plot(front_x, front_y, color="#999", linewidth=1, label="no other setting is better in both")
+    if not np.isnan(real_text["ngram_loss"].mean):
+        axis.axvline(real_text["ngram_loss"].mean, **REAL_TEXT_LINE)
+    axis.plot([], [], "o", color=BEST_COLOUR, label="best settings of the report")
     axis.set(xlabel="n-gram loss, nats (lower: more usual)", ylabel=title)
     axis.legend(frameon=False)
     return figure
@@ -99,10 +99,10 @@ def _error_bar(estimate: Estimate) -> list[list[float]]:
     return [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
 
 
-def failures(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summary) -> Figure:
-    """The share of texts with each failure: one row per setting, real text first."""
+def failures(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary) -> Figure:
+    """The share of texts with each failure. Real text is the first row, then one row for each setting."""
     names = ["real text", *(label(setting, varied_controls(grid)) for setting in grid)]
-    table = np.array([[summary[name].mean for name in FAILURES] for summary in (real, *summaries)])
+    table = np.array([[summary[name].mean for name in FAILURES] for summary in (real_text, *summaries)])
     figure = Figure(figsize=(8, 1.2 + 0.24 * len(names)), layout="constrained")
     axis = figure.subplots()
     axis.imshow(table, aspect="auto", cmap="Reds", vmin=0, vmax=1)
@@ -116,12 +116,12 @@ def failures(summaries: Sequence[Summary], grid: Sequence[Setting], real: Summar
     return figure
 
 
-def context(study: dict[str, Any]) -> Figure:
-    """The effect of the words further back: on the loss, on the attention, and on texts generated without them."""
+def context(network_study: dict[str, Any]) -> Figure:
+    """The effect of the words further back on the loss, the attention and the generated texts."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    of_texts = {context: estimates["ngram_loss"] for context, estimates in study["cut"].items()}
-    axes = {"loss of a held-out word (nats)": (left, study["context"])}
+    of_texts = {context: estimates["ngram_loss"] for context, estimates in network_study["cut"].items()}
+    axes = {"loss of a held-out word (nats)": (left, network_study["context"])}
     axes |= {"n-gram loss of generated texts (nats)": (right, of_texts)}
     for title, (axis, estimates) in axes.items():
         if estimates:
@@ -131,10 +131,10 @@ def context(study: dict[str, Any]) -> Figure:
             axis.minorticks_off()
         axis.set(xlabel="words of context that the network sees")
         axis.set_title(title, fontsize=9)
-    for block, heads in enumerate(study["attention"], start=1):
+    for block, heads in enumerate(network_study["attention"], start=1):
         for head, weights in enumerate(heads, start=1):
             middle.plot(weights, linewidth=1.2, label=f"block {block}, head {head}")
-    if study["attention"]:
+    if network_study["attention"]:
         middle.legend(frameon=False)
     middle.set(xlabel="words back")
     middle.set_title("mean attention weight", fontsize=9)
@@ -142,7 +142,7 @@ def context(study: dict[str, Any]) -> Figure:
 
 
 def attention(maps: np.ndarray, words: Sequence[str]) -> Figure:
-    """The attention weights of each head in one text of L words: maps (blocks, H, L, L)."""
+    """The attention weights of each head in one text of L words. `maps` is (blocks, H, L, L)."""
     blocks, heads, length, _ = maps.shape
     figure = Figure(figsize=(5 * heads, 5.2 * blocks), layout="constrained")
     for (block, head), axis in np.ndenumerate(figure.subplots(blocks, heads, squeeze=False)):
@@ -154,12 +154,12 @@ def attention(maps: np.ndarray, words: Sequence[str]) -> Figure:
     return figure
 
 
-def compared(runs: Sequence[Run], record: dict[str, Any]) -> Figure:
-    """Loss of a word against parameters and tokens, with the power laws, and by position; record: of compare.json."""
+def compared(runs: Sequence[ComparedRun], record: dict[str, Any]) -> Figure:
+    """Loss against parameters and tokens, with power laws, and by position. `record` is the content of compare.json."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     *scaling_axes, right = figure.subplots(1, 3)
     by_name = {run.name: run for run in runs}
-    labels = {"parameters": "parameters", "tokens": "tokens of training, with repetitions"}
+    labels = {"parameters": "parameters", "tokens": "training tokens, counted in each pass"}
     for axis, (variable, text) in zip(scaling_axes, labels.items(), strict=True):
         for i, run in enumerate(runs):
             x, loss = getattr(run, variable), record["runs"][run.name]["word_loss"]
@@ -176,7 +176,7 @@ def compared(runs: Sequence[Run], record: dict[str, Any]) -> Figure:
     for i, run in enumerate(runs):
         losses = [row[run.name] for row in record["by_position"]]
         right.plot(bands, losses, "o-", markersize=3, color=f"C{i}", label=run.name)
-    right.set(xlabel="tokens before it in its document", ylabel="loss (nats)")
+    right.set(xlabel="number of tokens before it in the document", ylabel="loss (nats)")
     right.tick_params(axis="x", rotation=45)
     figure.legend(loc="outside lower center", ncols=8, frameon=False)
     return figure

@@ -17,7 +17,7 @@ from minigpt_pl.exploration.markup import render, write_markdown
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
-from minigpt_pl.exploration.scaling import MIN_SIZES, Run, open_runs, power_laws, word_losses
+from minigpt_pl.exploration.scaling import MIN_SIZES, ComparedRun, open_runs, power_laws, word_losses
 from minigpt_pl.exploration.summary import Estimate, Summary, bootstrap, by_prompt, estimate_text, summarize_real
 from minigpt_pl.files import make_folder, write_text
 from minigpt_pl.generation.prompts import encode_prompts
@@ -35,7 +35,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
     """Measure runs, and write compare.md, compare.png, compare.json, samples.jsonl and held_out.jsonl into the folder.
 
     Raises:
-        InputError: the runs have other words or other held-out text, or no texts can be generated.
+        InputError: the runs differ in their words or held-out text, or no text can be generated.
     """
     setting, names = _one_setting(config), config.compare or []
     checkpoints = [find_checkpoint(name, Path(config.output_dir), setting="compare") for name in names]
@@ -43,14 +43,14 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
     first = compared[0]
     encode_prompts(first.model.tokenizer, [prompt for _, prompt in prompts], "prompts: prompt")
     make_folder(folder, "folder")
-    # Without end tokens, because not all runs have learned one.
+    # Without end tokens, because not all runs have learned to predict them.
     documents = [first.held_out.tokens[a : b - 1] for a, b in pairwise(first.held_out.offsets[: NUM_DOCUMENTS + 1])]
     losses, texts_of = {}, {}
     for run in compared:
         log.info("Loss of %s on %s held-out documents.", run.name, f"{len(documents):,}")
         losses[run.name] = document_losses(run.model.network, documents, show_progress=True)
     metrics = TextMetrics.fit(first.model, first.corpus.train, first.held_out, config.num_tokens)
-    real = summarize_real(metrics.of_real_texts(folder / "held_out.jsonl"))
+    real_text = summarize_real(metrics.of_real_texts(folder / "held_out.jsonl"))
     for run in compared:
         log.info("Texts of %s.", run.name)
         seeds = range(config.seed, config.seed + config.num_seeds)
@@ -61,7 +61,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
 
     longest = max(run.model.network.max_length for run in compared)
     summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
-    record: dict[str, Any] = {  # the only source of the report's figures
+    record: dict[str, Any] = {  # all figures of the report; less_first is the loss minus that of the first run
         "documents": len(documents),
         "tokens": summary["whole"]["tokens"],
         "words": summary["whole"]["words"],
@@ -82,11 +82,11 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
         "fits": power_laws(compared, {name: loss.mean for name, (loss, _) in losses_of_words.items()}),
     }
     write_text(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
-    _write(compared, record, real, samples, folder / "compare.md")
+    _write(compared, record, real_text, samples, folder / "compare.md")
 
 
 def _one_setting(config: ExploreConfig) -> Setting:
-    """The setting of the texts: the given values, and the defaults of temperature and top_k if they have several."""
+    """The setting of the texts. If temperature or top_k has several values, its default is used."""
     setting, problems = {}, []
     for name in GRID:
         values = getattr(config, name)
@@ -98,8 +98,8 @@ def _one_setting(config: ExploreConfig) -> Setting:
     return setting
 
 
-def _by_context(compared: Sequence[Run], longest: int) -> dict[str, dict[int, Estimate]]:
-    """The loss of the same tokens for all runs, with shorter and shorter context, up to each run's own."""
+def _by_context(compared: Sequence[ComparedRun], longest: int) -> dict[str, dict[int, Estimate]]:
+    """Run name -> words of context, up to the context of the run -> loss. All runs predict the same tokens."""
     held_out, result = compared[0].held_out, {}
     windows = non_overlapping_windows(held_out.tokens, held_out.offsets, longest + 1, NUM_WINDOWS)  # (N, longest + 1)
     for run in compared:
@@ -109,9 +109,9 @@ def _by_context(compared: Sequence[Run], longest: int) -> dict[str, dict[int, Es
 
 
 def _write(
-    compared: Sequence[Run], record: dict[str, Any], real: Summary, samples: Sequence[Sample], path: Path
+    compared: Sequence[ComparedRun], record: dict[str, Any], real_text: Summary, samples: Sequence[Sample], path: Path
 ) -> None:
-    """Write compare.md; its sentences are in compare.jinja."""
+    """Write compare.md. Its sentences are in compare.jinja."""
     first, names = compared[0], [*record["runs"]]
     differing = [
         name
@@ -132,7 +132,7 @@ def _write(
         [str(context), *(estimate_text(estimates.get(context)) for estimates in by_context)]
         for context in sorted({context for estimates in by_context for context in estimates})
     ]
-    summaries = {"real text": real} | {name: run["consistency"] for name, run in record["runs"].items()}
+    summaries = {"real text": real_text} | {name: run["consistency"] for name, run in record["runs"].items()}
     consistency = [[name, *(estimate_text(s[metric]) for metric in CONSISTENCY)] for name, s in summaries.items()]
     blocks = render(
         "compare.jinja",

@@ -1,4 +1,4 @@
-"""The blocks of a report. Templates have its sentences (report.jinja, compare.jinja) and its HTML (page.html)."""
+"""The blocks of a report. Its sentences are in report.jinja and compare.jinja, its HTML is in page.html."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
 
 @dataclass
 class Text:
-    """A heading, if the text starts with `#`; a question with room for the answer after `QUESTION`; or a paragraph."""
+    """A heading if it starts with `#`, a question with room for an answer if with `QUESTION`, else a paragraph."""
 
     text: str
 
@@ -66,19 +66,19 @@ class MarkedSample:
 
     title: str
     prompt: str
-    tokens: Sequence[str]  # the words after the prompt, each with the space before it, if it has one
+    tokens: Sequence[str]  # the words after the prompt; most start with a space
     failures: Sequence[dict[str, Any]]  # spans as in samples.jsonl
 
     def markdown(self) -> str:
         text = f"**{escape_markdown(self.title)}**: _{escape_markdown(self.prompt)}_"
         for space, words, kinds in self.parts():
-            # <b>, because ** is no mark between a word and a punctuation mark.
+            # <b> instead of **, which Markdown ignores between a word and a punctuation mark.
             marked = f"<b>{escape_markdown(words)}</b> _({', '.join(kinds)})_" if kinds else escape_markdown(words)
             text += space + marked
         return text
 
     def parts(self) -> Iterator[tuple[str, str, list[str]]]:
-        """The text in parts: the space before the part, the part, and the kinds of its failures."""
+        """Split the text where a failure starts or ends: (space before the part, part, kinds of its failures)."""
         ends = (end for span in self.failures for end in (span["start"], min(span["end"], len(self.tokens))))
         for start, end in pairwise(sorted({0, len(self.tokens), *ends})):
             text = "".join(self.tokens[start:end])
@@ -90,10 +90,7 @@ Block = Text | Table | Chart | MarkedSample
 
 
 def render(template: str, **values: Any) -> list[Block]:
-    """The blocks of a template of this folder, filled with values.
-
-    Blank lines separate the blocks. A block is a `Text`, or a value that is itself a block, as `{{ Table(...) }}`.
-    """
+    """Fill a template, and split it at blank lines into texts and blocks such as `{{ Table(...) }}`."""
     inserted: list[Block] = []
 
     def finalize(value: Any) -> Any:
@@ -118,16 +115,16 @@ def write_markdown(path: Path, blocks: Sequence[Block]) -> None:
 
 
 def write_html(path: Path, title: str, blocks: Sequence[Block], data: Any) -> None:
-    """Write page.html, filled with the blocks and with the data of its script."""
+    """Fill page.html with the blocks and with the data for its script, and write it."""
     environment = jinja2.Environment(loader=LOADER, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    # A number in a table cell, its unit, and its interval. The number becomes the sort key.
+    # A number in a table cell, with % and interval if it has them. The table is sorted by the number.
     number = re.compile(r"([-+]?[\d.]+)(%?)( \[.*\])?")
     page = environment.get_template("page.html")
     write_text(path, page.render(title=title, blocks=blocks, data=data, match_number=number.fullmatch) + "\n")
 
 
 def escape_markdown(text: str) -> str:
-    """One line of text without Markdown's effects. `_` inside words and `[...]` without a link have none."""
+    """Put text on one line and escape the marks of Markdown. `_` inside a word and `[...]` alone are no marks."""
     marks = r"[\\`*<>#|~&$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])"
     return re.sub(marks, r"\\\g<0>", " ".join(text.split()))

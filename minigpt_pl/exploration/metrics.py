@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 METRICS = {
     "ngram_loss": "n-gram loss: -log p of the new words under a 4-gram model of the training text, nats",
     "loss": "own loss: -log p of the new words under the model itself, nats",
-    "seen_4grams": "share of runs of 4 words that occur in the training text",
-    "entropy": "entropy of the model's own distribution along the text, bits",
-    "repeated_4grams": "share of runs of 4 words that already occurred in the text",
+    "seen_4grams": "share of 4-word sequences that occur in the training text",
+    "entropy": "mean entropy of the probabilities that the model gives to all words, bits",
+    "repeated_4grams": "share of 4-word sequences that already occurred in the text",
     "loop": "longest loop, words",
     "distinct_2": "different pairs of words / pairs",
     "self_bleu": "BLEU of a text with the texts of the other random seeds as references",
     "unknown": "probability that the model gives [UNK], which is never generated",
     "tokens": "length, words",
-    "copied": "longest run of words that occurs in the training text",
-    "recurring": "share of the second half's words that occurred before, weighted by rarity: people and things",
+    "copied": "longest sequence of words that occurs in the training text",
+    "recurring": "share of the second half's words that occurred before, weighted by rarity",
     "drift": "1 - cosine similarity of the second half with the text before (latent semantic analysis) - 2 recurring",
     "sentiment": "largest change of VADER's compound score between windows of 20 words",
     "distinct_1": "different words / words",
@@ -45,9 +45,9 @@ METRICS = {
 }
 FAILURES = [*(f"failure: {kind}" for kind in KINDS), "failure: any"]
 NGRAM_ORDER = 4
-REAL_CONTEXT = 5  # the first words of a real text take the place of a prompt
-NUM_CALIBRATION, NUM_REAL = 500, 2_000  # real texts that set the thresholds; other real texts that are measured
-NUM_PLANTED = 200  # real texts that get each planted failure
+REAL_CONTEXT = 5  # words; the beginning of a real text serves as its prompt
+NUM_CALIBRATION, NUM_REAL = 500, 2_000  # real texts that set the thresholds, and other real texts
+NUM_PLANTED = 200  # real texts into which each failure is planted
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class TextMetrics:
                 sample["metrics"]["self_bleu"] = bleu
 
     def of_real_texts(self, path: Path) -> list[dict[str, Any]]:
-        """The same for the real texts, by document number and without their words. Also writes them to a file."""
+        """Measure the real texts, and write the records to a file. They have document numbers instead of words."""
         measured = self._measure(list(self.real_texts.values()))
         records = [{"document": i} | record for i, record in zip(self.real_texts, measured, strict=True)]
         write_samples(path, records)
         return records
 
     def detection_rates(self) -> dict[str, dict[str, float]]:
-        """Plant failures in `NUM_PLANTED` real texts: planted failure -> kind -> share of texts with this kind."""
+        """Plant failures in real texts. Returns planted failure -> kind -> share of texts where this kind is found."""
         rng = np.random.default_rng(0)
         texts = [text for text in self.real_texts.values() if len(text[1]) >= 4 * PHRASE][:NUM_PLANTED]
         others = [list(texts[i][1]) for i in rng.permutation(len(texts))]

@@ -17,7 +17,7 @@ from minigpt_pl.measures import probes
 from minigpt_pl.measures.repetition import distinct, repeated
 from minigpt_pl.text_model import TextModel
 
-NUM_WINDOWS = 2_000  # held-out words that are predicted with shorter and shorter context
+NUM_WINDOWS = 2_000  # held-out words that are predicted with each length of context
 NUM_INDUCTION = 100  # held-out texts for the induction test and the attention by distance
 SHORT_CONTEXT_SEEDS = 2  # texts per prompt for each length of context
 
@@ -27,11 +27,14 @@ def study_network(
 ) -> dict[str, Any]:
     """Measure the network, and write the figures to network.json. Estimates are [mean, low, high].
 
-    - windows: number of held-out words; context: words of context -> estimate of their loss; further: words of context
-      -> how much the words further back lower the loss.
-    - copied_texts: number of texts of the induction test; copying: its losses; attention: (blocks, H, distance).
-    - cut: words of context during generation -> metric -> estimate, measured with the whole network.
-    - planted: as `TextMetrics.detection_rates`; thresholds: of the detector.
+    | key | content |
+    |---|---|
+    | `windows`, `context` | number of held-out words; words of context -> loss of these held-out words |
+    | `further` | words of context -> how much the words further back lower the loss |
+    | `copied_texts`, `copying` | number of texts in the induction test; losses of `induction_losses` |
+    | `attention` | mean weights (blocks, H, distance) |
+    | `cut` | words of context during generation -> metric of the texts, measured with the whole network |
+    | `planted`, `thresholds` | `TextMetrics.detection_rates`; thresholds of the detector |
     """
     network, length = metrics.model.network, metrics.model.network.max_length
     windows = probes.non_overlapping_windows(held_out.tokens, held_out.offsets, length + 1, NUM_WINDOWS)
@@ -48,15 +51,13 @@ def study_network(
         attention = probes.attention_by_distance(network, windows[:NUM_INDUCTION, :length])
         result["attention"] = attention.round(4).tolist()
     contexts = [*(c for c in probes.CONTEXTS if c < length), length]
-    result["cut"] = {c: _with_short_context(metrics, prompts, num_tokens, c) for c in contexts}
+    result["cut"] = {c: _with_context(metrics, prompts, num_tokens, c) for c in contexts}
     result |= {"planted": metrics.detection_rates(), "thresholds": metrics.detector.thresholds}
     write_text(folder / "network.json", json.dumps(without_nan(result), indent=1) + "\n")
     return result
 
 
-def _with_short_context(
-    metrics: TextMetrics, prompts: Sequence[str], num_tokens: int, context: int
-) -> dict[str, Estimate]:
+def _with_context(metrics: TextMetrics, prompts: Sequence[str], num_tokens: int, context: int) -> dict[str, Estimate]:
     """Metrics of texts that the network generates with a shorter context, at temperature 0.8 and top_k 20."""
     model, encode = metrics.model, metrics.model.tokenizer.encode
     shorter = TextModel(probes.limit_context(model.network, context), model.tokenizer, model.end_id)

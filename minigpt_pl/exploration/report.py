@@ -1,7 +1,7 @@
-"""The report of an exploration: report.md to hand in, and report.html to browse without a network connection.
+"""The report of an exploration: report.md to hand in, and report.html to browse, also without a network connection.
 
-It states measurements. Their interpretation is left to the reader, with marked places for the answers. The sentences
-are in report.jinja. The functions below prepare the rows of its tables, and its examples.
+It contains measurements, and places where the student writes an interpretation. The sentences are in report.jinja. The
+functions below prepare the tables and examples.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from minigpt_pl.measures.probes import attention_maps
 from minigpt_pl.text_model import TextModel
 
 NUM_EXAMPLES = 3  # examples of each failure
-NUM_COPIES = 10  # longest copied runs
-MAP_WORDS = 40  # words of a sample in an attention map
+NUM_COPIES = 10  # longest copied sequences
+MAP_WORDS = 40  # words in an attention map
 SHOWN = [name for name in METRICS if name not in ("distinct_1", "distinct_3", "grammar", "nonsense")]
 
 
@@ -30,18 +30,18 @@ SHOWN = [name for name in METRICS if name not in ("distinct_1", "distinct_3", "g
 class Exploration:
     """All results that the report shows."""
 
-    run: str  # name of the run
-    text: str  # description of its training text
+    run_name: str
+    training_text: str  # its description
     model: TextModel
     grid: Sequence[Setting]  # the settings that have samples
-    samples: Sequence[Sample]  # with their metrics
+    samples: Sequence[Sample]  # with metrics
     failed: Sequence[str]  # one line for each setting without samples
-    real: Sequence[dict[str, Any]]  # records of the real texts
+    real_records: Sequence[dict[str, Any]]  # records of the real texts
     num_calibration: int  # other real texts, which calibrated the detector
-    study: dict[str, Any]  # as from `study_network`
+    network_study: dict[str, Any]  # the result of `study_network`
 
     def __post_init__(self) -> None:
-        self.summaries, self.real_summary = summarize(self.samples, self.grid), summarize_real(self.real)
+        self.summaries, self.real_summary = summarize(self.samples, self.grid), summarize_real(self.real_records)
         self.best = best_settings(self.summaries)
         self.varied = varied_controls(self.grid)
         self.names = [label(setting, self.varied) for setting in self.grid]
@@ -53,48 +53,47 @@ class Exploration:
         return next((s for s in self.samples if s["settings"] == self.grid[setting] and s["prompt"] == prompt), None)
 
     def tokens(self, sample: Sample) -> list[str]:
-        """The words after the prompt, each with the space before it, if it has one."""
+        """The words after the prompt. Most start with a space."""
         return [self._token(id_) for id_ in sample["ids"]]
 
     def marked(self, sample: Sample, title: str, kind: str | None = None) -> MarkedSample:
-        """A sample with its failures of one kind, or with all for None."""
+        """A sample with its failures of one kind, or of all kinds if `kind` is None."""
         failures = [span for span in sample["failures"] if kind in (None, span["kind"])]
         return MarkedSample(title, sample["prompt"], self.tokens(sample), failures)
 
 
-def report(exploration: Exploration, folder: Path) -> None:
+def report(results: Exploration, folder: Path) -> None:
     """Write report.md, report.html and the charts as PNG into the folder."""
-    e = exploration
-    values = {"e": e, "charts": charts, "real_context": REAL_CONTEXT}
+    values = {"results": results, "charts": charts, "real_context": REAL_CONTEXT}
     for section in (_outputs, _behaviour, _failures, _network, _copying):
-        values |= section(e)
+        values |= section(results)
     blocks = render("report.jinja", **values)
     write_markdown(folder / "report.md", blocks)
     data = [
         {name: sample[name] for name in ("prompt", "kind", "seed", "failures", "copied")}
-        | {"tokens": e.tokens(sample), "setting": label(sample["settings"], e.varied)}
+        | {"tokens": results.tokens(sample), "setting": label(sample["settings"], results.varied)}
         | {"metrics": without_nan({name: v and round(v, 4) for name, v in sample["metrics"].items()})}
-        for sample in e.samples
+        for sample in results.samples
     ]
-    write_html(folder / "report.html", f"Exploring {e.run}", blocks, data)
+    write_html(folder / "report.html", f"Exploring {results.run_name}", blocks, data)
 
 
-def _outputs(e: Exploration) -> dict[str, Any]:
-    greedy = [i for i, setting in enumerate(e.grid) if is_greedy(setting)]
-    by_loss = sorted(set(range(len(e.grid))) - set(greedy), key=lambda i: e.summaries[i]["ngram_loss"].mean)
-    shown = list(dict.fromkeys([e.best[0], *greedy, *by_loss[:1], *by_loss[-1:]]))
+def _outputs(results: Exploration) -> dict[str, Any]:
+    greedy = [i for i, setting in enumerate(results.grid) if is_greedy(setting)]
+    by_loss = sorted(set(range(len(results.grid))) - set(greedy), key=lambda i: results.summaries[i]["ngram_loss"].mean)
+    shown = list(dict.fromkeys([results.best[0], *greedy, *by_loss[:1], *by_loss[-1:]]))
     outputs = {}
-    for kind, prompt in e.prompts:
-        samples = [(e.first_sample(i, prompt), e.names[i]) for i in shown]
-        outputs[f"{prompt} ({kind.replace('_', ' ')})"] = [e.marked(sample, name) for sample, name in samples if sample]
-    return {"shown": [e.names[i] for i in shown], "outputs": outputs}
+    for kind, prompt in results.prompts:
+        samples = [(results.first_sample(i, prompt), results.names[i]) for i in shown]
+        outputs[f"{prompt} ({kind.replace('_', ' ')})"] = [results.marked(text, name) for text, name in samples if text]
+    return {"shown": [results.names[i] for i in shown], "outputs": outputs}
 
 
-def _behaviour(e: Exploration) -> dict[str, Any]:
-    summaries = {"real text": e.real_summary, **dict(zip(e.names, e.summaries, strict=True))}
+def _behaviour(results: Exploration) -> dict[str, Any]:
+    summaries = {"real text": results.real_summary, **dict(zip(results.names, results.summaries, strict=True))}
     effects = []
-    for control in e.varied:
-        differences = {name: effect(e.samples, control, name) for name in [*SHOWN, "failure: any"]}
+    for control in results.varied:
+        differences = {name: effect(results.samples, control, name) for name in [*SHOWN, "failure: any"]}
         low, high = map(value_text, differences["loss"][:2])
         rows = [[name, estimate_text(difference, sign=True)] for name, (*_, difference) in differences.items()]
         effects.append((control, low, high, rows))
@@ -103,19 +102,21 @@ def _behaviour(e: Exploration) -> dict[str, Any]:
         "meanings": [[name, METRICS[name]] for name in SHOWN],
         "means": [[name, *(estimate_text(s[metric]) for metric in SHOWN)] for name, s in summaries.items()],
         "effects": effects,
-        "best": [e.names[i] for i in e.best],
+        "best": [results.names[i] for i in results.best],
     }
 
 
-def _failures(e: Exploration) -> dict[str, Any]:
-    planted = [[name, *(f"{rates[kind]:.0%}" for kind in KINDS)] for name, rates in e.study["planted"].items() if rates]
-    worst_first = sorted(zip(e.names, e.summaries, strict=True), key=lambda pair: -pair[1]["failure: any"].mean)
-    summaries = [("real text (false alarms)", e.real_summary), *worst_first]
+def _failures(results: Exploration) -> dict[str, Any]:
+    found = results.network_study["planted"]
+    planted = [[name, *(f"{rates[kind]:.0%}" for kind in KINDS)] for name, rates in found.items() if rates]
+    settings = zip(results.names, results.summaries, strict=True)
+    worst_first = sorted(settings, key=lambda pair: -pair[1]["failure: any"].mean)
+    summaries = [("real text (false alarms)", results.real_summary), *worst_first]
     rows = [[name, *(estimate_text(s[failure], percent=True) for failure in FAILURES)] for name, s in summaries]
     examples = {
         kind: [
-            e.marked(sample, f"{label(sample['settings'], e.varied)}, seed {sample['seed']}", kind)
-            for sample in _worst(e.samples, kind)
+            results.marked(sample, f"{label(sample['settings'], results.varied)}, seed {sample['seed']}", kind)
+            for sample in _worst(results.samples, kind)
         ]
         for kind in KINDS
     }
@@ -123,7 +124,7 @@ def _failures(e: Exploration) -> dict[str, Any]:
 
 
 def _worst(samples: Sequence[Sample], kind: str) -> list[Sample]:
-    """The texts with the most words marked as this kind, one per prompt."""
+    """The texts with the most words of this kind of failure, at most one for each prompt."""
 
     def marked(sample: Sample) -> int:
         return sum(span["end"] - span["start"] for span in sample["failures"] if span["kind"] == kind)
@@ -134,43 +135,43 @@ def _worst(samples: Sequence[Sample], kind: str) -> list[Sample]:
     return list(worst.values())[:NUM_EXAMPLES]
 
 
-def _network(e: Exploration) -> dict[str, Any]:
-    study = e.study
+def _network(results: Exploration) -> dict[str, Any]:
+    network_study = results.network_study
     rows = []
-    for c in sorted({*study["context"], *study["cut"]}):
-        of_texts = study["cut"].get(c, {})
-        estimates = [study["context"].get(c), study["further"].get(c)]
+    for c in sorted({*network_study["context"], *network_study["cut"]}):
+        of_texts = network_study["cut"].get(c, {})
+        estimates = [network_study["context"].get(c), network_study["further"].get(c)]
         estimates += [of_texts.get(name) for name in ("ngram_loss", "loss", "repeated_4grams")]
         rows.append([str(c), *map(estimate_text, estimates)])
     losses = [
         [name.replace("first", "after another").replace("again", "after itself"), estimate_text(loss)]
-        for name, loss in study["copying"].items()
+        for name, loss in network_study["copying"].items()
     ]
-    looping = max(e.samples, key=lambda sample: sample["metrics"]["loop"])
+    looping = max(results.samples, key=lambda sample: sample["metrics"]["loop"])
     mapped = {
-        "attention_best": ("a text of the best setting", e.first_sample(e.best[0], e.prompts[0][1])),
+        "attention_best": ("a text of the best setting", results.first_sample(results.best[0], results.prompts[0][1])),
         "attention_loop": ("the longest loop", looping if looping["metrics"]["loop"] else None),
     }
     attention = []
     for name, (title, sample) in mapped.items():
         if sample is not None:
-            ids = [*sample["prompt_ids"], *sample["ids"]][: min(MAP_WORDS, e.model.network.max_length)]
-            words = [str(e.model.tokenizer.id_to_token(id_)) for id_ in ids]
-            attention.append((name, title, charts.attention(attention_maps(e.model.network, ids).numpy(), words)))
+            ids = [*sample["prompt_ids"], *sample["ids"]][: min(MAP_WORDS, results.model.network.max_length)]
+            words = [str(results.model.tokenizer.id_to_token(id_)) for id_ in ids]
+            attention.append((name, title, charts.attention(attention_maps(results.model.network, ids).numpy(), words)))
     return {"contexts": rows, "copying": losses, "attention": attention}
 
 
-def _copying(e: Exploration) -> dict[str, Any]:
-    runs: dict[str, tuple[int, int, str, int, str]] = {}
-    for sample in e.samples:
+def _copying(results: Exploration) -> dict[str, Any]:
+    phrases: dict[str, tuple[int, int, str, int, str]] = {}
+    for sample in results.samples:
         start, length, document = (sample["copied"][name] for name in ("start", "length", "document"))
-        words = e.tokens(sample)[start : start + length]
-        run, setting = "".join(words).lstrip(), label(sample["settings"], e.varied)
-        runs.setdefault(run, (len(set(words)), length, run, document, setting))
-    rows = sorted(runs.values(), key=lambda row: (-row[0], -row[1]))[:NUM_COPIES]
+        words = results.tokens(sample)[start : start + length]
+        phrase, setting = "".join(words).lstrip(), label(sample["settings"], results.varied)
+        phrases.setdefault(phrase, (len(set(words)), length, phrase, document, setting))
+    rows = sorted(phrases.values(), key=lambda row: (-row[0], -row[1]))[:NUM_COPIES]
     return {
         "copies": [list(map(str, row)) for row in rows],
-        "copied_on_average": estimate_text(e.real_summary["copied"]),
-        "longest": max(sample["metrics"]["copied"] for sample in e.samples),
-        "longest_real": max((record["metrics"]["copied"] for record in e.real), default=0),
+        "copied_on_average": estimate_text(results.real_summary["copied"]),
+        "longest": max(sample["metrics"]["copied"] for sample in results.samples),
+        "longest_real": max((record["metrics"]["copied"] for record in results.real_records), default=0),
     }

@@ -20,7 +20,7 @@ from minigpt_pl.generation.text import generate_texts
 from minigpt_pl.text_model import TextModel
 
 SAMPLES, PLAN = "samples.jsonl", "plan.json"
-GREEDY = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+GREEDY = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # for all greedy settings
 MAX_UNCONFIRMED = 10_000  # texts; more need confirm=true
 
 Setting = dict[str, Any]  # control -> value
@@ -29,7 +29,7 @@ Prompts = Sequence[tuple[str, str]]  # (kind, prompt)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """Read (kind, prompt) from a YAML file that maps kinds to lists of prompts. No prompt may occur twice."""
+    """Read (kind, prompt) from a YAML file with a list of prompts for each kind. No prompt may occur twice."""
     example = "as in short: [this movie is, the end]"
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
@@ -76,21 +76,21 @@ def label(setting: Setting, varied: Sequence[str]) -> str:
 
 
 def varied_controls(grid: Sequence[Setting]) -> list[str]:
-    """The controls with several values in the grid, apart from greedy settings."""
+    """The controls that have several values in the grid. Greedy settings do not count."""
     sampled = [setting for setting in grid if not is_greedy(setting)]
     return [name for name in GRID if len({setting[name] for setting in sampled}) > 1]
 
 
 def value_text(value: float | None) -> str:
-    """A control's value; None means no limit."""
+    """The value of a control as text. None, no limit, is written as "all"."""
     return "all" if value is None else f"{value:g}"
 
 
 def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> list[Setting]:
-    """The grid, after a check that the model can generate with it.
+    """Check that the model can use all settings, and return the grid.
 
     Raises:
-        InputError: the model cannot use a value or a prompt; or more than `MAX_UNCONFIRMED` texts without `confirm`.
+        InputError: the model cannot use a value or a prompt, or more than `MAX_UNCONFIRMED` texts need `confirm`.
     """
     vocab_size = model.network.vocab_size
     if config.top_k == ExploreConfig().top_k:  # the default works with every vocabulary
@@ -114,7 +114,7 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
         minutes = (time.monotonic() - start) / len(trial) * count / 60
         raise InputError(
             f"confirm=false: {count:,} texts ({len(prompts)} prompts, {len(grid)} settings, {config.num_seeds} seeds)"
-            f" take about {minutes:,.0f} minutes and {count / 1e3:,.0f} MB; add confirm=true, or try fewer"
+            f" take about {minutes:,.0f} minutes and {count / 1e3:,.0f} MB; add confirm=true, or ask for fewer texts"
         )
     return grid
 
@@ -122,13 +122,13 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
 def generate_samples(
     config: ExploreConfig, model: TextModel, prompts: Prompts, grid: Sequence[Setting], folder: Path
 ) -> tuple[list[Sample], list[str]]:
-    """Generate the texts that `samples.jsonl` does not have yet.
+    """Generate the texts that are not in `samples.jsonl` yet.
 
     Returns:
-        All samples in the order of the grid, and one line for each setting that failed, which has no samples.
+        All samples in the order of the grid, and one line for each setting that failed. It has no samples.
 
     Raises:
-        InputError: the folder belongs to another exploration. It holds one; only the same command continues it.
+        InputError: the folder contains another exploration. Only the same command can continue it.
     """
     checkpoint = Path(str(model.checkpoint))
     status, plan_file = checkpoint.stat(), folder / PLAN
@@ -142,7 +142,7 @@ def generate_samples(
         )
     write_text(plan_file, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
     path = folder / SAMPLES
-    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]  # without an incomplete line
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]  # _: an incomplete line
     samples = {_key(sample): sample for sample in map(json.loads, lines)}
     write_samples(path, samples.values())
     failed, ordered = [], []
@@ -198,7 +198,7 @@ def _line(sample: Sample) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Replace nan, which JSON does not have, by null."""
+    """Replace nan by None, because JSON has no nan."""
     if isinstance(value, dict):
         return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Runs as data points: size of the network, tokens of training text, loss, and power laws through them."""
+"""Compared runs: size of the network, tokens of training text, loss, and power laws of the loss."""
 
 import math
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from minigpt_pl.exploration.summary import CONFIDENCE, RESAMPLES, Estimate, inte
 from minigpt_pl.text_model import TextModel, load
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
 
-MIN_SIZES = 4  # a power law has two parameters; fewer sizes leave too little to estimate its error
-# Settings that only say where or how a run was trained.
+MIN_SIZES = 4  # a power law has two parameters; with fewer sizes, its error cannot be estimated well
+# Settings of files, logging and the trainer. They are not compared.
 IGNORED_GROUPS = ("logger.", "trainer.", "text_generator.")
 IGNORED_SETTINGS = ("run_name", "output_dir", "resume", "data.cache_dir", "data.source", "data.path", *IGNORED_GROUPS)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run and its training text."""
+class ComparedRun:
+    """A run with its training text."""
 
     name: str
     model: TextModel
     corpus: Corpus
     held_out: Ids
-    text_tokens: int  # tokens of the training text that the run could predict, without padding
-    epochs: float  # passes over them up to the checkpoint; nan if unknown, as for a model from Keras
+    text_tokens: int  # tokens of the training text that are used as targets, without padding
+    epochs: float  # passes over them up to the checkpoint; nan for a model from Keras
     settings: dict[str, Any]  # name -> value, without IGNORED_SETTINGS
 
     @property
@@ -42,22 +42,22 @@ class Run:
 
     @property
     def tokens(self) -> float:
-        """Tokens of training, with repetitions."""
+        """Targets in the whole training. A token counts once in each pass."""
         return self.text_tokens * self.epochs
 
 
-def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
+def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[ComparedRun]:
     """Open runs with the same words and the same held-out text.
 
     Raises:
-        InputError: they differ in these, or two runs have the same name.
+        InputError: the words or the held-out texts differ, or two runs have the same name.
     """
-    opened: list[Run] = []
+    opened: list[ComparedRun] = []
     for checkpoint in checkpoints:
         folder = checkpoint.parent.parent
         problem = f"compare={folder.name}:"
         if folder.name in [run.name for run in opened]:
-            raise InputError(f"{problem} occurs twice; give runs of different names")
+            raise InputError(f"{problem} occurs twice; give runs with different names")
         model = load(checkpoint)
         data, corpus = open_run_corpus(folder, model.tokenizer, source)
         held_out = corpus.validation
@@ -66,10 +66,10 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
         if opened:
             first = opened[0]
             if list_vocabulary(model.tokenizer) != list_vocabulary(first.model.tokenizer):
-                remedy = "give runs of one text and vocabulary size"
+                remedy = "give runs with the same text and vocabulary size"
                 raise InputError(f"{problem} has other words than {first.name}; {remedy}")
-            ours, theirs = ((ids.tokens, ids.offsets) for ids in (held_out, first.held_out))
-            if not all(map(np.array_equal, ours, theirs)):
+            this_text, first_text = ((ids.tokens, ids.offsets) for ids in (held_out, first.held_out))
+            if not all(map(np.array_equal, this_text, first_text)):
                 remedy = "give runs with the same data.validation_share and data.validation_documents"
                 raise InputError(f"{problem} has other held-out text than {first.name}; {remedy}")
         settings: dict[str, Any] = {}
@@ -83,17 +83,17 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[Run]:
         batches = contents.get("global_step", math.nan) * settings.get("trainer.accumulate_grad_batches", 1)
         text_tokens, epochs = int(sequences.target_counts[rows].sum()), batches * data.batch_size / len(rows)
         kept = {name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)}
-        opened.append(Run(folder.name, model, corpus, held_out, text_tokens, epochs, kept))
+        opened.append(ComparedRun(folder.name, model, corpus, held_out, text_tokens, epochs, kept))
     return opened
 
 
 def word_losses(
     losses: dict[str, np.ndarray], documents: Sequence[np.ndarray]
 ) -> dict[str, tuple[Estimate, Estimate | None]]:
-    """The mean loss of a known word for each run, in nats, and its difference from the first run's.
+    """The mean loss of a known word for each run, in nats, and the same loss minus that of the first run.
 
-    The intervals come from a bootstrap over documents. All runs use the same resampled documents, so the interval of a
-    difference is narrow if the documents agree on it. `losses` are those of `document_losses`.
+    The intervals come from a bootstrap over documents, with the same resampled documents for all runs. So the interval
+    of a difference is narrow if it is similar in all documents. `losses` come from `document_losses`.
     """
     known = np.concatenate([document[1:] for document in documents]) != UNKNOWN_ID
     numbers = np.repeat(np.arange(len(documents)), [max(len(document) - 1, 0) for document in documents])[known]
@@ -113,9 +113,9 @@ def word_losses(
 def power_law(x: Sequence[float], loss: Sequence[float]) -> dict[str, Any]:
     """Fit loss = scale * x ** -exponent (Kaplan et al., arXiv 2001.08361) by least squares of the logarithms.
 
-    There is no constant term, because so few points cannot distinguish it from a smaller exponent. So the law holds
-    only for the range of the points. The interval of the exponent comes from Student's t. The result is empty for fewer
-    than `MIN_SIZES` different x.
+    There is no constant term, because few points cannot distinguish it from a smaller exponent. So the law holds only
+    between the smallest and the largest x. The interval of the exponent comes from Student's t. With fewer than
+    `MIN_SIZES` different x, the result is empty.
     """
     if len(set(x)) < MIN_SIZES:
         return {}
@@ -125,14 +125,14 @@ def power_law(x: Sequence[float], loss: Sequence[float]) -> dict[str, Any]:
     return {"scale": float(np.exp(line.intercept)), "exponent": exponent, "points": len(x)}
 
 
-def power_laws(compared: Sequence[Run], loss: dict[str, float]) -> list[dict[str, Any]]:
+def power_laws(compared: Sequence[ComparedRun], loss: dict[str, float]) -> list[dict[str, Any]]:
     """A power law for each group of two or more runs that differ only in their parameters, or only in their tokens.
 
-    Each has also `against`, "parameters" or "tokens", and `of`, the names of the runs from small to large.
+    `against` is "parameters" or "tokens". `of` lists the names of the runs from small to large.
     """
     result = []
     for variable, prefix in {"parameters": "model.", "tokens": "data.max_sequences"}.items():
-        groups: dict[tuple[Any, ...], list[Run]] = {}
+        groups: dict[tuple[Any, ...], list[ComparedRun]] = {}
         for run in compared:
             if not math.isnan(run.epochs):
                 same = [(key, str(v)) for key, v in run.settings.items() if not key.startswith((prefix, "seed"))]

@@ -32,7 +32,7 @@ Summary = dict[str, Estimate]  # metric or failure -> estimate
 def estimate_text(
     estimate: Estimate | None, sign: bool = False, digits: int | None = None, percent: bool = False
 ) -> str:
-    """An estimate with its interval. `digits`: number of decimals; None: it depends on the size."""
+    """An estimate with its interval. If `digits` is None, the number of decimals depends on the size."""
     if estimate is None or math.isnan(estimate.mean):
         return "–"
     if percent:
@@ -44,37 +44,37 @@ def estimate_text(
 
 
 def interval(mean: float, resampled: np.ndarray) -> Estimate:
-    """The percentile interval of resampled means; all nan without a mean."""
+    """A mean with the percentile interval of resampled means. If the mean is nan, the interval is nan too."""
     tail = (1 - CONFIDENCE) / 2
     low, high = (math.nan, math.nan) if math.isnan(mean) else np.nanquantile(resampled, [tail, 1 - tail])
     return Estimate(float(mean), float(low), float(high))
 
 
 def bootstrap(values: np.ndarray) -> Estimate:
-    """The mean over prompts of the means over texts, with its interval; all nan if there is no value.
+    """Average the texts of each prompt, then the prompts, and estimate the interval. Without values, all is nan.
 
-    Prompts are resampled with replacement, and within each prompt its texts (Davison and Hinkley, Bootstrap Methods,
-    1997, section 3.8). `values` is (P, S), prompts x texts; nan: no value.
+    First the prompts are resampled with replacement, then the texts of each prompt (Davison and Hinkley, Bootstrap
+    Methods, 1997, section 3.8). `values` is (P, S), prompts x texts. A nan in it means that a value is missing.
     """
     values = values[~np.isnan(values).all(axis=1)]
     return interval(_mean(values), *_resampled_means([values])) if values.size else Estimate(*[math.nan] * 3)
 
 
 def _resampled_means(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Resampled means of (P, S) tables; the same prompts are drawn for each table."""
+    """Resampled means of (P, S) tables. The same prompts are drawn for each table."""
     rng, num_prompts = np.random.default_rng(0), len(tables[0])
     rows = rng.integers(num_prompts, size=(RESAMPLES, num_prompts))
     return [_mean(t[rows[:, :, None], rng.integers(t.shape[1], size=(*rows.shape, t.shape[1]))]) for t in tables]
 
 
 def _mean(values: np.ndarray) -> Any:
-    """Mean of the prompts' means: (..., P, S) -> (...). A prompt without values is left out; nan without any value."""
+    """Mean of the means of the prompts: (..., P, S) -> (...). A prompt with only nan is left out."""
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nanmean warns where it returns nan
         return np.nanmean(np.nanmean(values, axis=-1), axis=-1)
 
 
 def by_prompt(samples: Iterable[Sample], name: str) -> np.ndarray:
-    """A metric or failure as a table (P, S), prompts in order of appearance, padded with nan."""
+    """A metric or failure as a table (P, S). Prompts are in order of appearance. Short rows end with nan."""
     groups: dict[str, list[float]] = {}
     for sample in samples:
         groups.setdefault(sample["prompt"], []).append(_value(sample, name))
@@ -96,17 +96,15 @@ def summarize(samples: Sequence[Sample], grid: Sequence[Setting]) -> list[Summar
 
 
 def summarize_real(records: Sequence[dict[str, Any]]) -> Summary:
-    """The same for real texts; each text is its own prompt. All nan without texts."""
-    return {
-        name: bootstrap(np.array([_value(record, name) for record in records]).reshape(-1, 1))
-        for name in [*METRICS, *FAILURES]
-    }
+    """The estimates for real texts. Each text counts as its own prompt. Without texts, all are nan."""
+    values = {name: [_value(record, name) for record in records] for name in [*METRICS, *FAILURES]}
+    return {name: bootstrap(np.array(column).reshape(-1, 1)) for name, column in values.items()}
 
 
 def effect(samples: Sequence[Sample], control: str, name: str) -> tuple[float | None, float | None, Estimate]:
-    """The lowest and highest value of a control, and the metric's mean at the highest minus that at the lowest.
+    """The lowest and highest value of a control, and how much the metric differs between them (highest - lowest).
 
-    The difference is computed for each prompt, over all other controls. Greedy settings are left out.
+    The difference is computed for each prompt, as a mean over all other controls. Greedy settings are left out.
     """
     sampled = [sample for sample in samples if not is_greedy(sample["settings"])]
     low, *_, high = sorted({sample["settings"][control] for sample in sampled}, key=none_last)
@@ -116,7 +114,7 @@ def effect(samples: Sequence[Sample], control: str, name: str) -> tuple[float | 
 
 
 def none_last(value: float | None) -> tuple[bool, float]:
-    """Sort key for the values of a control: None, no limit, comes last."""
+    """Sort key for the values of a control. None means no limit and comes last."""
     return value is None, value or 0
 
 
@@ -128,7 +126,7 @@ def best_settings(summaries: Sequence[Summary]) -> list[int]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (x, y), both to be minimized, that no other point dominates; sorted by x."""
+    """Indices, sorted by x, of the points (x, y) for which no other point is at least as low in both x and y."""
     front: list[int] = []
     for i in sorted((i for i, point in enumerate(points) if not np.isnan(point).any()), key=lambda i: points[i]):
         if not front or points[i][1] < points[front[-1]][1]:

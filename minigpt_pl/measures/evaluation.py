@@ -19,22 +19,22 @@ from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID, list_vocabulary, split
 NETWORK = "network"
 NGRAM_ORDERS = {"unigram": 1, "bigram": 2, "5-gram": 5}  # all with modified Kneser-Ney smoothing
 MODELS = (*NGRAM_ORDERS, NETWORK)
-RANKS = 10, 100, 1_000, 10_000  # upper ends of the bands of word frequency
+RANKS = 10, 100, 1_000, 10_000  # the last frequency rank of each band
 SPELLING_ORDER = 5
 
 
 def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, description: str) -> dict[str, Any]:
     """Evaluate a network, and n-gram models of its training text, on the same documents.
 
-    The result is ready for JSON: the counts, and the summary of `summarize_losses`. Bits per byte are the losses of all
-    tokens, plus the first words under the unigram model, plus the spelling of the unknown words.
+    The result contains counts and the summary of `summarize_losses`. It can be written as JSON. Bits per byte = (losses
+    of all tokens + unigram losses of the first words + spelling of the unknown words, all in bits) / bytes.
 
     Args:
         texts: documents, each with at least one word.
         description: name of the texts, for the result and for errors.
 
     Raises:
-        InputError: no document has a known word after its first.
+        InputError: no document has a known word after its first word.
     """
     vocabulary = list_vocabulary(model.tokenizer)
     ids = {word: id_ for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1)}
@@ -46,7 +46,7 @@ def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, descripti
         unknown.update(word for word in words if word not in ids)
         documents.append(np.array([*(ids.get(word, UNKNOWN_ID) for word in words), *end]))
     if not any(np.isin(document[1:], list(ids.values())).any() for document in documents):
-        raise InputError(f"{description}: no document has a second word that the model knows; give other text")
+        raise InputError(f"{description}: no document has a known word after its first word; give other text")
 
     network_losses = document_losses(model.network, documents, show_progress=True)
     losses, first_words_nats = ngram_losses(documents, train, len(vocabulary), model.end_id)
@@ -75,7 +75,7 @@ def ngram_losses(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Losses of the n-gram models, in the order of `document_losses`, and the unigram loss of all first words, in nats.
 
-    If `end_id` is None, the end tokens of the training text do not count.
+    If `end_id` is None, the n-grams are counted without the end tokens of the training text.
     """
     tokens, offsets = train.tokens, train.offsets
     if end_id is None:
@@ -92,36 +92,34 @@ def ngram_losses(
 
 
 def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
-    """Nats to spell the unknown words, byte by byte and with an end mark.
+    """The cost, in nats, to spell the unknown words: all bytes and the end mark of each word.
 
-    The spelling model is a Kneser-Ney model of the vocabulary's own words; each counts once. Together with the loss of
-    `[UNK]`, this is a complete code of the text, so models with different vocabularies can be compared.
+    The spelling model is a Kneser-Ney byte 5-gram model. Its training text is the vocabulary, with each word once. The
+    loss of `[UNK]` plus this cost describe the unknown words fully. So models of other vocabularies can be compared.
     """
-    spelled, words = ({word: np.array([*word.encode(), 256]) for word in some} for some in (vocabulary, unknown))
-    offsets = np.cumsum([0, *map(len, spelled.values())])
-    model = NGramModel.fit(np.concatenate([*spelled.values()]), offsets, vocab_size=257, order=SPELLING_ORDER)
-    return -sum(
-        unknown[word] * float(model.log_probabilities(word_letters).sum()) for word, word_letters in words.items()
-    )
+    known = [np.array([*word.encode(), 256]) for word in vocabulary]  # 256 is the end mark
+    model = NGramModel.fit(np.concatenate(known), np.cumsum([0, *map(len, known)]), 257, SPELLING_ORDER)
+    unknown_bytes = {word: np.array([*word.encode(), 256]) for word in unknown}
+    return -sum(unknown[word] * float(model.log_probabilities(ids).sum()) for word, ids in unknown_bytes.items())
 
 
 def summarize_losses(
     losses: Mapping[str, np.ndarray], documents: Sequence[np.ndarray], max_length: int, end_id: int | None
 ) -> dict[str, Any]:
-    """Means of several models' losses over the same tokens, in nats per token, ready for JSON.
+    """Mean losses of several models on the same tokens, in nats per token. The result can be written as JSON.
 
-    - beginning, whole: tokens 1 to L = max_length of the documents, and all tokens. Each model has loss, perplexity
+    - beginning: tokens 1 to L = max_length of each document; whole: all tokens. Each model has loss, perplexity
       (exp(loss)), word_loss and word_perplexity. The last two leave out [UNK] and [END], as val/word_perplexity does.
-    - by_position: loss by the number of tokens before the token in its document. A network sees at most L.
-    - by_frequency: loss by the word's frequency rank in the training text, and of [UNK] and [END].
+    - by_position: loss by the number of tokens before the token in its document. A network sees the last L of them.
+    - by_frequency: loss by the frequency rank of the word in the training text. [UNK] and [END] have their own rows.
 
     Args:
-        losses: model -> (T,) nats, in the order of `document_losses`.
-        end_id: the end token, which is not a word; None: the documents have none.
+        losses: name of the model -> (T,) nats, in the order of `document_losses`.
+        end_id: the end token, which is not a word; None if the documents have none.
     """
     targets = np.concatenate([document[1:] for document in documents]).astype(np.int64)
     positions = np.concatenate([np.arange(1, len(document)) for document in documents])
-    end_id = -1 if end_id is None else end_id  # -1: in no text
+    end_id = -1 if end_id is None else end_id  # no text contains -1
     is_word = (targets != UNKNOWN_ID) & (targets != end_id)
 
     def means(part: np.ndarray) -> dict[str, Any]:
@@ -151,7 +149,7 @@ def summarize_losses(
 
 
 def _bands(values: np.ndarray, ends: Sequence[int]) -> dict[str, np.ndarray]:
-    """Name of each band -> mask of the values in it. Bands start at 1; a value of 0 is in none."""
+    """The name of each band, with a mask of its values. Bands start at 1, so a value of 0 is in no band."""
     bands = {}
     for before, end in pairwise([0, *ends]):
         name = f"{before + 1:,}-{end:,}" if end > before + 1 else f"{end:,}"

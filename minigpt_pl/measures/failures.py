@@ -1,18 +1,18 @@
-"""Failure detectors. They mark words of a text that are unusual for real text of the same length.
+"""Failure detectors. They mark words that are unusual in real text of the same length.
 
 | kind | marked words | method |
 |---|---|---|
 | `loop` | words that repeat the words just before, or a long phrase that occurs again | the text alone |
-| `bracket` | a bracket or quote that is closed but never opened, or opened and not closed for long | the text alone |
+| `bracket` | a bracket that is closed but not opened, or a bracket or quote that stays open | the text alone |
 | `grammar` | words in an order that is rare in real text, regardless of their meaning | n-grams of the skeleton |
 | `nonsense` | words that are rare together in real text | n-grams of the words |
 | `drift` | a second half with another topic than the text before | latent semantic analysis, recurring words |
 | `sentiment` | praise and blame in one text | VADER |
 
-The last four score windows of words. A window is marked if its score is higher than the highest score of 19 in 20 real
-texts (`FALSE_ALARMS`). This threshold comes from held-out text that the n-grams have not seen. So the detectors mark
-about one real text in 20 by construction. The signal is the ratio of the rate in generated text to the rate in real
-text.
+The last four give each window of words a score. A window is marked if its score is above a threshold. In 19 of 20 real
+texts, no window is above it (`FALSE_ALARMS`). The threshold comes from held-out text that the n-grams have not seen. By
+definition of the threshold, the detectors mark about one real text in 20. The signal is the ratio of the rate in
+generated text to the rate in real text.
 """
 
 import math
@@ -33,10 +33,10 @@ KINDS = ("loop", "bracket", "grammar", "nonsense", "drift", "sentiment")
 FALSE_ALARMS = 0.05  # share of real texts that each calibrated detector marks
 MIN_TURNS = 3  # a phrase that occurs this many times in a row is a loop
 PHRASE = 8  # words; a phrase of this length that occurs again anywhere is a loop
-MAX_OPEN = 40  # words that a bracket may stay open
+MAX_OPEN = 40  # words that may follow an open bracket or quote
 SKELETON = 150  # the commonest words, which carry the grammar; all other words become one class
 WINDOW, LONG_WINDOW = 6, 20  # words: for n-grams, and for topic and sentiment
-RECURRING_WEIGHT = 2.0  # of recurring words relative to the topic in `drift`; chosen on spliced real reviews
+RECURRING_WEIGHT = 2.0  # in `drift`; chosen with real reviews whose second half was replaced
 NUM_TOPICS = 100  # dimensions of the semantic space; 100 to 300 are usual (Deerwester et al. 1990)
 TOPIC_DOCUMENTS = 10_000  # at most this many documents build the semantic space
 
@@ -45,7 +45,7 @@ Window = tuple[int, int, float]  # start, end (exclusive), score
 
 
 class Span(NamedTuple):
-    """Marked words from `start` to `end` (exclusive), with the finding for people."""
+    """Marked words from `start` to `end` (exclusive). The note tells the reader why they are marked."""
 
     kind: str
     start: int
@@ -57,7 +57,7 @@ def loops(words: Sequence[str]) -> list[Span]:
     """Phrases that occur `MIN_TURNS` times in a row, and phrases of at least `PHRASE` words that occur again.
 
     The marked words begin at the first repeated word. Two cases do not count: a row of fewer than `PHRASE` dots or
-    other punctuation marks, and a row of `[UNK]`, which stands for many words.
+    other punctuation marks, and a row of `[UNK]`, which stands for different words.
     """
     spans = []
     for period in range(1, len(words)):
@@ -74,10 +74,10 @@ def loops(words: Sequence[str]) -> list[Span]:
 
 
 def brackets(words: Sequence[str]) -> list[Span]:
-    """Brackets that close without an opening one, and brackets and quotes left open for more than `MAX_OPEN` words.
+    """Brackets that are closed but not opened, and brackets and quotes that stay open for more than `MAX_OPEN` words.
 
-    `:)` and `1)` are not brackets. `[UNK]` may hide a bracket, because `(name` is one word. Nothing is marked where a
-    hidden bracket could be the missing one.
+    `:)` and `1)` are not brackets. `(name` is one word. If it is unknown, `[UNK]` hides the bracket. So nothing is
+    marked if an `[UNK]` could be the missing bracket.
     """
     pairs = {")": "(", "]": "[", "}": "{", '"': '"'}
     spans: list[Span] = []
@@ -109,7 +109,7 @@ class TopicModel:
 
     @classmethod
     def fit(cls, tokens: np.ndarray, offsets: np.ndarray, vocab_size: int) -> "TopicModel":
-        """From (T,) ids and (N + 1,) offsets: at most `TOPIC_DOCUMENTS` documents, evenly spread."""
+        """Fit at most `TOPIC_DOCUMENTS` documents, evenly spread over a text of (T,) ids and (N + 1,) offsets."""
         from scipy.sparse import csr_matrix
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfTransformer
@@ -126,7 +126,7 @@ class TopicModel:
         return cls(svd.components_.T.astype(np.float32) * weights[:, None], weights)
 
     def similarity(self, first: Sequence[int], second: Sequence[int]) -> float:
-        """Cosine similarity of two texts, in [-1, 1]; higher means more similar topics. 0 without known words."""
+        """Cosine similarity of two texts, in [-1, 1]; high for similar topics. 0 if a text has no known word."""
         a, b = self.vectors[list(first)].sum(axis=0), self.vectors[list(second)].sum(axis=0)
         norms = float(np.linalg.norm(a) * np.linalg.norm(b))
         return float(a @ b) / norms if norms else 0.0
@@ -139,23 +139,23 @@ def skeleton(ids: np.ndarray) -> np.ndarray:
 
 @dataclass
 class FailureDetector:
-    """All kinds of failure; the last four are calibrated on real text.
+    """Detects all kinds of failure. The last four are calibrated on real text.
 
-    `thresholds` has the score of each kind that 19 in 20 of the real texts do not exceed. Real texts shorter than a
-    window do not count.
+    For each of these four kinds, `thresholds` contains the score that 19 in 20 real texts do not exceed. Real texts
+    shorter than a window do not count.
     """
 
     words: NGramModel  # of the training text
     skeletons: NGramModel  # of its `skeleton`
     topics: TopicModel
     tokenizer: Tokenizer
-    real_texts: InitVar[Sequence[Text]]  # held-out texts, as long as the texts to judge
+    real_texts: InitVar[Sequence[Text]]  # held-out texts, as long as the texts to check
 
     def __post_init__(self, real_texts: Sequence[Text]) -> None:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
         self.vader = SentimentIntensityAnalyzer()
-        # kind -> (function of context ids and ids that scores the windows, note with the score)
+        # kind -> (function that scores the windows of (context ids, ids), note with the score)
         self.scorers: dict[str, tuple[Callable[[Sequence[int], Sequence[int]], list[Window]], str]] = {
             "grammar": (partial(_surprise, self.skeletons, skeleton), "{:.1f} nats per word of the skeleton"),
             "nonsense": (partial(_surprise, self.words, np.asarray), "{:.1f} nats per word"),
@@ -168,9 +168,9 @@ class FailureDetector:
             self.thresholds[kind] = float(np.quantile(highest, 1 - FALSE_ALARMS)) if highest else float("inf")
 
     def detect(self, context: Sequence[int], ids: Sequence[int]) -> tuple[list[Span], dict[str, float]]:
-        """The marked spans of a text that continues a context, in text order, with positions in `ids`.
+        """The marked spans of a text that continues a context, and the highest window score of each calibrated kind.
 
-        Also the highest window score of each calibrated kind; nan for a text shorter than a window.
+        The spans are in text order. Positions count from the start of `ids`. The score of a short text is nan.
         """
         words, skip = [str(self.tokenizer.id_to_token(id_)) for id_ in (*context, *ids)], len(context)
         spans = loops(words[skip:])
@@ -192,7 +192,7 @@ class FailureDetector:
         return [(half, len(ids), distance - RECURRING_WEIGHT * cohesion)]
 
     def _sentiment_change(self, context: Sequence[int], ids: Sequence[int]) -> list[Window]:
-        """Largest distance from an earlier window in VADER's compound score, -1 to 1 (Hutto and Gilbert 2014)."""
+        """Score each window by its largest difference from an earlier one in VADER's score (Hutto and Gilbert 2014)."""
         windows: list[Window] = []
         compounds: list[float] = []
         for start in range(0, len(ids) - LONG_WINDOW + 1, LONG_WINDOW):
@@ -207,14 +207,14 @@ class FailureDetector:
 def _surprise(
     model: NGramModel, transform: Callable[[np.ndarray], np.ndarray], context: Sequence[int], ids: Sequence[int]
 ) -> list[Window]:
-    """Mean -log p, in nats per word, of each window of the text."""
+    """Score each window of the text by its mean -log p, in nats per word."""
     nats = -model.log_probabilities(transform(np.array([*context, *ids])))[len(context) :]
     means = np.convolve(nats, np.full(WINDOW, 1 / WINDOW), "valid").tolist() if len(nats) >= WINDOW else []
     return [(start, start + WINDOW, mean) for start, mean in enumerate(means)]
 
 
 def _merge_overlaps(spans: list[Span]) -> list[Span]:
-    """Merge overlapping spans; the note of the longest one stays."""
+    """Merge overlapping spans, and keep the note of the longest one."""
     merged: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
         if merged and span.start < merged[-1].end:

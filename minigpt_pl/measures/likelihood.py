@@ -1,11 +1,13 @@
 """The loss of each token of a text under a network.
 
-The network predicts each token after a document's first from the tokens before it, at most L = max_length of them. A
-document is cut into windows of L inputs. The first window starts at the document's first token and predicts tokens 1 to
-L, as in training with cut=truncate. Each further window starts `stride` tokens later and predicts only its last
-`stride` tokens. No window crosses into another document.
+The network predicts a token from the tokens before it in the same document, at most L = max_length of them. Documents
+are cut into windows of L + 1 tokens. With L = 6 and stride = 3 (i: only input, P: predicted):
 
-`document_losses` takes L // 2 as the stride, so a token beyond the first L has L - L // 2 + 1 to L tokens before it.
+    token     0  1  2  3  4  5  6  7  8  9
+    window 1  i  P  P  P  P  P  P
+    window 2           i  i  i  i  P  P  P
+
+`document_losses` uses stride = L // 2. So each token after the first window has L - L // 2 + 1 to L tokens of context.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,7 @@ Document = Sequence[int] | np.ndarray
 
 
 def document_losses(network: MiniGPT, documents: Sequence[Document], show_progress: bool = False) -> np.ndarray:
-    """The loss of each token except the documents' first ones, without dropout: (T,) fp32, in nats."""
+    """The loss of each token, except the first token of each document: (T,) fp32, in nats. Dropout is off."""
     weight, bias = network.output.weight, network.output.bias
     stride = max(network.max_length // 2, 1)
     losses = [np.zeros(0, np.float32)]
@@ -41,7 +43,7 @@ def predictions(
     """Yield batches of hidden states (N, D) and of the ids (N,) that they predict, in the order of the documents.
 
     Args:
-        stride: tokens between windows; 1 gives each token all the context that the network can use, but is slowest.
+        stride: tokens from the start of a window to the next start; 1 gives the longest context, but is slowest.
     """
     from tqdm import tqdm  # comes with lightning
 
@@ -56,11 +58,11 @@ def predictions(
             first = end
     rows = max(BATCH_TOKENS // length, 1)
     device = network.output.weight.device
-    disable = None if show_progress else True  # None: no bar if standard error is not a terminal
+    disable = None if show_progress else True  # with None, tqdm draws no bar if the output is not a terminal
     with tqdm(total=len(windows), desc="Network", unit=" windows", leave=False, disable=disable) as progress:
         for batch in (windows[i : i + rows] for i in range(0, len(windows), rows)):
             width = max(end - start for _, start, _, end in batch)
-            ids = torch.full((len(batch), width), PADDING_ID)  # (B, L + 1); padding comes last, so it changes nothing
+            ids = torch.full((len(batch), width), PADDING_ID)  # (B, L + 1); padding comes last, so no token sees it
             predicted = torch.zeros(len(batch), width - 1, dtype=torch.bool)  # (B, L)
             for row, (document, start, first, end) in enumerate(batch):
                 ids[row, : end - start] = torch.as_tensor(document[start:end])

@@ -1,16 +1,17 @@
 """N-gram language models on token ids, a baseline for the network.
 
 Interpolated modified Kneser-Ney smoothing (S. F. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for
-Language Modeling", TR-10-98, Harvard 1998, section 3.3). As in KenLM (K. Heafield et al., ACL 2013), a mark stands at
-the beginning of each document; the probabilities equal KenLM's. With the count a, the discount D, and h' as h without
-its first word:
+Language Modeling", TR-10-98, Harvard 1998, section 3.3):
 
     p(w | h) = (a(hw) - D(a(hw))) / a(h.) + p(w | h') * sum over w of D(a(hw)) / a(h.)
 
-If h was never followed by a word, p(w | h) = p(w | h'). The unigrams back off to 1 / V, so every word of the vocabulary
-has a probability above 0. For the highest order, and for n-grams that begin a document, a(g) is how often g occurs. For
-lower orders it is the number of different words before g. So order 1 is a smoothed unigram model, and order 2 a
-smoothed bigram model.
+- w is the predicted word, h the words before it, and h' the same words without the first one.
+- a(g) is the count of the n-gram g. In the highest order, and if g begins a document, it is how often g occurs. In
+  lower orders, it is the number of different words before g.
+- a(h.) is the sum of a(hw) over all w. D is the discount, which depends on the count.
+
+If no word follows h in the text, p(w | h) = p(w | h'). Unigrams back off to 1 / V, so each word's p is above 0. As in
+KenLM (K. Heafield et al., ACL 2013), each document begins with a mark. The probabilities equal KenLM's.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import trange  # comes with lightning
 
-FALLBACK_DISCOUNTS = 0.5, 1.0, 1.5  # KenLM's, if there are too few counts of 1 to 4 to estimate them
+FALLBACK_DISCOUNTS = 0.5, 1.0, 1.5  # those of KenLM, if the counts are too few for an estimate
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class _Order:
     """The n-grams of one length k. The number of an n-gram is its index in `keys`."""
 
     keys: np.ndarray  # (G,) int64, sorted: the number of its first k - 1 words, times V + 1, plus its last word
-    probabilities: np.ndarray  # (G,), the part of the probability that comes from its own count
+    probabilities: np.ndarray  # (G,), the part of the probability that comes from the count of the n-gram
     backoffs: np.ndarray  # for each n-gram of length k - 1, the weight of the next lower order
 
 
 @dataclass(frozen=True)
 class NGramModel:
-    """A language model of the last `order - 1` words. Made by `fit`."""
+    """A language model that sees the last `order - 1` words. Create it with `fit`."""
 
     vocab_size: int
     orders: list[_Order]
@@ -55,32 +56,32 @@ class NGramModel:
             raise ValueError(f"order={order}: must be at least 1")
         _check_ids(tokens, vocab_size)
         words = np.insert(tokens.astype(np.int64), offsets[:-1], vocab_size)  # V marks the beginning of a document
-        ending_here = words  # number of the n-gram that ends at each position; -1: the document is too short
+        ending_here = words  # number of the n-gram that ends at each position; -1 if too few words come before
         keys = np.arange(vocab_size + 1)
         occurrences = np.bincount(words, minlength=vocab_size + 1)
         occurrences[vocab_size] = 0  # the mark is never predicted
         orders: list[_Order] = []
-        disable = None if show_progress else True  # None: no bar if standard error is not a terminal
+        disable = None if show_progress else True  # with None, tqdm draws no bar if the output is not a terminal
         for _ in trange(1, order, desc=f"Counting {order}-grams", unit=" orders", disable=disable, leave=False):
             before = np.concatenate([[-1], ending_here[:-1]])
-            places = np.flatnonzero((before >= 0) & (words < vocab_size))
+            positions = np.flatnonzero((before >= 0) & (words < vocab_size))
             longer_keys, numbers, longer_occurrences = np.unique(
-                before[places] * (vocab_size + 1) + words[places], return_inverse=True, return_counts=True
+                before[positions] * (vocab_size + 1) + words[positions], return_inverse=True, return_counts=True
             )
             suffixes = np.empty(len(longer_keys), dtype=np.int64)
-            suffixes[numbers] = ending_here[places]
+            suffixes[numbers] = ending_here[positions]
             different_before = np.bincount(suffixes, minlength=len(keys))
             # No word comes before an n-gram that begins a document, so it keeps its own count.
             counts = np.where(different_before == 0, occurrences, different_before)
             orders.append(_smooth(keys, counts, len(orders[-1].keys) if orders else 1, vocab_size))
             ending_here = np.full(len(words), -1)
-            ending_here[places] = numbers
+            ending_here[positions] = numbers
             keys, occurrences = longer_keys, longer_occurrences
         orders.append(_smooth(keys, occurrences, len(orders[-1].keys) if orders else 1, vocab_size))
         return cls(vocab_size, orders)
 
     def log_probabilities(self, ids: np.ndarray) -> np.ndarray:
-        """The log probability of each token of one document, given the document's beginning: (T,) -> (T,), in nats.
+        """The log probability of each token of one document, given the tokens before it: (T,) -> (T,), in nats.
 
         Raises:
             ValueError: an id outside [0, vocab_size).
@@ -92,15 +93,15 @@ class NGramModel:
         ending_here = words
         for order in longer:
             before = np.concatenate([[-1], ending_here[:-1]])
-            places = np.flatnonzero(before >= 0)
-            wanted = before[places] * (self.vocab_size + 1) + words[places]
+            positions = np.flatnonzero(before >= 0)
+            wanted = before[positions] * (self.vocab_size + 1) + words[positions]
             numbers = np.searchsorted(order.keys, wanted)
             found = numbers < len(order.keys)
             found[found] = order.keys[numbers[found]] == wanted[found]
-            probabilities[places] *= order.backoffs[before[places]]
-            probabilities[places[found]] += order.probabilities[numbers[found]]
+            probabilities[positions] *= order.backoffs[before[positions]]
+            probabilities[positions[found]] += order.probabilities[numbers[found]]
             ending_here = np.full(len(words), -1)
-            ending_here[places[found]] = numbers[found]
+            ending_here[positions[found]] = numbers[found]
         log_probabilities: np.ndarray = np.log(probabilities[1:])
         return log_probabilities
 
@@ -121,7 +122,7 @@ def _smooth(keys: np.ndarray, counts: np.ndarray, num_contexts: int, vocab_size:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """Discounts of counts 0, 1, 2, and of 3 and more (equation 26 of the report)."""
+    """Discounts of counts 0, 1, 2, and of 3 and more (Chen and Goodman, equation 26)."""
     _, *n = np.bincount(np.minimum(counts, 5), minlength=6)[:5]
     if all(n):
         y = n[0] / (n[0] + 2 * n[1])

@@ -1,4 +1,4 @@
-"""Probes of a network: how likely and how predictable it finds a text, and how it uses its context.
+"""Probes of a network: the probabilities that it gives to a text, and how it uses its context.
 
 Losses are in nats per token, entropies in bits. The networks must be in eval mode.
 """
@@ -19,27 +19,27 @@ from minigpt_pl.measures.likelihood import predictions
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID
 
-ROWS = 64  # rows of logits at once: 5 MB for 20,000 words, which fit the cache; 512 rows take twice the time
+ROWS = 64  # rows of logits at a time. With 20,000 words they take 5 MB and fit in the cache; 512 rows are half as fast
 CONTEXTS = (1, 2, 5, 10, 20, 40, 80)  # words
 
 
 class TextScores(NamedTuple):
-    """Means over the words of a text, each predicted from all words before it (at most the model's `max_length`).
+    """Means over the words of a text. Each is predicted from all words before it, at most the model's `max_length`.
 
-    Compare the loss with real held-out text: a far lower loss means dull text, a far higher loss means strange text.
+    A far lower loss than that of real held-out text means dull text. A far higher loss means strange text.
     """
 
-    loss: float  # -log p of the words at temperature 1 without controls
-    entropy: float  # of the model's distribution, in [0, log2 V]
-    unknown: float  # probability of [UNK], which is never generated: how often the model lacks a word
+    loss: float  # -log p of the words at temperature 1, without controls
+    entropy: float  # of the probabilities of all words, in [0, log2 V]
+    unknown: float  # probability of [UNK]; a high value means that the model lacks a word
 
 
 @torch.inference_mode()
 def score_texts(network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TextScores]:
-    """Score texts, given as (context ids, ids). Contexts have at least one id; an empty text scores nan."""
+    """Score texts. Each is (context ids, ids), with at least one context id. The scores of an empty text are nan."""
     output = pack_linear_layers(network).output
     documents = [[*context, *ids] for context, ids in texts]
-    scores = []  # of each batch: (N, 3)
+    scores = []  # (N, 3) of each batch
     for hidden, targets in predictions(network, documents, stride=1, show_progress=False):
         for rows, ids in zip(torch.split(hidden, ROWS), torch.split(targets, ROWS), strict=True):
             log_p = output(rows).log_softmax(dim=-1)  # (R, V)
@@ -57,7 +57,7 @@ def score_texts(network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[
 def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int, max_windows: int) -> Tensor:
     """Windows of `length` ids, each inside one document, evenly spread over a text as in `NGramModel.fit`: (B, length).
 
-    The last token of each document is left out: its end token.
+    The last token of each document is left out, because it is the end token.
     """
     documents = pairwise(offsets.tolist())
     starts = np.array([start for a, b in documents for start in range(a, b - length, length)], dtype=np.int64)
@@ -68,11 +68,11 @@ def non_overlapping_windows(tokens: np.ndarray, offsets: np.ndarray, length: int
 
 @torch.inference_mode()
 def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
-    """c -> losses (B',) of the same words given only the last c words, for each c of `CONTEXTS` up to L.
+    """Losses (B',) of the same words, predicted from only the last c words. The keys are the c of `CONTEXTS` up to L.
 
     Args:
         windows: (B, L + 1), L at most `max_length`; the last id is the target. Windows with the target `[UNK]` do not
-            count. Without windows the result is empty.
+            count. If there are no windows, the result is empty.
     """
     if not len(windows):
         return {}
@@ -89,18 +89,19 @@ def loss_by_context(network: MiniGPT, windows: Tensor) -> dict[int, np.ndarray]:
 
 @torch.inference_mode()
 def induction_losses(network: MiniGPT, texts: Tensor) -> dict[str, np.ndarray]:
-    """Does the network continue a sequence that occurred before? After Olsson et al., arXiv 2209.11895.
+    """Test whether the network continues a sequence that occurred before. After Olsson et al., arXiv 2209.11895.
 
-    A network that can copy predicts a repeated half far better than its first occurrence. It needs an induction head:
-    one that finds an earlier occurrence of the current word and predicts the word after it. That takes two attention
-    layers. A single block can only learn that a word makes another word more likely.
+    A network that can copy predicts a repeated half far better than its first occurrence. For this it needs an
+    induction head, which finds an earlier occurrence of the current word and predicts the word after it. An induction
+    head takes two attention layers. A single block can only learn that a word makes another word more likely.
 
     Args:
         texts: (B, L) ids of real text, with L at least 2 and at most half of `max_length`.
 
     Returns:
-        Losses (B, L - 1) of the second half from its second word on. "random, again": random words after themselves;
-        "random, first": after other random words. "real, again" and "real, first": the same for the texts.
+        Losses (B, L - 1) of the second half of a sequence, without its first word.
+        "random, again": the second half repeats the first half (random words).
+        "random, first": the two halves differ (random words). "real, again" and "real, first": the same with `texts`.
     """
     network, (count, length) = pack_linear_layers(network), texts.shape
     weight, bias = network.output.weight, network.output.bias
@@ -121,7 +122,7 @@ def induction_losses(network: MiniGPT, texts: Tensor) -> dict[str, np.ndarray]:
 
 @torch.inference_mode()
 def attention_maps(network: MiniGPT, ids: Sequence[int]) -> Tensor:
-    """Attention weights of each head for up to `max_length` ids: (blocks, H, L, L); row i covers positions j <= i."""
+    """Attention weights of each head for up to `max_length` ids: (blocks, H, L, L). In row i, positions j > i are 0."""
     x = network.embed(torch.tensor([list(ids)], device=network.output.weight.device))  # (1, L, D)
     maps = []
     for block in cast(Any, network.blocks):  # PyTorch does not declare the type of its items
@@ -131,7 +132,7 @@ def attention_maps(network: MiniGPT, ids: Sequence[int]) -> Tensor:
 
 
 def attention_by_distance(network: MiniGPT, texts: Tensor) -> np.ndarray:
-    """Mean attention weight by distance, from the second half of each text: (B, L) -> (blocks, H, L / 2)."""
+    """Mean attention weight at each distance, for the words in the second half: (B, L) -> (blocks, H, L / 2)."""
     half = texts.shape[1] // 2
     maps = torch.stack([attention_maps(network, text) for text in texts.tolist()]).mean(dim=0)  # (blocks, H, L, L)
     rows, distances = torch.arange(half, 2 * half), torch.arange(half)
@@ -140,7 +141,7 @@ def attention_by_distance(network: MiniGPT, texts: Tensor) -> np.ndarray:
 
 
 def limit_context(network: MiniGPT, length: int) -> MiniGPT:
-    """The same network with a shorter context: it sees only the last `length` words. The weights are shared."""
+    """A copy of the network that sees only the last `length` words. Both use the same weights."""
     shorter = copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
     shorter.max_length = length
     shorter.position_embedding.weight = torch.nn.Parameter(network.position_embedding.weight[:length])

@@ -10,14 +10,14 @@ class Loop(NamedTuple):
     """A stretch of a text that repeats itself."""
 
     onset: int  # position of its first token
-    period: int  # tokens in one turn
-    length: int  # tokens from the onset to the end of the last turn, which may be incomplete
+    period: int  # length of the repeated phrase
+    length: int  # tokens from the onset to the end, which may be inside a phrase
 
 
 def distinct(ids: Sequence[object], n: int) -> float:
     """Distinct-n: the number of different n-grams divided by the number of n-grams.
 
-    Range (0, 1]; 1: no n-gram occurs twice. Higher is more diverse. The value falls with the length of a text, so
+    Range (0, 1]; 1 if no n-gram occurs twice. Higher is more diverse. The value falls with the length of a text, so
     compare texts of equal length. nan for fewer than n tokens. Source: Li et al., arXiv 1510.03055.
     """
     ngrams = list(zip(*(ids[i:] for i in range(n)), strict=False))
@@ -27,7 +27,7 @@ def distinct(ids: Sequence[object], n: int) -> float:
 def repeated(ids: Sequence[object], n: int = 4) -> float:
     """seq-rep-n: the share of n-grams that already occurred in the text, 1 - `distinct`.
 
-    Range [0, 1); 0: no n-gram occurs twice. Lower is less repetitive. nan for fewer than n tokens.
+    Range [0, 1); 0 if no n-gram occurs twice. Lower is less repetitive. nan for fewer than n tokens.
     Source: Welleck et al., arXiv 1908.04319, equation 9.
     """
     return 1 - distinct(ids, n)
@@ -36,8 +36,8 @@ def repeated(ids: Sequence[object], n: int = 4) -> float:
 def recurring(context: Sequence[int], ids: Sequence[int], weights: np.ndarray) -> float:
     """Lexical cohesion: the weighted share of words in a text's second half that occurred before that half.
 
-    Range [0, 1]. A high value means that the text keeps its people and things, or that it loops. nan if the words of
-    the second half have no weight. Names need no special treatment, because they are rare words with a high weight.
+    Range [0, 1]. A high value means that the text stays with its people and things, or that it loops. nan if no word of
+    the second half has a weight above 0. Names need no special treatment: they are rare, so they have a high weight.
     Source: reiteration in Halliday and Hasan, Cohesion in English, 1976. Barzilay and Lapata's entity grid
     (Computational Linguistics 34, 2008) follows nouns in the same way.
 
@@ -52,10 +52,10 @@ def recurring(context: Sequence[int], ids: Sequence[int], weights: np.ndarray) -
 
 
 def longest_loop(ids: Sequence[object]) -> Loop:
-    """The longest stretch with `ids[i] == ids[i + period]` throughout and at least two complete turns.
+    """The longest stretch that repeats a phrase. The phrase must occur in full at least twice in a row.
 
-    The length is 0 if there is none. Of stretches with equal length, the shortest period wins, then the earliest. Such
-    stretches are the "runs" of Main, Discrete Applied Mathematics 25 (1989).
+    `a b a b a` has period 2 and length 5. The length is 0 if nothing repeats. Of equally long stretches, the shortest
+    period wins, then the first. Source: the "runs" of Main, Discrete Applied Mathematics 25 (1989).
     """
     best = Loop(0, 0, 0)
     for period in range(1, len(ids) // 2 + 1):
@@ -75,7 +75,7 @@ def equal_stretches(ids: Sequence[object], distance: int) -> list[tuple[int, int
 def self_bleu(texts: Sequence[Sequence[str]]) -> list[float]:
     """Self-BLEU: each text's BLEU-4 (sacrebleu's, exponential smoothing) with the other texts as references.
 
-    Range [0, 100]; 100: the other texts are the same. Lower is more diverse. nan for a single text.
+    Range [0, 100]; 100 if the other texts are the same. Lower is more diverse. nan for a single text.
     Source: Zhu et al. (Texygen), arXiv 1802.01886.
     """
     import sacrebleu
