@@ -16,7 +16,7 @@ def main() -> None:
             print("not installed; pip install -e . in the checkout")
     elif arguments in ([], ["-h"], ["--help"]):
         for command in COMMANDS:
-            print(importlib.import_module(f"minigpt_pl.{command}").__doc__)  # its docstring has one line
+            print(importlib.import_module(f"minigpt_pl.{command}").__doc__)  # one line
         print("\nEach command has --help, which lists its settings.")
     else:
         command = arguments[0] if arguments[0] in COMMANDS else "train"

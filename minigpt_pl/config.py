@@ -158,7 +158,7 @@ class TrainerConfig:
     max_epochs: int = setting(25, "passes over the training text", minimum=1)
     max_steps: int | None = setting(None, "stop after this many optimizer steps", minimum=1)
     max_time: str | None = setting(None, "stop after this time, written as DD:HH:MM:SS")
-    accumulate_grad_batches: int = setting(1, "batches per step", minimum=1)
+    accumulate_grad_batches: int = setting(1, "batches per optimizer step", minimum=1)
     gradient_clip_val: float | None = setting(None, "largest gradient norm", above=0)
     check_val_every_n_epoch: int = setting(1, "epochs between validations", minimum=1)
     val_check_interval: int | None = setting(None, "batches between validations inside an epoch", minimum=1)
@@ -206,7 +206,7 @@ class NumberControls:
     temperature: float = setting(0.8, "randomness; 0 means always the likeliest token (greedy)", minimum=0)
     top_k: int | None = setting(20, "draw from the k likeliest tokens; null means from all", minimum=1)
     top_p: float = setting(1.0, "draw from the likeliest tokens with this total probability", above=0, maximum=1)
-    min_p: float = setting(0.0, "use only tokens with at least min_p * highest probability", minimum=0, maximum=1)
+    min_p: float = setting(0.0, "draw from tokens with at least min_p * highest probability", minimum=0, maximum=1)
     typical_p: float = setting(1.0, "draw from typical tokens with this total probability", above=0, maximum=1)
     repetition_penalty: float = setting(1.0, "above 1, tokens of the text so far become less likely; 1 is off", above=0)
     no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0 means no limit", minimum=0)
@@ -243,7 +243,7 @@ def _control(name: str, default: Any = MISSING) -> Any:
 class TextGeneratorConfig:
     """Texts generated during training. The defaults are those of the notebook's callback `TextGenerator`."""
 
-    prompts: list[str] | None = setting(None, "null means 'this movie is' for IMDB, else the text's first words")
+    prompts: list[str] | None = setting(None, "prompts; null means 'this movie is' for IMDB, else the first words")
     every_n_epochs: int = setting(1, "epochs between texts; 0 means no texts", minimum=0)
     num_tokens: int = _control("num_tokens", 40)
     temperature: float = _control("temperature", 1.0)
@@ -286,7 +286,7 @@ class SampleConfig(WordControls):
     num_samples: int = setting(1, "texts per prompt", minimum=1)
     seed: int | None = setting(None, "random seed; null means a new one each time", minimum=0, maximum=2**31 - 1)
     format: str = setting("text", "output format; jsonl includes probabilities", choices=("text", "jsonl", "markdown"))
-    show: str | None = setting(None, "colour each word by its probability", choices=("probabilities",))
+    show: str | None = setting(None, "show each word's probability, in colour if possible", choices=("probabilities",))
     compare: Any = setting(None, "compare combinations of values, as in '{temperature: [0.2, 1.0], top_k: [1, 20]}'")
     interactive: bool = setting(False, "ask for prompts and settings until /quit")
 

@@ -70,7 +70,7 @@ class KerasModel(NamedTuple):
     """The contents of a Keras file.
 
     Attributes:
-        arguments: those of `MiniGPT`. `dropout` is the rate of all blocks in a `.keras` file, else 0.1.
+        arguments: those of `MiniGPT`. `dropout` is the common rate of all blocks in a `.keras` file, else 0.1.
         state_dict: the weights for that `MiniGPT`, equal to those in the file bit for bit.
     """
 

@@ -50,7 +50,7 @@ def _combinations(config: SampleConfig) -> list[dict[str, Any]]:
 
 
 def quote_prompts(arguments: list[str]) -> list[str]:
-    """Quote `prompt=it's a, b` for Hydra, whose grammar gives quotes, commas and brackets a meaning.
+    """Quote prompts such as `prompt=it's a, b`. Hydra would read quotes, commas and brackets as its grammar.
 
     Hydra still reads a list (`prompt=[...]`), null, and a value that is quoted as a whole.
     """

@@ -29,7 +29,7 @@ _PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ is inside the package. In a checkout the two are in the same folder.
 CONFIG_DIR = str(next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()))
 _GROUPS = "|".join(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
-# With 1, Hydra raises its errors. It prints them otherwise. The task and its processes get the user's value.
+# With 1, Hydra raises its errors instead of printing them. The task and its processes get the user's value.
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 

@@ -57,7 +57,7 @@ def generate_text(
     seed: int | None = None,
     **controls: Any,
 ) -> str:
-    """Continue a prompt. This is the call of the notebook's homework.
+    """Continue a prompt. The notebook's homework asks for this function.
 
     Args:
         model: from `load`.
