@@ -16,8 +16,8 @@ def main() -> None:
             print("not installed; pip install -e . in the checkout")
     elif arguments in ([], ["-h"], ["--help"]):
         for command in COMMANDS:
-            print(importlib.import_module(f"minigpt_pl.{command}").__doc__)
-        print("\nEach has --help, which lists its settings.")
+            print(importlib.import_module(f"minigpt_pl.{command}").__doc__)  # one line
+        print("\nEach command has --help, which lists its settings.")
     else:
         command = arguments[0] if arguments[0] in COMMANDS else "train"
         print(f"error: {arguments[0]}: is not an option; write python -m minigpt_pl.{command}", file=sys.stderr)

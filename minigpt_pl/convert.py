@@ -24,7 +24,7 @@ def convert(config: ConvertConfig) -> Path:
     """Import (`from_keras`) or export (`to_keras`) a model. Returns the new run folder, or the new Keras file.
 
     Raises:
-        InputError: a file is missing or holds another model, or the files do not fit together.
+        InputError: a file is missing or contains another model, or the files do not belong together.
     """
     if config.from_keras is not None and config.vocabulary is not None:
         return _import(config, Path(config.from_keras), Path(config.vocabulary))
@@ -32,11 +32,11 @@ def convert(config: ConvertConfig) -> Path:
 
 
 def read_vocabulary(path: Path, size: int) -> list[str]:
-    """The words of a Keras vocabulary and `[END]`, which takes the one logit that the notebook does not use.
+    """The words of a Keras vocabulary, and `[END]`. It takes the one logit that the notebook does not use.
 
     Args:
         path: a file with one word per line. The first is empty (padding), the second is `[UNK]`.
-        size: number of entries with `[END]`: the model's number of logits.
+        size: number of entries including `[END]`: the model's number of logits.
 
     Raises:
         InputError: the file cannot be read, or is not the vocabulary of a model of this size.
@@ -46,7 +46,7 @@ def read_vocabulary(path: Path, size: int) -> list[str]:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"vocabulary={path}: cannot be read ({error}); {remedy}, in UTF-8") from error
-    # Not splitlines(): it also cuts at U+0085 and U+2028, which the notebook keeps inside words.
+    # Not splitlines(): it also splits at U+0085 and U+2028, which the notebook keeps inside words.
     words = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if words[:2] != [PADDING, UNKNOWN]:
         raise InputError(
@@ -76,7 +76,7 @@ def _import(config: ConvertConfig, source: Path, vocabulary: Path) -> Path:
     model = read_keras(source)
     words = read_vocabulary(vocabulary, model.arguments["vocab_size"])
 
-    # `train resume=` continues with these overrides: the notebook's way of training, with this model's sizes.
+    # `train resume=` continues with these overrides: the notebook's training, with the sizes of this model.
     overrides = ["experiment=keras", *(f"model.{name}={value}" for name, value in model.arguments.items())]
     settings = app.to_settings(app.compose("train", overrides))
     folder = runs.make_run_folder(output_dir, config.run_name, "keras")

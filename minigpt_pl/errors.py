@@ -6,11 +6,10 @@ DIVERGED = "the network's values are NaN or infinite; its training has diverged"
 class InputError(ValueError):
     """The user's input cannot be used. Each message names the setting, its value and the remedy.
 
-    The commands print one line `error: <message>` per problem and exit with code 2. In Python it is an ordinary
-    `ValueError`.
+    The commands print one line `error: <message>` per problem and exit with code 2.
 
     Args:
-        problems: one line each. Several, if several settings are wrong at once.
+        problems: one argument per problem, each of one line.
     """
 
     def __init__(self, *problems: str):

@@ -14,7 +14,7 @@ from minigpt_pl.errors import InputError
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file or a folder atomically.
 
-    Yields a temporary path in the same folder, for the caller to write. Afterwards it is flushed to the disk and
+    Yields a temporary path in the same folder, for the caller to write. Afterwards this file is flushed to disk and
     renamed to `path`. After an exception it is removed, and `path` is unchanged.
 
     Example:
@@ -22,7 +22,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         ...     torch.save(weights, temporary)
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    _remove(temporary)  # left by a killed process with the same number
+    _remove(temporary)  # left by a killed process with the same process id
     try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
@@ -62,12 +62,12 @@ def write_figure(path: Path, figure: Any, dpi: int = 120) -> None:
 
 
 def make_folder(path: Path, setting: str) -> None:
-    """Make a folder and its parents, if they are missing.
+    """Create a folder and its parents, if they are missing.
 
     Raises:
-        InputError: the folder cannot be made. The message names `setting`.
+        InputError: the folder cannot be created. The message names `setting`.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{setting}={path}: cannot be made ({error.strerror}); give a folder to write in") from error
+        raise InputError(f"{setting}={path}: cannot be created ({error.strerror}); give another folder") from error

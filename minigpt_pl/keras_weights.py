@@ -6,8 +6,8 @@ Keras 3 stores weights in an HDF5 file, with one group per layer. A `.keras` fil
     layers/transformer_block/att/query_dense/vars/0 (kernel), vars/1 (bias)
     layers/dense/vars/0, vars/1
 
-The group of a layer has the name of its class. We recognise a layer by the attributes of the notebook's classes inside
-the group, so a class may have another name.
+The group of a layer has the name of its class. A class may have another name than in the
+notebook, so we recognise a layer by the names of the arrays in its group.
 """
 
 import io
@@ -38,7 +38,7 @@ def _arrays(*parts: tuple[str, ...]) -> Arrays:
 
     Args:
         parts: the place of a part in the layer's group, the name of our module, and the axes of `vars/0` and `vars/1`.
-            V vocabulary, L length, D width, H heads, K head width, F hidden width. `in>out` is a kernel, which
+            V vocabulary, L length, D width, H heads, K head width, F hidden width. `in>out` marks a kernel, which
             PyTorch stores as (out, in).
     """
     return {
@@ -70,9 +70,8 @@ class KerasModel(NamedTuple):
     """The contents of a Keras file.
 
     Attributes:
-        arguments: of `MiniGPT`. Without one dropout for all blocks in the file it is 0.1, as in the notebook. A
-            `.weights.h5` file never contains it.
-        state_dict: the weights for that `MiniGPT`, bit by bit.
+        arguments: those of `MiniGPT`. `dropout` is the common rate of all blocks in a `.keras` file, else 0.1.
+        state_dict: the weights for that `MiniGPT`, equal to those in the file bit for bit.
     """
 
     arguments: dict[str, Any]
@@ -83,7 +82,7 @@ def read_keras(path: Path) -> KerasModel:
     """Read a `.keras` or `.weights.h5` file of the notebook's model, with any sizes and any number of blocks.
 
     Raises:
-        InputError: the file cannot be read, or holds another model.
+        InputError: the file cannot be read, or contains another model.
     """
     layers, config = _read_layers(path)
     sizes: dict[str, int] = {}
@@ -106,7 +105,7 @@ def read_keras(path: Path) -> KerasModel:
 def write_keras(path: Path, network: MiniGPT) -> None:
     """Write a `.weights.h5` file for `load_weights` of the notebook's Keras model with the same sizes.
 
-    The notebook's model has two separate matrices for tied embeddings, so the file holds the matrix twice.
+    The notebook's model has two separate matrices for tied embeddings, so the file contains the matrix twice.
 
     Raises:
         InputError: the file cannot be written.
@@ -121,7 +120,7 @@ def write_keras(path: Path, network: MiniGPT) -> None:
     layers += [("dense", _OUTPUT, "")]
     try:
         with atomic_write(path) as temporary, _h5py().File(temporary, "w") as file:
-            file.create_group("vars")  # the weights of the model outside its layers: none, but Keras 3.3 asks for them
+            file.create_group("vars")  # for weights outside the layers; Keras 3.3 needs it, even if empty
             for name, kind, prefix in layers:
                 for place, (parameter, axes) in kind.items():
                     file[f"layers/{name}/{place}"] = _to_keras(state[prefix + parameter], axes, sizes)
@@ -205,7 +204,7 @@ def _recognize(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]]) -> li
 
 
 def _check_array(path: Path, where: str, array: np.ndarray, axes: str, sizes: dict[str, int]) -> None:
-    """Store the size of each new axis in `sizes`. Known axes must have the same size again."""
+    """Store the size of each new axis in `sizes`. Known axes must have the stored size."""
     if array.dtype.kind != "f" or array.dtype.itemsize > 4:
         raise InputError(f"from_keras={path}: {where} is {array.dtype}, not float32; train and save it in float32")
     if array.ndim == len(axes):

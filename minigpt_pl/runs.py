@@ -1,9 +1,9 @@
 """Run folders: name, record, settings and lock of a run.
 
 outputs/<run name>/
-    run.json         the record: status, command, source of the text, versions
-    config.yaml      all settings
-    tokenizer.json   the vocabulary
+    run.json         the record: status, command, source of the text, versions.
+    config.yaml      all settings.
+    tokenizer.json   the vocabulary.
     checkpoints/     best.ckpt, last.ckpt (see `minigpt_pl.checkpoints`)
     metrics.csv  samples.jsonl  loss.png
     evaluation.json  evaluation.png  explore/
@@ -11,13 +11,14 @@ outputs/<run name>/
 
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
+from minigpt_pl.config import DataConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder, write_text
 
@@ -26,27 +27,27 @@ LAST = Path("checkpoints", "last.ckpt")
 IMPORTED_FROM = "imported_from"  # key in the record of a run that `convert` made: the Keras file
 
 
-def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, restart: bool = False) -> Path:
+def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, begin_again: bool = False) -> Path:
     """Create the folder of a new run.
 
     Args:
-        run_name: its name; None: `<prefix>-001`, or the next free number.
-        restart: accept an existing folder without a checkpoint. Such a run ended before its first checkpoint.
+        run_name: its name; None for `<prefix>-001` or the next free number.
+        begin_again: accept an existing folder without a checkpoint. Its run ended before the first checkpoint.
 
     Raises:
-        InputError: a run of that name exists, or the folder cannot be made.
+        InputError: a run of that name exists, or the folder cannot be created.
     """
     make_folder(output_dir, "output_dir")
     number = 1
     while True:
         folder = output_dir / (run_name or f"{prefix}-{number:03d}")
         try:
-            folder.mkdir()  # atomic: of two runs that start together, one gets the name
+            folder.mkdir()  # atomic: if two runs start at the same time, only one succeeds
             return folder
         except FileExistsError:
             if run_name is None:
                 number += 1
-            elif restart and folder.is_dir() and not (folder / LAST).exists():
+            elif begin_again and folder.is_dir() and not (folder / LAST).exists():
                 return folder
             else:
                 raise InputError(
@@ -54,12 +55,12 @@ def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, restart
                 ) from None
         except OSError as error:
             raise InputError(
-                f"run_name={folder.name}: cannot make {folder} ({error.strerror}); choose another name or output_dir"
+                f"run_name={folder.name}: cannot create {folder} ({error.strerror}); choose another name or output_dir"
             ) from error
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a run; empty if the folder has none.
+    """Read the record of a run; empty if the folder has none.
 
     Raises:
         InputError: the record is damaged.
@@ -77,13 +78,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def update_record(folder: Path, **values: Any) -> None:
-    """Add values to the record of a run, and the time in seconds since 1970 (UTC)."""
+    """Add values and the current time, in seconds since 1970 (UTC), to the record of a run."""
     record = read_record(folder) | values | {"updated": time.time()}
     write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The config.yaml of a run: values, and groups of values, by name.
+    """Read the config.yaml of a run: values and groups of values by name.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -101,21 +102,23 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
-    """The settings of the run's text, and the largest vocabulary size: the arguments of `open_corpus`.
+    """The settings of the run's text, and its maximum vocabulary size: the arguments of `open_corpus`.
 
     Raises:
         InputError: as `read_settings`.
     """
     settings = read_settings(folder)
     try:
-        kind = TextConfig if "path" in settings["data"] else ImdbConfig
-        return kind(**settings["data"]), settings["model"]["vocab_size"]
-    except (TypeError, KeyError) as error:
+        data: dict[str, Any] = settings["data"]
+        kinds = [kind for kind in DataConfig.__subclasses__() if data.keys() <= {field.name for field in fields(kind)}]
+        kind = min(kinds, key=lambda kind: len(fields(kind)))  # several if an old run has only the common settings
+        return kind(**data), settings["model"]["vocab_size"]
+    except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{folder}/config.yaml: not the settings of a run; restore it, or train again") from error
 
 
 def lock(folder: Path) -> FileLock:
-    """Reserve a run for this process, until the lock is released or the process ends.
+    """Reserve a run for this process until the lock is released or the process ends.
 
     Raises:
         InputError: another process trains the run.
@@ -129,7 +132,7 @@ def lock(folder: Path) -> FileLock:
 
 
 def newest_unfinished_run(output_dir: Path) -> Path | None:
-    """The run with the newest record that has a checkpoint, is not finished, and is not in training."""
+    """The newest run that has a checkpoint, is not finished and is not in training; None if there is none."""
     for folder in runs_by_status(output_dir, "interrupted", "failed", "running"):
         try:
             lock(folder).release()
@@ -140,9 +143,7 @@ def newest_unfinished_run(output_dir: Path) -> Path | None:
 
 
 def runs_by_status(output_dir: Path, *statuses: str) -> list[Path]:
-    """Runs with one of these statuses and a last.ckpt, the newest record first."""
+    """Runs with one of these statuses and a last.ckpt. The run with the newest record is the first."""
     records = {path.parent: read_record(path.parent) for path in output_dir.glob(f"*/{RECORD}")}
-    folders = [
-        folder for folder, record in records.items() if record.get("status") in statuses and (folder / LAST).is_file()
-    ]
-    return sorted(folders, key=lambda folder: float(records[folder]["updated"]), reverse=True)
+    found = [path for path, record in records.items() if record.get("status") in statuses and (path / LAST).is_file()]
+    return sorted(found, key=lambda path: float(records[path]["updated"]), reverse=True)

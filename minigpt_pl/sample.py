@@ -17,7 +17,7 @@ def main() -> None:
 
 def sample(config: SampleConfig) -> None:
     """Write texts to standard output. The checkpoint and unknown words go to standard error."""
-    from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint  # PyTorch, once the settings are right
+    from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint  # import PyTorch only after the checks
     from minigpt_pl.cli import display
     from minigpt_pl.cpu.allocator import keep_freed_memory
     from minigpt_pl.text_model import load
@@ -26,7 +26,7 @@ def sample(config: SampleConfig) -> None:
     prompts = [] if config.interactive else _prompts(config)
     combinations = _combinations(config)
     if config.checkpoint is not None and config.run is not None:
-        raise InputError(f"checkpoint={config.checkpoint}: run={config.run} chooses one, too; leave one of them out")
+        raise InputError(f"checkpoint={config.checkpoint}: run={config.run} also chooses one; leave one of them out")
     if config.checkpoint is not None:
         model = load(find_checkpoint(config.checkpoint, setting="checkpoint"))
     else:
@@ -42,7 +42,7 @@ def sample(config: SampleConfig) -> None:
 
 
 def _combinations(config: SampleConfig) -> list[dict[str, Any]]:
-    """Every combination of the values in `compare`; one empty combination without it."""
+    """Every combination of the values in `compare`. Without `compare`, one empty combination."""
     lists = config.compare or {}
     combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     changed = [app.change(config, **values) for values in combinations]
@@ -50,7 +50,7 @@ def _combinations(config: SampleConfig) -> list[dict[str, Any]]:
 
 
 def quote_prompts(arguments: list[str]) -> list[str]:
-    """Take `prompt=it's a, b` literally: Hydra would read quotes, commas and brackets as its grammar.
+    """Quote prompts such as `prompt=it's a, b`. Hydra would read quotes, commas and brackets as its grammar.
 
     Hydra still reads a list (`prompt=[...]`), null, and a value that is quoted as a whole.
     """
@@ -59,7 +59,7 @@ def quote_prompts(arguments: list[str]) -> list[str]:
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name == "prompt" and not re.fullmatch(hydra_value, value, re.DOTALL):
-            # Inside Hydra's quotes a backslash escapes a quote mark, ${ (a reference) and the end, and nothing else.
+            # In Hydra's quotes, " is \" and ${ is \${. Double the backslashes before them and at the end: \" -> \\\".
             value = re.sub(r'(\\*)("|\$\{)', r"\1\1\\\2", value)
             value = re.sub(r"\\+\Z", r"\g<0>\g<0>", value)
             argument = f'prompt="{value}"'
@@ -72,7 +72,7 @@ def _prompts(config: SampleConfig) -> list[str]:
     if prompts is None and file is None:
         raise InputError("prompt=null: give prompt='this movie is', or prompts_file=FILE (- for standard input)")
     if prompts is not None and file is not None:
-        raise InputError(f"prompts_file={file}: prompt={prompts} is given, too; leave one out")
+        raise InputError(f"prompts_file={file}: prompt={prompts} is also given; leave one of them out")
     if file is None:
         prompts = prompts if isinstance(prompts, list) else [prompts]
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -89,7 +89,7 @@ def _prompts(config: SampleConfig) -> list[str]:
     # Not splitlines(): it also splits at U+0085 and U+2028, which a prompt may contain.
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
     if not (prompts := [line for line in lines if line.strip()]):
-        raise InputError(f"prompts_file={file}: holds no prompt; write one per line")
+        raise InputError(f"prompts_file={file}: contains no prompt; write one per line")
     return prompts
 
 

@@ -14,13 +14,13 @@ from minigpt_pl.tokenizer import load_tokenizer
 
 @dataclass
 class TextModel:
-    """What `load` returns and `generate_text` takes.
+    """A trained model, as `load` returns it and `generate_text` uses it.
 
     Attributes:
-        network: in eval mode.
-        tokenizer: as many entries as the network has logits.
-        end_id: the token that ends a text; None: the network was trained without one.
-        checkpoint: the file of the weights; None: the weights come from elsewhere.
+        network: the network, in eval mode.
+        tokenizer: has as many entries as the network has logits.
+        end_id: the token that ends a text; None if the network was trained without one.
+        checkpoint: the file of the weights; None if the weights come from elsewhere.
     """
 
     network: MiniGPT
@@ -44,7 +44,7 @@ def load(path: str | Path) -> TextModel:
         path: a run folder (its best checkpoint, else its last), or a checkpoint inside one.
 
     Raises:
-        InputError: there is no checkpoint, or it is not one of ours.
+        InputError: there is no checkpoint, or it is not one of this project.
     """
     checkpoint = find_checkpoint(path)
     network, end_id = load_network(checkpoint)

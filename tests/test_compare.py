@@ -120,7 +120,7 @@ class TestCompare:
             (["compare=[tiny,outputs/tiny]"], "compare=tiny: occurs twice"),
             (["compare=[tiny,words]"], "compare=words: has other words than tiny"),
             (["compare=[tiny,held]"], "compare=held: has other held-out text than tiny"),
-            (["run=tiny"], "run=tiny: compare= names its own runs"),
+            (["run=tiny"], "run=tiny: compare= already names runs"),
             (["top_p=[0.5,1.0]"], "top_p=[0.5, 1.0]: compare= takes one value of each control"),
         ],
     )

@@ -90,7 +90,7 @@ def test_these_need_no_second_setting(override):
         ("text_generator.prompts=[]", r"text_generator.prompts=\[\]: give a prompt"),
         ("output_dir=${nothing}", "Interpolation key 'nothing' not found"),
         ("schedule.final_ratio=0.1", "schedule.final_ratio=0.1: has no effect with schedule.name=constant"),
-        ("data=text", "data.path=: must be given"),
+        ("data=text", r"data.path=\?\?\?: must be given"),
     ],
 )
 def test_problems_name_setting_value_and_remedy(override, message):
@@ -141,9 +141,9 @@ def test_settings_without_effect_are_refused(command, overrides, refused):
         ("sample", ["compare=[1]"], "compare=[1]: must be lists of values by setting"),
         ("sample", ["compare={seed: [1, 2]}"], "compare={'seed': [1, 2]}: cannot compare seed; choose from"),
         ("explore", ["compare=[a]"], "compare=['a']: give two runs or more"),
-        ("explore", ["compare=[a,b]", "run=c"], "run=c: compare= names its own runs; leave one of them out"),
-        ("convert", [], "from_keras=: give from_keras=FILE to import a model, or to_keras=FILE"),
-        ("convert", ["from_keras=a"], "vocabulary=: from_keras needs it"),
+        ("explore", ["compare=[a,b]", "run=c"], "run=c: compare= already names runs; leave one of them out"),
+        ("convert", [], "from_keras=null: give from_keras=FILE to import a model, or to_keras=FILE"),
+        ("convert", ["from_keras=a"], "vocabulary=null: from_keras needs it"),
         ("convert", ["to_keras=a.h5"], "to_keras=a.h5: must end in .weights.h5"),
         *(
             ("convert", ["from_keras=a", "vocabulary=v", f"run_name='{name}'"], f"run_name={name}: must be a plain")

@@ -321,9 +321,9 @@ def test_a_file_that_cannot_be_written(keras_file, vocabulary, tmp_path):
         ([], "give from_keras=FILE .* or to_keras=FILE"),
         (
             ["from_keras=a.keras", "to_keras=b.weights.h5", "vocabulary=v.txt"],
-            "from_keras=: give from_keras=FILE .* or",
+            "from_keras=null: give from_keras=FILE .* or",
         ),
-        (["from_keras=a.keras"], "vocabulary=: from_keras needs it; write "),
+        (["from_keras=a.keras"], "vocabulary=null: from_keras needs it; save "),
         (["to_keras=a.h5"], "to_keras=a.h5: must end in .weights.h5"),
         (["to_keras=a.weights.h5", "run_name=b"], "run_name=b: has no effect with to_keras"),
         (["from_keras=a.keras", "vocabulary=v.txt", "run=b"], "run=b: has no effect with from_keras"),

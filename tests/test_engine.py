@@ -498,7 +498,7 @@ class TestControls:
             ({"stop_sequences": [[-1]]}, r"stop_sequences=\[\[-1\]\].*each 0 to 14"),
             ({"num_beams": 0}, "num_beams=0: must be at least 1"),
             ({"num_beams": 8, "temperature": 0}, "num_beams=8: must be at most 7"),
-            ({"num_beams": 2}, "num_beams=2: beam search draws nothing; set temperature=0"),
+            ({"num_beams": 2}, "num_beams=2: beam search does not draw at random; set temperature=0"),
             ({"length_penalty": float("nan")}, "length_penalty=nan: must be a finite number$"),
             ({"length_penalty": 2.0}, "length_penalty=2.0: has no effect without beam search; set num_beams=2"),
         ],

@@ -293,7 +293,7 @@ class TestText:
         ]
 
     def test_beams(self, model):
-        with pytest.raises(InputError, match="num_beams=3: beam search draws nothing; set temperature=0"):
+        with pytest.raises(InputError, match="num_beams=3: beam search does not draw at random; set temperature=0"):
             generate_text(model, "the", num_beams=3, top_k=5)
         with pytest.raises(InputError, match="num_samples=2: all texts are the same with temperature=0"):
             generate_texts(model, ["the"], num_beams=3, temperature=0, top_k=None, num_samples=2)

@@ -1,5 +1,6 @@
 """The files of a run folder, and training from the command line."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,11 +9,20 @@ import sys
 import time
 
 import pytest
+import yaml
 from conftest import EVERY_STEP, TINY_RUN, checkpoint, losses, run_module, train
 from torch.testing import assert_close
 
 from minigpt_pl import runs
+from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.errors import InputError
+
+
+@dataclasses.dataclass
+class PoemConfig(DataConfig):
+    """A third data source."""
+
+    poet: str = "Goethe"
 
 
 class TestRunFolder:
@@ -83,6 +93,18 @@ class TestRunFolder:
             train(tiny_config("trainer.max_steps=1", "run_name=mine"))
         train(tiny_config("trainer.max_steps=1", "run_name=mine", "resume=auto"))
         assert checkpoint(folder)["global_step"] == 1
+
+    @pytest.mark.parametrize("kind", [ImdbConfig, TextConfig, PoemConfig])
+    def test_the_fields_of_the_data_settings_choose_their_class(self, tmp_path, kind):
+        data = kind(batch_size=7)
+        settings = {"model": {"vocab_size": 9}, "data": dataclasses.asdict(data)}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        assert runs.read_data_settings(tmp_path) == (data, 9)
+
+    def test_data_settings_that_no_class_has_are_refused(self, tmp_path):
+        (tmp_path / "config.yaml").write_text("{model: {vocab_size: 9}, data: {path: a, poet: b}}")
+        with pytest.raises(InputError, match="config.yaml: not the settings of a run"):
+            runs.read_data_settings(tmp_path)
 
     def test_of_two_runs_that_start_together_one_is_refused(self, tmp_path):
         runs.make_run_folder(tmp_path, "mine", "test")  # it is still empty

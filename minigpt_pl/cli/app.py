@@ -29,6 +29,7 @@ _PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ is inside the package. In a checkout the two are in the same folder.
 CONFIG_DIR = str(next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()))
 _GROUPS = "|".join(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
+# With 1, Hydra raises its errors instead of printing them. The task and its processes get the user's value.
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -62,8 +63,8 @@ def run(
     def job(composed: DictConfig) -> None:
         nonlocal started
         started = True
-        os.environ[_FULL_ERROR] = str(int(full_error))  # the processes that the task starts inherit it
-        _start_logging()  # again, because a launcher's process starts here
+        os.environ[_FULL_ERROR] = str(int(full_error))
+        _start_logging()  # again, because the process of a launcher starts here
         try:
             with nullcontext() if in_sweep() else handled():  # a sweep raises the error after its last job
                 if show_help:
@@ -73,7 +74,7 @@ def run(
         finally:
             os.environ[_FULL_ERROR] = "1"
 
-    os.environ[_FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
+    os.environ[_FULL_ERROR] = "1"
     try:
         with handled():
             # hydra.main() refuses overrides on both sides of a flag. Lightning appends some for its processes.
@@ -86,7 +87,7 @@ def run(
                 _start_logging()
             if wrong := [o for o in args.overrides if re.fullmatch(rf"\+*({_GROUPS}|)=([\d.[\]]*|null)", o)]:
                 raise InputError(*(f"{override}: is not a choice; --help lists them" for override in wrong))
-            # Hydra's users write +experiment=mine, but Hydra refuses a + where the defaults list has the group.
+            # Users write +experiment=mine. Hydra refuses a + in front of a group that is already in the defaults list.
             args.overrides = prepare([re.sub(r"^\+(?=(experiment|debug)=)", "", o) for o in args.overrides])
             _run_hydra(args, parser, job, CONFIG_DIR, config_name)
     except Exception as error:
@@ -102,7 +103,7 @@ def _start_logging() -> None:
 
 
 def to_settings(composed: DictConfig) -> Any:
-    """A composed configuration as checked instances of the classes in `config`.
+    """Convert Hydra's configuration to our dataclasses, and check it.
 
     Raises:
         InputError: one line per problem.
@@ -112,7 +113,7 @@ def to_settings(composed: DictConfig) -> Any:
         if field is None:  # from +name=value
             problems.append(f"{name}: no such setting; --help lists them")
         elif value == config.REQUIRED:
-            problems.append(f"{name}=: must be given ({field.metadata['doc']})")
+            problems.append(f"{name}={value}: must be given ({field.metadata['doc']})")
     if problems:
         raise InputError(*problems)
     try:
@@ -124,7 +125,7 @@ def to_settings(composed: DictConfig) -> Any:
 
 
 def change(settings: Any, **values: Any) -> Any:
-    """A checked copy of the settings with other values. Converts texts to the types of the settings.
+    """Copy the settings with other values, and check the copy. Texts are converted to the types of the settings.
 
     Raises:
         InputError: one line per problem.
@@ -141,7 +142,7 @@ def change(settings: Any, **values: Any) -> Any:
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """`conf/<config_name>.yaml` with these overrides instead of the command line's. For resumed runs and tests."""
+    """Compose `conf/<config_name>.yaml` with these overrides, without the command line. For resumed runs and tests."""
     register_schemas()
     started = GlobalHydra.instance().is_initialized()
     with nullcontext() if started else hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):

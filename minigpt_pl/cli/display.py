@@ -1,4 +1,4 @@
-"""Texts and records for people: in a terminal, coloured by probability, and as Markdown."""
+"""Shows texts and records to people: in a terminal, coloured by probability, or as Markdown."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def print_texts(
                 print(f"{done:,} of {total:,} texts, {left:,.0f} s left", file=sys.stderr)
             if config.format == "jsonl":
                 values = asdict(record)
-                if measures:  # JSON has no NaN: null
+                if measures:  # JSON has no NaN, so write null
                     values["measures"] = {name: None if math.isnan(v) else v for name, v in measures[-1].items()}
                 print(json.dumps(values, ensure_ascii=False))
                 continue
@@ -87,7 +87,7 @@ def print_texts(
 
 
 def _measure(record: Record) -> dict[str, float]:
-    """The effect of the settings on a text; NaN if the text is too short for a measure."""
+    """Measures of a text; NaN if the text is too short for a measure."""
     return {
         "entropy": sum(record.entropies) / len(record.entropies) if record.entropies else math.nan,
         **{f"distinct-{n}": distinct(record.tokens, n) for n in (1, 2, 3)},
@@ -96,7 +96,7 @@ def _measure(record: Record) -> dict[str, float]:
 
 
 def _print_table(combinations: Sequence[Mapping[str, Any]], all_measures: Sequence[list[dict[str, float]]]) -> None:
-    """A Markdown table: the mean of each measure for each combination, without texts that are too short."""
+    """Print a Markdown table: the mean of each measure for each combination. Leave out texts that are too short."""
     rows = [[*combinations[0], *all_measures[0][0]]]
     for settings, measures in zip(combinations, all_measures, strict=True):
         columns = [[m[name] for m in measures if not math.isnan(m[name])] for name in measures[0]]
@@ -119,19 +119,19 @@ def print_words(model: TextModel, prompt: str, show_probabilities: bool, **contr
     try:
         for text in _wrap(itertools.chain(_printable_words(prompt), new)):
             print(text, end="", flush=True)
-    finally:  # after Ctrl-C, too
+    finally:  # also after Ctrl-C
         print(flush=True)
 
 
 def as_text(record: Record, show_probabilities: bool) -> str:
-    """The text, or the prompt and each new word with its probability."""
+    """The text. With `show_probabilities`, each new word has its probability."""
     shown = map(with_probability, record.tokens, record.probabilities) if show_probabilities else record.tokens
     new = zip(record.tokens, shown, strict=True)
     return "".join(_wrap(itertools.chain(_printable_words(record.prompt), new)))
 
 
 def as_markdown(record: Record) -> str:
-    """A section: the prompt as heading, the text as quotation, unknown words, settings and checkpoint."""
+    """A Markdown section: the prompt as heading, the text as quotation, unknown words, settings and checkpoint."""
     lines = [f"## {_escape(' '.join(record.prompt.split()))}", "", f"> {_escape(' '.join(record.text.split()))}", ""]
     if record.unknown_words:
         lines += [f"Not in the vocabulary: {_escape(' '.join(record.unknown_words))}", ""]
@@ -150,10 +150,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def _printable_words(prompt: str) -> Iterator[tuple[str, str]]:
-    """The words of the prompt, twice each, as `_wrap` takes them. In a terminal, marks replace control characters.
-
-    A control character could move the cursor or change the terminal's settings.
-    """
+    """(word, word) pairs for `_wrap`. In a terminal, marks replace control characters, which could move the cursor."""
     if sys.stdout.isatty():
         prompt = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", prompt)
     return ((word, word) for word in re.findall(r"\s*\S+", prompt))
@@ -165,7 +162,7 @@ def _wrap(words: Iterable[tuple[str, str]]) -> Iterator[str]:
     Args:
         words: each word with the space before it, first plain, then with its colour or probability.
     """
-    columns = shutil.get_terminal_size().columns - 3 if sys.stdout.isatty() else math.inf  # 3: marks after the word
+    columns = shutil.get_terminal_size().columns - 3 if sys.stdout.isatty() else math.inf  # 3 for marks after the word
     column = 0
     for plain, shown in words:
         width = len(shown) if shown.endswith(")") else len(plain)  # a colour code has no width

@@ -1,4 +1,4 @@
-"""Every error becomes one line on standard error and an exit code."""
+"""Turns every error into one line on standard error and an exit code."""
 
 import errno
 import os
@@ -36,15 +36,15 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
-        # Python flushes standard output again at its end, and would report the same error again.
+        # Python flushes standard output again when it exits, and would report the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:  # the reader has left, as `| head` does
+        if error.errno == errno.EPIPE:  # the reader has closed the pipe, as `| head` does
             sys.exit(1)
         exit_with(f"{error.filename or 'output'}: no space left on the disk; free some space and start again")
 
 
 def explain(error: Exception) -> str:
-    """One line with setting, problem and remedy, from an error of Hydra or OmegaConf with several lines."""
+    """Shorten an error of Hydra or OmegaConf to one line with setting, problem and remedy."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
@@ -66,7 +66,7 @@ def explain(error: Exception) -> str:
 
 
 def problem_of(error: OmegaConfBaseException) -> str:
-    """Problem and remedy, without the setting."""
+    """Problem and remedy of an error, without the setting."""
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return "no such setting; --help lists them"
     field = getattr(error.object_type, "__dataclass_fields__", {}).get(error.key)

@@ -20,11 +20,13 @@ Some flags of Hydra (--hydra-help lists all):
 
 def print_help(composed: DictConfig) -> None:
     """Print the choices of each group, and every setting with its value and meaning."""
-    print(f"{OmegaConf.get_type(composed).__doc__}\n\nWrite them as SETTING=VALUE:\n")
+    print(f"{OmegaConf.get_type(composed).__doc__}\n\nWrite them as SETTING=VALUE.")
     loader = GlobalHydra.instance().config_loader()
-    for group in sorted(HydraConfig.get().runtime.choices):
-        if not group.startswith("hydra/"):
-            print(f"  {group}={'|'.join(choices_of(loader.get_group_options(group, ObjectType.CONFIG)))}")
+    groups = [group for group in sorted(HydraConfig.get().runtime.choices) if not group.startswith("hydra/")]
+    print("\nGroups (choose a file of conf/):\n" if groups else "", end="")
+    for group in groups:
+        print(f"  {group}={'|'.join(choices_of(loader.get_group_options(group, ObjectType.CONFIG)))}")
+    print("\nSettings:")
     for name, value, field in each_setting(composed):
         print(f"  {name}={value if isinstance(value, str) else json.dumps(value)}")
         if field is not None:

@@ -1,4 +1,4 @@
-"""The terminal session of `sample interactive=true`: prompts get continued, lines with / change the settings."""
+"""The terminal session of `sample interactive=true`: it continues prompts, and lines with / change settings."""
 
 import sys
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import list_vocabulary
 
 HELP = """\
-A line is the start of a text. Ctrl-C stops a text. Ctrl-D or /quit ends. Tab completes commands and known words.
+Type the start of a text and press Enter. Tab completes words. Ctrl-C stops a text. Ctrl-D or /quit ends the session.
 /settings    shows all settings
 /NAME        resets a setting to its first value
-/NAME VALUE  changes it: a number, null, or words with spaces between; /forced_words 0 good 5 bad
+/NAME VALUE  changes a setting, as in /top_k 5, /seed null, /stop_words end film, /forced_words 0 good 5 bad
 NAME is one of"""
 
 
 class Session:
-    """Reads lines from standard input until /quit or the end. A bad line prints one line on standard error.
+    """Reads lines from standard input until /quit or the end. Prints an error for a bad line, and continues.
 
     Args:
-        config: the first settings.
+        config: the settings at the start.
     """
 
     def __init__(self, model: TextModel, config: SampleConfig):
@@ -78,25 +78,25 @@ class Session:
         line = f"/{name} {' '.join(words)}"
         if not words:
             return getattr(self.first_config, name)
-        if words[0][0] in "[{":  # YAML, as on the command line
+        if words[0][0] in "[{":  # a list or mapping in YAML, as on the command line
             try:
                 return yaml.safe_load(" ".join(words))
             except yaml.YAMLError:
                 raise InputError(f"{line}: cannot be read; close the bracket, or quote the words") from None
         if name == "forced_words":
             if len(words) % 2 or not all(map(str.isdecimal, words[::2])):
-                raise InputError(f"{line}: give positions and words in turn: /{name} 0 good 5 bad")
+                raise InputError(f"{line}: alternate positions and words, as in /{name} 0 good 5 bad")
             return dict(zip(map(int, words[::2]), words[1::2], strict=True))
         if isinstance(getattr(self.first_config, name), list):
             return list(words)
         return None if words == ("null",) else " ".join(words)
 
     def _check(self, config: SampleConfig) -> None:
-        """Check against the model, too: for example that it knows the words."""
+        """Also check what only the model knows, for example its vocabulary."""
         stream_records(self.model, [], config.seed, config.num_samples, **config.arguments())
 
     def _set_up_line_editing(self) -> None:
-        """History, and completion with Tab, if Python has readline."""
+        """Switch on history and completion with Tab, if Python has readline."""
         try:
             import readline
         except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""The sampling controls on token ids. `config.NumberControls` states the numbers; this file adds ids and checks."""
+"""The sampling controls on token ids. `config.NumberControls` defines the controls that are numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,16 +9,16 @@ from minigpt_pl.errors import InputError
 
 @dataclass(kw_only=True)
 class Controls(NumberControls):
-    """How texts are drawn. The values are checked on creation. `filters` applies them to the logits.
+    """How tokens are chosen. The values are checked on creation. `filters` applies them to the logits.
 
     Attributes:
         vocab_size: V of the network.
-        end_id: the token that ends a text; None: no token does.
-        banned_ids: tokens that are never drawn.
+        end_id: the token that ends a text; None if no token does.
+        banned_ids: tokens that are never generated.
         banned_sequences: sequences of tokens that never occur among the new tokens.
         stop_sequences: sequences of tokens that end the text, once `min_tokens` is reached. They stay in the text, as
             with Hugging Face's `stop_strings`. They may begin in the prompt.
-        forced_ids: position among the new tokens (0 is the first) -> the token there, even a banned one.
+        forced_ids: position among the new tokens (0 is the first) -> the token at this position, even a banned one.
 
     The default `top_k` is limited to V. An explicit value above V is an error.
 
@@ -48,7 +48,7 @@ class Controls(NumberControls):
         if self.num_beams > 1 and self.num_beams > size // 2:
             yield f"num_beams={self.num_beams}: must be at most {size // 2}, half the size of the vocabulary"
         if self.num_beams > 1 and self.temperature > 0:
-            yield f"num_beams={self.num_beams}: beam search draws nothing; set temperature=0, or num_beams=1"
+            yield f"num_beams={self.num_beams}: beam search does not draw at random; set temperature=0, or num_beams=1"
         if self.num_beams == 1 and self.length_penalty != 1:
             yield f"length_penalty={self.length_penalty}: has no effect without beam search; set num_beams=2 or more"
         if self.end_id is not None and not 0 <= self.end_id < size:
@@ -71,7 +71,7 @@ class Controls(NumberControls):
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or len(self.banned_sequences) > 0
 
     def banned_at(self, position: int) -> list[int]:
-        """The tokens that are banned at this position of the new tokens, in any text."""
+        """The tokens that no text may have at this position of its new tokens."""
         if self.end_id is not None and position < self.min_tokens:
             return [*self.banned_ids, self.end_id]
         return [*self.banned_ids]

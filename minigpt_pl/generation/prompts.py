@@ -15,7 +15,7 @@ NOT_IN_VOCABULARY = "not in the model's vocabulary; use words that it knows"
 
 
 def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
-    """The words of the prompt, as typed, that are not in the vocabulary."""
+    """The words of the prompt that are not in the vocabulary, as typed."""
     encoding = tokenizer.encode(prompt)
     return [prompt[slice(*span)] for id_, span in zip(encoding.ids, encoding.offsets, strict=True) if id_ == UNKNOWN_ID]
 
@@ -24,7 +24,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
     """The ids of the prompts.
 
     Args:
-        setting: name of the setting, for the errors.
+        setting: name of the setting, for the error messages.
 
     Raises:
         InputError: one line per prompt without a known word.
@@ -86,13 +86,13 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
         if len(ids) == 1 and ids[0] in forced_ids.values():
             problems.append(f"banned_words={[word]}: forced_words has it too; leave it out of one of them")
     # A network trained without [END] would generate it at random.
-    never = [PADDING_ID, UNKNOWN_ID] + ([] if model.end_id is not None else [tokenizer.get_vocab()[END]])
+    never_generated = [PADDING_ID, UNKNOWN_ID] + ([] if model.end_id is not None else [tokenizer.get_vocab()[END]])
     try:
         controls = Controls(
             **{name: getattr(given, name) for name in NUMBER_CONTROLS},
             vocab_size=model.network.vocab_size,
             end_id=model.end_id,
-            banned_ids=[*never, *(ids[0] for ids in banned.values() if len(ids) == 1)],
+            banned_ids=[*never_generated, *(ids[0] for ids in banned.values() if len(ids) == 1)],
             banned_sequences=[ids for ids in banned.values() if len(ids) > 1 and UNKNOWN_ID not in ids],
             stop_sequences=[ids for ids in stops.values() if ids],
             forced_ids=forced_ids,
@@ -102,13 +102,13 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
     if problems:
         raise InputError(*problems)
     settings = {name: getattr(controls, name) for name in NUMBER_CONTROLS}
-    settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy's
+    settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy
     words = {"banned_words": [*banned], "stop_words": [*stops], "forced_words": dict(forced_words)}
     return controls, settings | words
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """The ids of a text; None for a lone surrogate, which stands for bytes that are not UTF-8."""
+    """The ids of a text; None if it has a lone surrogate, which stands for a byte that is not UTF-8."""
     try:
         return list(tokenizer.encode(text).ids)
     except (UnicodeEncodeError, TypeError):
@@ -118,7 +118,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int] | None:
 def _forced_problems(
     tokenizer: Tokenizer, words: Mapping[int, str], num_tokens: int, forced_ids: dict[int, int]
 ) -> Iterator[str]:
-    """Fill `forced_ids` (position -> id), and give a line for each entry that is impossible."""
+    """Fill `forced_ids` (position -> id). Yield one line for each entry that is impossible."""
     for position, word in words.items():
         ids = _encode(tokenizer, word) or []
         positions = range(position, position + len(ids))

@@ -15,7 +15,7 @@ from minigpt_pl.generation.engine import stream_ids
 from minigpt_pl.generation.prompts import controls_on_ids, encode_prompts, unknown_words
 from minigpt_pl.text_model import TextModel
 
-BATCH_TEXTS = 256  # generated at once; limits the memory for a thousand prompts
+BATCH_TEXTS = 256  # texts generated at once; limits the memory for many prompts
 MAX_SAMPLES = 100_000  # per prompt and call
 
 
@@ -24,15 +24,15 @@ class Record:
     """A generated text with all details.
 
     Attributes:
-        prompt: as given.
+        prompt: the prompt as given.
         text: the prompt without trailing white space, then `tokens`, joined.
-        tokens: the new words, each with the space before it, if it has one.
-        probabilities: of each token in the network's own distribution: temperature 1, no controls, all words.
-        ranks: of each token in the same distribution; 1 is the likeliest.
-        entropies: of the distribution after the controls, from which each token was drawn; in bits.
+        tokens: the new words, each with the space before it, if any.
+        probabilities: probability of each token at temperature 1, without controls.
+        ranks: rank of each token in the same distribution; the likeliest has rank 1.
+        entropies: entropy, in bits, of the distribution from which each token was drawn, after the controls.
         unknown_words: words of the prompt that are not in the vocabulary.
         settings: all controls by name.
-        seed: the random seed that gives this text again.
+        seed: the random seed that reproduces this text.
         checkpoint: path of the weights; None if the network was not loaded from a file.
     """
 
@@ -57,16 +57,16 @@ def generate_text(
     seed: int | None = None,
     **controls: Any,
 ) -> str:
-    """Continue a prompt. This is the call of the notebook's homework.
+    """Continue a prompt. The notebook's homework asks for this function.
 
     Args:
         model: from `load`.
-        prompt: any text. It is split into words as the training text was.
+        prompt: any text. It is split into words in the same way as the training text.
         num_tokens: number of new tokens, 60 by default. Fewer only if the model ends the text. `max_tokens`, the name
             in the notebook's code, is an alias.
-        temperature: 0 (greedy) or above. Below 1 the text is safer, above 1 it is bolder.
-        top_k: draw from the k likeliest words, 1 to the size of the vocabulary; None: from all words.
-        seed: random seed, 0 to 2**31 - 1. The same seed gives the same text. None: a new text each time.
+        temperature: 0 (greedy) or above. Below 1 the text is more predictable, above 1 more surprising.
+        top_k: draw from the k likeliest words, 1 to the size of the vocabulary; None to draw from all words.
+        seed: random seed, 0 to 2**31 - 1. The same seed gives the same text. None for a new text each time.
         controls: all other fields of `config.WordControls`: `min_tokens`, `top_p`, `min_p`, `typical_p`,
             `repetition_penalty`, `no_repeat_ngram_size`, `num_beams`, `length_penalty`, `banned_words`, `stop_words`
             and `forced_words`.
@@ -115,7 +115,7 @@ def generate(
 
 
 def stream_text(model: TextModel, prompt: str, num_tokens: int | None = None, **controls: Any) -> Iterator[str]:
-    """The new words of `generate_text`, one by one. Each comes with the space before it, if it has one.
+    """The new words of `generate_text`, one by one. Each has the space before it, if any.
 
     `controls`: `temperature`, `top_k`, `seed` and all other arguments of `generate_text`.
 
@@ -174,7 +174,7 @@ def _prepare(
             for name, value in (("temperature", 0), ("top_k", 1))
             if controls.get(name) == value
         ]
-    largest_seed = 2**31 - max(num_samples, 1)  # each sample has a seed of its own
+    largest_seed = 2**31 - max(num_samples, 1)  # each sample has its own seed
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
         problems.append(f"seed={seed!r}: must be a whole number")
     elif seed is not None and not 0 <= seed <= largest_seed:
@@ -218,6 +218,6 @@ def _complete(
 def decode_continuation(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of tokens that follow others.
 
-    Whether a word takes a space before it depends on the word alone. Only the first word of a text has none.
+    Only the word decides if it has a space before it. The first word of a text never has one.
     """
     return str(tokenizer.decode([*ids[:1], *ids]))[len(tokenizer.decode(ids[:1])) :]
