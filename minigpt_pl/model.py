@@ -158,7 +158,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(query key' / sqrt(K)), zero for later positions (arXiv 1706.03762): (B, H, L, K) each -> (B, H, L, L)."""
+    """softmax(query @ key.T / sqrt(K)), 0 for later positions (arXiv 1706.03762): (B, H, L, K) each -> (B, H, L, L)."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)  # (L, L)
     return scores.masked_fill(later, -math.inf).softmax(dim=-1)

@@ -20,7 +20,7 @@ class PackedLinear(nn.Module):
 
     Computes `x @ weight.T + bias`. `torch.compile` uses the same operator.
 
-    Training: `F.linear` repacks a bf16 weight on every call, which costs 10 % of the call. In fp32 it uses MKL, which
+    Training: `F.linear` repacks a bf16 weight on every call, which takes 10 % of the time. In fp32 it uses MKL, which
     reaches half of oneDNN's speed on AMD CPUs (benchmarks/training_step.py).
 
     Generation: a single row uses `F.linear`, which needs 8 instead of 20 microseconds for 256 x 672.

@@ -24,7 +24,7 @@ def search(model: InferenceModel, prompt: Sequence[int], controls: Controls) -> 
         The new ids, with `end_id` if it ended the text.
 
     Raises:
-        InputError: `no_repeat_ngram_size` or the bans exclude every token of every beam.
+        InputError: `no_repeat_ngram_size` and the banned tokens exclude every token of every beam.
     """
     network, num_beams, vocab_size = model.network, controls.num_beams, model.network.vocab_size
     decoder = decoders.start(model, [prompt])

@@ -27,7 +27,7 @@ class OneBlockDecoder:
     """Decoder for one block. The block's attention reads only embeddings, so keys and values are not needed.
 
     A buffer holds the windows of token embeddings, aligned at their ends. The attention adds the positions separately.
-    When a full window slides, all its tokens change their positions, but nothing must be recomputed.
+    When a full window slides, all its tokens change their positions, but nothing needs to be recomputed.
     """
 
     def __init__(self, network: MiniGPT, attention: AbsorbedAttention, prompts: Sequence[Sequence[int]]):
@@ -60,7 +60,7 @@ class OneBlockDecoder:
         self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
 
     def last_hidden(self) -> Tensor:
-        """(B, D), equal to `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
+        """Hidden state of the last token of each text (B, D): `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
         window = self.tokens[:, self.end - self.size : self.end]  # (B, W, D)
         is_full = self.shortest == self.size
         x = window[:, -1] + (self.positions[-1] if is_full else F.embedding(self.lengths - 1, self.positions))  # (B, D)
@@ -119,7 +119,7 @@ class KVCacheDecoder:
         self.cache, self.hidden = self.cache[:, :, rows], self.hidden[rows]
 
     def last_hidden(self) -> Tensor:
-        """(B, D), equal to `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
+        """Hidden state of the last token of each text (B, D): `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
         return self.hidden
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:

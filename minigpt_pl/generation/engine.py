@@ -75,7 +75,7 @@ def stream_ids(
         The steps. Beam search handles one text after the other. It completes a text before it yields the text's steps.
 
     Raises:
-        InputError: `no_repeat_ngram_size` or the bans exclude every token.
+        InputError: `no_repeat_ngram_size` and the banned tokens exclude every token.
     """
     model = _prepared(model)
     steps = _steps(model, prompts, controls, seeds, with_probabilities)

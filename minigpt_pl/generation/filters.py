@@ -5,13 +5,13 @@ Shapes: logits (B, V) before and after. texts (B, T): prompts and new tokens so 
 
 | setting | function | meaning | source | in `transformers` |
 |---|---|---|---|---|
-| `repetition_penalty` | `repetition_penalty` | CTRL's penalty | arXiv 1909.05858 | `RepetitionPenaltyLogitsProcessor` |
+| `repetition_penalty` | `repetition_penalty` | fewer repeats | arXiv 1909.05858 | `RepetitionPenaltyLogitsProcessor` |
 | `no_repeat_ngram_size` | `no_repeat_ngram` | no n-gram twice | arXiv 1705.04304 | `NoRepeatNGramLogitsProcessor` |
-| `banned_sequences` | `ban_sequences` | bad words | fairseq, arXiv 1904.01038 | `NoBadWordsLogitsProcessor` |
-| `banned_ids` | `ban` | bad words of one token | fairseq, as above | `NoBadWordsLogitsProcessor` |
+| `banned_sequences` | `ban_sequences` | banned phrases | fairseq, arXiv 1904.01038 | `NoBadWordsLogitsProcessor` |
+| `banned_ids` | `ban` | banned words of one token | fairseq | `NoBadWordsLogitsProcessor` |
 | `min_tokens` | `ban` | the text does not end before this many tokens | fairseq | `MinNewTokensLengthLogitsProcessor` |
 | `forced_ids` | `force` | tokens at given positions | BART, arXiv 1910.13461 | `ForcedEOSTokenLogitsProcessor` |
-| `temperature` | `temperature` | Boltzmann distribution | Ackley et al. 1985 | `TemperatureLogitsWarper` |
+| `temperature` | `temperature` | sharper or flatter distribution | Ackley et al. 1985 | `TemperatureLogitsWarper` |
 | `top_k` | `top_k` | the k likeliest | arXiv 1805.04833, the notebook | `TopKLogitsWarper` |
 | `top_p` | `top_p` | nucleus sampling | arXiv 1904.09751 | `TopPLogitsWarper` |
 | `min_p` | `min_p` | share of the highest probability | arXiv 2407.01082 | `MinPLogitsWarper` |
@@ -161,4 +161,4 @@ def require_a_choice(logits: Tensor, position: int) -> None:
 def _contains(ids: Tensor, logits: Tensor) -> Tensor:
     """Which tokens of the vocabulary are in each row of ids: (B, T), (B, V) -> (B, V), bool."""
     marks = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-    return marks.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]  # -1 marks the extra column
+    return marks.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]  # the extra column is for -1

@@ -18,12 +18,12 @@ CHECKED_TOP_K = 20  # the 8-bit output layer must find the top 20 of random hidd
 
 
 def num_candidates(top_k: int) -> int:
-    """How many tokens the 8-bit output layer selects, so that the top `top_k` are among them."""
+    """S, the number of tokens that the 8-bit output layer selects, so that the top `top_k` are among them."""
     return top_k + SPARE + int(top_k * SPARE_SHARE)
 
 
 class InferenceModel:
-    """A `MiniGPT` in eval mode that is prepared for generation. This takes 50 ms at the notebook's size.
+    """A `MiniGPT` in eval mode that is prepared for generation. The preparation takes 50 ms at the notebook's size.
 
     If the network's weights change, make a new one. `is_current` detects a change.
 
@@ -57,7 +57,7 @@ class InferenceModel:
 
     @functools.cached_property
     def int8_output(self) -> int8.Int8Linear | None:
-        """The output layer in 8 bits; None if that is not faster, or not accurate enough for this network."""
+        """The output layer in 8 bits; None if this is not faster, or not accurate enough for this network."""
         output, norm = self.network.output, self.network.blocks[-1].feed_forward_norm
         count = num_candidates(CHECKED_TOP_K)
         is_fp32_on_cpu = output.weight.dtype == torch.float32 and output.weight.device.type == "cpu"
@@ -77,7 +77,7 @@ class AbsorbedAttention:
     """Attention for a network with one block. It computes no keys and values.
 
     Its inputs x are token + position embeddings. The score of x_i and x_j is (Wq x_i + bq) . (Wk x_j + bk). This equals
-    q_i . x_j with q_i = Wk' (Wq x_i + bq), up to a term that does not depend on j. The softmax ignores this term. The
+    q_i . x_j with q_i = Wk.T (Wq x_i + bq), up to a term that does not depend on j. The softmax ignores this term. The
     output is Wo Wv (sum over j of weight_j x_j) plus a constant. So the products of the matrices are computed once.
     DeepSeek-V2 calls this "absorbed" (arXiv 2405.04434).
 

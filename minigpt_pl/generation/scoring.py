@@ -33,7 +33,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     """The probability and rank of each word of a text.
 
     Args:
-        model: from `load`.
+        model: a model from `load`.
         text: of any length. The context of a word is the last `max_length` words before it, as in generation.
 
     Raises:
@@ -52,7 +52,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
                 more_probabilities, more_ranks = probabilities_and_ranks(model.network.output(rows), ids_)
                 probabilities += more_probabilities
                 ranks += more_ranks
-    # Decoding puts no space before the first word of a text. So decode each other word after the first one.
+    # Decoding puts no space before the first word of a text. So decode each other word together with the first one.
     first = model.tokenizer.decode(ids[:1])
     pairs = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
     words = [first, *(pair[len(first) :] for pair in pairs)]
