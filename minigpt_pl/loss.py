@@ -1,7 +1,7 @@
-"""Output layer and cross-entropy in one, without a tensor of all logits.
+"""Output layer and cross-entropy in one function; the full logits are never stored.
 
-At the notebook's sizes a batch has 10,240 x 20,000 logits. In fp32 this is 0.8 GB to write and read several times.
-Here the rows are processed in chunks. Losses and gradients are computed while a chunk's logits are in the cache.
+At the notebook's sizes, a batch has 10,240 x 20,000 logits. In fp32 these 0.8 GB are written and read several times.
+So the rows are processed in chunks. Losses and gradients are computed while a chunk's logits are in the cache.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from minigpt_pl.cpu import onednn
 from minigpt_pl.cpu.linear import PackedLinear
 
-# Largest chunk of logits: bytes, rows. On a CPU, 512 rows of the notebook's logits in bf16 fit the last-level cache.
+# Largest chunk of logits: (bytes, rows). On a CPU, 512 rows of the notebook's logits in bf16 fit the last-level cache.
 CPU_CHUNK = 21 * 2**20, 512
 GPU_CHUNK = 512 * 2**20, 2**14  # not tuned
-SYNC_FREE_DEVICES = ("cpu",)  # reading a tensor's value does not force a synchronisation
+SYNC_FREE_DEVICES = ("cpu",)  # on these devices, Python can read a tensor's value without waiting
 
 
 def linear_cross_entropy(
@@ -25,15 +25,15 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over all targets of `-log softmax(hidden @ weight.T + bias)[target]`, in nats.
 
-    Equals `F.cross_entropy(logits, targets, reduction="sum")`. Under autocast the three matrix products use autocast's
-    type. Softmax, losses and gradient sums use the type of `hidden`.
+    Equals `F.cross_entropy(logits, targets, reduction="sum")`. Under autocast, the three matrix products use the
+    dtype of autocast. Losses and gradient sums use the dtype of `hidden`.
 
     Args:
         hidden: (..., D).
         weight: (V, D).
         bias: (V,).
         targets: (...), integers in [0, V).
-        ignore_index: targets of this id do not count. A CPU also skips their rows of the products.
+        ignore_index: targets with this id do not count. On a CPU, their rows are not computed. None if all count.
 
     Returns:
         A scalar. It has first derivatives with respect to hidden, weight and bias.
@@ -66,10 +66,10 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) 
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The forward pass also computes the gradients, chunk by chunk, because it has the probabilities.
+    """The forward pass also computes the gradients, chunk by chunk, because the probabilities are already there.
 
-    On a CPU the logits, probabilities and gradients of a chunk share one buffer, to save memory traffic. On a GPU no
-    Python branch reads a tensor's value, so Python never waits for the GPU.
+    On a CPU, the logits, probabilities and gradients of a chunk share one buffer. This saves memory traffic. On a GPU,
+    no Python branch reads a tensor's value, so Python never waits for the GPU.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             need_gradients, count = any(ctx.needs_input_grad), len(hidden)
             rows = _chunk_rows(len(weight), dtype, hidden.device)  # C
-            # Pad the last chunk to C rows: oneDNN keeps about 25 MB for each shape.
+            # Pad the last chunk to C rows: oneDNN keeps about 25 MB for each number of rows.
             missing = -count % rows
             padded = F.pad(hidden.to(dtype), (0, 0, 0, missing))
             targets, counts = F.pad(targets, (0, missing)), F.pad(counts, (0, missing))
@@ -104,11 +104,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss += losses @ counted
                 if not need_gradients:
                     continue
-                grad_logits = probabilities  # minus 1 at the target
+                grad_logits = probabilities  # the next line subtracts 1 at each target
                 grad_logits[torch.arange(rows, device=ids.device), ids] -= counted.to(dtype)
                 grad_bias += grad_logits.sum(dim=0)
                 grad_hidden[start : start + rows] = output_transposed(grad_logits)  # (C, V) @ (V, D)
-                if dtype == torch.float32 and onednn.supports(weight_):  # faster; in bf16, PyTorch itself calls oneDNN
+                if dtype == torch.float32 and onednn.supports(weight_):  # faster; for bf16, `@` already uses oneDNN
                     grad_weight += onednn.linear(grad_logits.T, chunk.T)  # (V, C) @ (C, D)
                 else:
                     grad_weight += grad_logits.T @ chunk
@@ -124,10 +124,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _losses(probabilities: Tensor, ids: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """-log probability of each row's id: (C, V), (C,) -> (C,), in the bias's type."""
+    """-log probability of each row's id: (C, V), (C,) -> (C,), in the dtype of the bias."""
     chosen = probabilities.gather(1, ids[:, None])[:, 0].to(bias.dtype)
     losses = -chosen.log()
-    if not chosen.all():  # above 87 nats the probability underflows to 0
+    if not chosen.all():  # the loss is above 87 nats: its probability underflows to 0
         rows = (chosen == 0).nonzero()[:, 0]
         logits = F.linear(hidden[rows], weight, bias.to(weight.dtype)).to(bias.dtype)
         losses[rows] = F.cross_entropy(logits, ids[rows], reduction="none")

@@ -1,7 +1,7 @@
 """The network: embeddings of tokens and positions, Transformer blocks, an output layer.
 
-Plain PyTorch. It knows nothing of training and of text. Dimensions in comments: B batch, L length, D width
-(embed_dim), H heads, K head width (head_dim), F hidden width (feed_forward_dim), V vocabulary.
+This file is plain PyTorch. It knows nothing about training and text. Dimensions in comments: B batch, L length,
+D width (embed_dim), H heads, K head width (head_dim), F hidden width (feed_forward_dim), V vocabulary.
 """
 
 import math
@@ -16,24 +16,25 @@ from minigpt_pl.cpu.dropout import Dropout
 
 LAYER_NORM_EPSILON = 1e-6  # as in the notebook; PyTorch's default is 1e-5
 EMBEDDING_RANGE = 0.05  # default of Keras's Embedding: uniform in +-0.05
-EXPLICIT_LENGTH = 256  # in bf16 on a CPU, the explicit attention takes half the time of the fused one up to this length
+# In bf16 on a CPU, up to this length, our own attention code takes half the time of scaled_dot_product_attention.
+EXPLICIT_LENGTH = 256
 
 
 class MiniGPT(nn.Module):
-    """The notebook's miniature GPT. The defaults are its sizes: 10,939,168 parameters.
+    """The miniature GPT of the notebook. By default it has the notebook's sizes: 10,939,168 parameters.
 
     Args:
         vocab_size: V, number of token ids.
         max_length: largest L; each position has a learned embedding.
         embed_dim: D, width of the embeddings and of the blocks.
         num_heads: H, attention heads.
-        head_dim: K, width of one head; None: `embed_dim`, as in the notebook.
+        head_dim: K, width of one head. If None, it is `embed_dim`, as in the notebook.
         feed_forward_dim: F, hidden width of the feed-forward layers.
         num_blocks: number of Transformer blocks; the notebook has one.
         dropout: probability of dropout after attention and feed-forward layers, in [0, 1).
         tie_embeddings: use the token embedding as the output layer's weight (arXiv 1608.05859).
 
-    The initial weights are Keras's: embeddings uniform in +-0.05, other matrices Glorot uniform, biases zero.
+    Weights are initialized as in Keras: embeddings uniform in +-0.05, other matrices Glorot uniform, biases zero.
     """
 
     def __init__(
@@ -93,8 +94,7 @@ class MiniGPT(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention and a feed-forward network, each as `norm(x + dropout(sublayer(x)))`.
 
-    The norm comes last, as in "Attention Is All You Need" (arXiv 1706.03762) and in the notebook. In GPT-2 it comes
-    first.
+    The norm comes last, as in the notebook and in "Attention Is All You Need" (arXiv 1706.03762). In GPT-2 it is first.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int, feed_forward_dim: int, dropout: float):
@@ -112,16 +112,16 @@ class TransformerBlock(nn.Module):
         return self.after_attention(x, self.attention(x))
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The block's input and its attention's output, (..., D) each -> the block's output (..., D)."""
+        """Everything after the attention: x and attended (..., D) -> (..., D)."""
         x = self.attention_norm(x + self.dropout(attended))
         output: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return output
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention to the same and earlier positions, as Keras's `MultiHeadAttention(H, key_dim=K)`.
+    """Multi-head attention. Each position attends to itself and earlier positions.
 
-    `torch.nn.MultiheadAttention(D, H)` differs: it splits the width D among its heads (K = D / H).
+    It equals Keras's `MultiHeadAttention(H, key_dim=K)`. In `torch.nn.MultiheadAttention(D, H)`, K is D / H.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int):
@@ -138,7 +138,7 @@ class CausalSelfAttention(nn.Module):
         if x.device.type == "cpu" and query.dtype == torch.bfloat16 and x.shape[1] <= EXPLICIT_LENGTH:
             mixed = _attention_weights(query, key) @ value  # (B, H, L, L) @ (B, H, L, K)
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # the same, fused
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # same result
         return self.merge_heads(mixed)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -158,7 +158,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(Q K' / sqrt(K)) without later positions (arXiv 1706.03762): (B, H, L, K) each -> (B, H, L, L)."""
+    """softmax(query @ key.T / sqrt(K)), 0 for later positions (arXiv 1706.03762): (B, H, L, K) each -> (B, H, L, L)."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)  # (L, L)
     return scores.masked_fill(later, -math.inf).softmax(dim=-1)

@@ -1,15 +1,15 @@
 r"""Words and their ids: the notebook's `TextVectorization` as a pipeline of the `tokenizers` library.
 
-The rule:
+The rules:
 
-- Lower-case ASCII letters only (`tf.strings.lower`): `É` stays `É`.
+- Change only A-Z to a-z, as `tf.strings.lower` does: `É` stays `É`.
 - Replace `<br />` by a space.
-- Each ASCII punctuation mark starts a new word: `it's real-life` -> `it 's real -life`. The backslash does not, because
-  the notebook puts `string.punctuation` into a regular expression without escaping it.
-- Words end at ASCII white space only. A no-break space stays inside its word.
+- Each ASCII punctuation mark starts a new word: `it's real-life` -> `it 's real -life`. The backslash does not start a
+  new word. The notebook forgets to escape it in a regular expression.
+- Words end only at ASCII white space. A no-break space does not end a word.
 
-Ids: 0 is `''` (padding), 1 is `[UNK]`, then words by frequency; ties by the bytes of the words, in reverse order. The
-last id is `[END]`, the end of a text. The notebook uses 19,999 of its 20,000 outputs; `[END]` takes the unused one.
+Id 0 is `''` (padding), id 1 is `[UNK]`. Then come the words, the most frequent first. Equally frequent words are sorted
+by their bytes, in descending order. The last id is `[END]`, the end of a text. The notebook never uses its last output.
 """
 
 import re
@@ -32,13 +32,16 @@ _WORD = rf"[{_PUNCTUATION}][^{_PUNCTUATION}{_SPACE}]*|[^{_PUNCTUATION}{_SPACE}]+
 _find_words = re.compile(_WORD).findall
 _ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
-# Decoding puts a space before each word, except closing marks, a suffix after a hyphen or an apostrophe, and a closing
-# quote. These words start with a mark, and a mark always starts a word, so encode(decode(ids)) == ids.
+# Decoding puts a space before each word, except before
+# - closing marks: . , ! ? ; : ) ] } % /
+# - words that start with a hyphen and a letter: -life
+# - a single ' or ", and the endings 's 't 'm 'd 're 've 'll.
+# All these words start with a mark, and a mark always starts a word. So encode(decode(ids)) == ids.
 _TAKES_SPACE = r"""\A(?![.,!?;:)\]}%/]|-[a-z]|'(?:s|t|m|d|re|ve|ll)?\z|"\z)"""
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text. Equal to the pipeline of `build_tokenizer`, and four times as fast."""
+    """The words of a text. Gives the same as the pipeline of `build_tokenizer`, but is four times as fast."""
     return _find_words(text.translate(_ASCII_LOWER).replace("<br />", " "))
 
 
@@ -47,7 +50,7 @@ def build_vocabulary(counts: Mapping[str, int], vocab_size: int) -> list[str]:
 
     Args:
         counts: how often each word occurs.
-        vocab_size: most entries, including the three special ones.
+        vocab_size: maximum number of entries, including the three special ones.
 
     Returns:
         `['', '[UNK]', most frequent word, ..., '[END]']`. Without `[END]` it equals
@@ -87,11 +90,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`.
 
     Raises:
-        InputError: there is no such file, or it is not ours: a word-level vocabulary with padding and `[UNK]` at ids 0
-            and 1.
+        InputError: the file is missing, or it is not a tokenizer of minigpt_pl.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a run folder has its words in tokenizer.json, next to run.json")
+        raise InputError(f"{path}: no such file; the words of a run are in tokenizer.json, next to its run.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

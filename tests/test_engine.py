@@ -16,7 +16,7 @@ from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import draw, generate_ids, stream_ids
 from minigpt_pl.generation.inference import InferenceModel
 
-SIZE, WINDOW = 2000, 12  # large enough for the 8-bit screen and for `_top_indices`
+SIZE, WINDOW = 2000, 12  # large enough for the 8-bit pre-selection and for `_top_indices`
 
 needs_int8 = pytest.mark.skipif(not int8.HAS_INT8, reason="no exact 8-bit products")
 
@@ -39,9 +39,9 @@ def random_prompts(*lengths: int, size: int = SIZE) -> list[list[int]]:
 def generate_simply(model: MiniGPT, prompt: list[int], controls: Controls, seed: int) -> list[int]:
     """What `generate_ids` must return. One text; a full forward pass and all logits for each token."""
     text, uniform = list(prompt), torch.rand(controls.num_tokens, generator=torch.Generator().manual_seed(seed))
-    for place, number in enumerate(uniform):
+    for position, number in enumerate(uniform):
         logits = model(torch.tensor([text[-model.max_length :]]))[0][:, -1]
-        logits = filters.process(logits, controls, torch.tensor([text]), place)
+        logits = filters.process(logits, controls, torch.tensor([text]), position)
         if controls.temperature == 0:
             text.append(int(logits.argmax()))
         else:
@@ -49,7 +49,7 @@ def generate_simply(model: MiniGPT, prompt: list[int], controls: Controls, seed:
             text.append(int((cumulative <= number * cumulative[-1]).sum()))
         if text[-1] == controls.end_id:
             return text[len(prompt) : -1]
-        if place + 1 >= controls.min_tokens and any(text[-len(ids) :] == ids for ids in controls.stop_sequences):
+        if position + 1 >= controls.min_tokens and any(text[-len(ids) :] == ids for ids in controls.stop_sequences):
             break
     return text[len(prompt) :]
 
@@ -214,21 +214,21 @@ class TestEngine:
     @needs_int8
     @pytest.mark.parametrize("rows", [1, 8, 100])
     @pytest.mark.parametrize("top_k", [1, 10, 60])
-    def test_the_8_bit_screen_finds_the_top_tokens_and_their_exact_logits(self, top_k, rows):
+    def test_the_8_bit_preselection_finds_the_top_tokens_and_their_exact_logits(self, top_k, rows):
         model = InferenceModel(network())
         output = engine._OutputLayer(model, Controls(vocab_size=SIZE, top_k=top_k))
         hidden = torch.randn(500, 32)
         with torch.inference_mode():
             exact, found = model.network.output(hidden), [output.candidates(x, None, 0) for x in hidden.split(rows)]
             logits, ids = map(torch.cat, zip(*found, strict=True))
-            approximate = torch.cat([output.screen(x, output.bias) for x in hidden.split(rows)])
+            approximate = torch.cat([output.int8_layer(x, output.bias) for x in hidden.split(rows)])
         assert 0.001 < float((approximate - exact).std() / exact.std()) < 0.02
         assert_close(logits, exact.gather(1, ids), atol=1e-5, rtol=1e-5)
         assert torch.equal(ids, exact.topk(top_k).indices.sort().values)
 
     @needs_int8
     @pytest.mark.parametrize(
-        ("changes", "screens"),
+        ("changes", "preselects"),
         [
             ({"top_k": 100}, True),
             ({"top_k": 101}, False),
@@ -237,9 +237,9 @@ class TestEngine:
             ({"temperature": 0, "top_k": None}, True),
         ],
     )
-    def test_when_the_8_bit_screen_is_used(self, changes, screens):
+    def test_when_the_8_bit_preselection_is_used(self, changes, preselects):
         output = engine._OutputLayer(InferenceModel(network()), Controls(vocab_size=SIZE, **changes))
-        assert (output.screen is not None) is screens
+        assert (output.int8_layer is not None) is preselects
 
     @pytest.mark.parametrize("part", ["blocks.0.feed_forward_norm.weight", "output.weight"])
     def test_a_network_too_inexact_in_8_bits_is_computed_in_full(self, part):
@@ -250,7 +250,7 @@ class TestEngine:
         assert generate_ids(model, [[2, 3]] * 5, Controls(vocab_size=SIZE, num_tokens=20), range(5)) == expected
 
     @pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"banned_ids": range(500)}], ids=str)
-    def test_a_text_is_the_same_without_the_8_bit_screen(self, changes, monkeypatch):
+    def test_a_text_is_the_same_without_the_8_bit_preselection(self, changes, monkeypatch):
         prompts, controls = random_prompts(*range(1, 30)), Controls(vocab_size=SIZE, num_tokens=30, **changes)
         here = generate_ids(network(), prompts, controls, range(29))
         monkeypatch.setattr(int8, "HAS_INT8", False)

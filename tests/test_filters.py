@@ -76,11 +76,11 @@ def test_the_same_distribution_as_generate_at_every_step(hugging_face):
             return_dict_in_generate=True,
             **theirs,
         )
-        for place, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
-            processed = filters.process(logits, controls, out.sequences[:, : 3 + place], place)
+        for position, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
+            processed = filters.process(logits, controls, out.sequences[:, : 3 + position], position)
             ours, expected = filters.warp(processed, controls).softmax(-1), scores.softmax(-1)
-            assert torch.equal(ours == 0, expected == 0), (settings, place)
-            assert_close(ours, expected, atol=1e-6, rtol=1e-5, msg=f"{settings} at {place}")
+            assert torch.equal(ours == 0, expected == 0), (settings, position)
+            assert_close(ours, expected, atol=1e-6, rtol=1e-5, msg=f"{settings} at {position}")
             steps, filtered = steps + 1, filtered + bool((ours == 0).any())
     assert steps > 600 and filtered > 400
 
@@ -103,9 +103,9 @@ def test_greedy_equals_generate(hugging_face):
         no_repeat_ngram_size=2,
         banned_ids=[banned],
     )
-    for place, logits in enumerate(out.logits):
-        text = out.sequences[:, : 3 + place]
-        assert filters.process(logits, controls, text, place).argmax(-1) == out.sequences[:, 3 + place]
+    for position, logits in enumerate(out.logits):
+        text = out.sequences[:, : 3 + position]
+        assert filters.process(logits, controls, text, position).argmax(-1) == out.sequences[:, 3 + position]
 
 
 def test_extreme_temperatures():

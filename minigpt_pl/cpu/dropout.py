@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, three times as fast on a CPU.
+    """Like `nn.Dropout`, but three times as fast on a CPU.
 
     It draws 16 random bits for each value instead of a float, so it rounds p to a multiple of 1/65,536.
     """
@@ -15,7 +15,7 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2**16 values of 16 bits
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # how many of the 65,536 possible values
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = (bits[: x.numel()] >= dropped - 2**15).view_as(x)
         return x * kept.to(x.dtype).mul_(1 / (1 - dropped / 2**16))

@@ -1,4 +1,4 @@
-"""Approximate matrix products in 8-bit integers, by private PyTorch operators as in `onednn`."""
+"""Approximate matrix products in 8-bit integers. They are private PyTorch operators, as in `onednn`."""
 
 import math
 
@@ -18,7 +18,7 @@ class Int8Linear:
     For 64 rows and a weight of 20,000 x 256 this takes 55 % of the time of bf16.
 
     Args:
-        weight: (out, in) in fp32 on the CPU, where `HAS_INT8` is True. Later changes of its values have no effect.
+        weight: (out, in) in fp32 on the CPU, where `HAS_INT8` is True. Later changes to its values have no effect.
 
     Raises:
         ValueError: the weight, or x in a later call, has a value that is NaN or infinite.
@@ -30,7 +30,7 @@ class Int8Linear:
             raise ValueError(DIVERGED)
         integers = (weight / scales[:, None]).round_().char().contiguous()  # (out, in)
         packed = torch.ops.onednn.qlinear_prepack(integers, None)
-        self.weight = (packed, scales, torch.zeros(len(scales), dtype=torch.int64, device="cpu"))  # and zero points
+        self.weight = (packed, scales, torch.zeros(len(scales), dtype=torch.int64, device="cpu"))  # last: zero points
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
         """(rows, in) and (out,) -> (rows, out)."""
@@ -38,15 +38,15 @@ class Int8Linear:
         if not math.isfinite(largest):
             raise ValueError(DIVERGED)
         scale = max(largest, 1e-30) / 127
-        integers = torch.add(128.5, x, alpha=1 / scale).byte()  # byte() truncates, so 128.5 rounds; 128 means 0
+        integers = torch.add(128.5, x, alpha=1 / scale).byte()  # byte() truncates, so add 0.5; 128 is the zero point
         inputs = (pad_rows(integers), scale, 128, *self.weight, bias)
         output: Tensor = torch.ops.onednn.qlinear_pointwise(*inputs, 1.0, 0, torch.float32, "none", [], "")
         return output[: len(x)]
 
 
 def _sums_are_exact() -> bool:
-    # Without VNNI, oneDNN adds pairs of products in 16 bits. Ones are the largest integers, so the pairs overflow.
-    # The limit may be ONEDNN_MAX_CPU_ISA instead of the CPU.
+    # Without VNNI, oneDNN adds pairs of products in 16 bits. A weight of 1 becomes 127, the largest integer, so the
+    # pairs overflow. ONEDNN_MAX_CPU_ISA can turn off VNNI on a CPU that has it.
     ones = torch.ones(16, 64, dtype=torch.float32, device="cpu")
     error = Int8Linear(ones)(ones, torch.full_like(ones[0, :16], -64))
     return torch.cpu._is_vnni_supported() and bool((error.abs() < 0.01).all())

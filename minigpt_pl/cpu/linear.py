@@ -18,19 +18,19 @@ Network = TypeVar("Network", bound=nn.Module)
 class PackedLinear(nn.Module):
     """Linear layer with a weight that is packed once for oneDNN.
 
-    Computes `x @ weight.T + bias`. Uses the operator that `torch.compile` emits.
+    Computes `x @ weight.T + bias`. `torch.compile` uses the same operator.
 
-    Training: `F.linear` repacks a bf16 weight on every call, which costs 10 % of the call. In fp32 it uses MKL, which
+    Training: `F.linear` repacks a bf16 weight on every call, which takes 10 % of the time. In fp32 it uses MKL, which
     reaches half of oneDNN's speed on AMD CPUs (benchmarks/training_step.py).
 
-    Generation: a single row takes `F.linear`, which needs 8 instead of 20 microseconds for 256 x 672.
+    Generation: a single row uses `F.linear`, which needs 8 instead of 20 microseconds for 256 x 672.
 
     Where `onednn.supports` is False, for example on a GPU, every call is `F.linear`.
 
     Args:
-        weight: (out, in). fp32 or bf16 for oneDNN. Later changes of its values have no effect.
+        weight: (out, in). oneDNN needs fp32 or bf16. Later changes to its values have no effect.
         bias: (out,), or None.
-        rows: number of rows of every x; None: any number.
+        rows: number of rows of every x; None if it varies.
     """
 
     weight: Tensor
@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         self.uses_onednn = onednn.supports(weight)
 
     @functools.cached_property
-    def packed(self) -> Tensor:  # at the first call: some layers of a packed network are never called
+    def packed(self) -> Tensor:  # not in __init__: some layers of a packed network are never called
         return onednn.pack(self.weight, self.rows or 64)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 def pack_linear_layers(network: Network) -> Network:
-    """Copy a network, with a `PackedLinear` for each `nn.Linear`. The copy shares the weights and is in eval mode."""
+    """Copy a network and pack each `nn.Linear`. The copy shares the weights and is in eval mode."""
     packed = copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
     for module in list(packed.modules()):
         for name, child in list(module.named_children()):
@@ -76,7 +76,7 @@ def pack_linear_layers(network: Network) -> Network:
 
 @contextmanager
 def inference_without_autocast(network: nn.Module) -> Iterator[None]:
-    """`torch.inference_mode`, with autocast off: a `PackedLinear` has only one type."""
+    """`torch.inference_mode` with autocast off, because a `PackedLinear` works with one dtype."""
     device = next(network.parameters()).device.type
     with torch.inference_mode(), torch.autocast(device, enabled=False):
         yield

@@ -1,6 +1,6 @@
-"""oneDNN's matrix products in fp32 and bf16. They are private PyTorch operators, which `torch.compile` emits too.
+"""oneDNN's matrix products in fp32 and bf16. `torch.compile` uses the same private PyTorch operators.
 
-Each one is tried once, at import. Where it is missing (macOS on ARM) or wrong, the callers use `F.linear`.
+Each one is tried once, at import. If it is missing (macOS on ARM) or computes wrong values, the callers use `F.linear`.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def pack(weight: Tensor, rows: int) -> Tensor:
-    """Copy a weight (out, in) into the layout that suits oneDNN for x with this number of rows."""
+    """Copy a weight (out, in) into oneDNN's layout for an x with this number of rows."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
     return packed
 
@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def supports(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies tensors of this device and type."""
+    """Whether oneDNN multiplies tensors of this device and dtype."""
     has_type = (weight.dtype == torch.float32 and HAS_FP32) or (weight.dtype == torch.bfloat16 and HAS_BF16)
     return weight.device.type == "cpu" and has_type
 

@@ -24,10 +24,10 @@ def start(model: InferenceModel, prompts: Sequence[Sequence[int]]) -> "OneBlockD
 
 
 class OneBlockDecoder:
-    """For one block. Its attention reads only embeddings, so there are no keys and values to compute.
+    """Decoder for one block. The block's attention reads only embeddings, so keys and values are not needed.
 
     A buffer holds the windows of token embeddings, aligned at their ends. The attention adds the positions separately.
-    So nothing is recomputed when a full window slides and the positions of all its tokens change.
+    When a full window slides, all its tokens change their positions, but nothing needs to be recomputed.
     """
 
     def __init__(self, network: MiniGPT, attention: AbsorbedAttention, prompts: Sequence[Sequence[int]]):
@@ -37,7 +37,7 @@ class OneBlockDecoder:
         self.size, width = self.positions.shape  # W, D
         prompts = [prompt[-self.size :] for prompt in prompts]
         self.shortest = min(map(len, prompts))
-        self.slots = torch.arange(self.size, device=self.embedding.device)  # of a window
+        self.slots = torch.arange(self.size, device=self.embedding.device)  # (W,), the slots of a window
         self.lengths = self.slots.new_tensor([len(prompt) for prompt in prompts])  # (B,)
         ids = self.slots.new_tensor([[0] * (self.size - len(prompt)) + [*prompt] for prompt in prompts])  # (B, W)
         self.end = self.size
@@ -55,12 +55,12 @@ class OneBlockDecoder:
             self.lengths = (self.lengths + 1).clamp(max=self.size)
             self.shortest += 1
 
-    def keep(self, texts: Tensor) -> None:
-        """Drop all other texts: indices among the present ones."""
-        self.tokens, self.lengths = self.tokens[texts], self.lengths[texts]
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the texts of these rows, in this order."""
+        self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
 
     def last_hidden(self) -> Tensor:
-        """(B, D), equal to `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
+        """Hidden state of the last token of each text (B, D): `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
         window = self.tokens[:, self.end - self.size : self.end]  # (B, W, D)
         is_full = self.shortest == self.size
         x = window[:, -1] + (self.positions[-1] if is_full else F.embedding(self.lengths - 1, self.positions))  # (B, D)
@@ -79,15 +79,15 @@ class OneBlockDecoder:
         return self.block.after_attention(x, self.attention.value(mixed.flatten(1)))
 
     def _roll(self, x: Tensor, shifts: Tensor) -> Tensor:
-        """Roll each row to the left, by its own number of places: (B, H, W), (B,) -> (B, H, W)."""
+        """Roll each row to the left, by its own number of slots: (B, H, W), (B,) -> (B, H, W)."""
         return x.gather(2, ((self.slots + shifts[:, None]) % self.size)[:, None].expand_as(x))
 
 
 class KVCacheDecoder:
-    """For any number of blocks. Keeps keys and values while a text is not longer than W.
+    """Decoder for any number of blocks. It caches keys and values while a text has at most W tokens.
 
-    In a longer text every position changes with each new token, and so do all keys and values. Then each token needs a
-    full forward pass over the window.
+    In a longer text, each new token changes the positions of all tokens, and so all keys and values. Then each token
+    needs a full forward pass over the window.
     """
 
     def __init__(self, network: MiniGPT, prompts: Sequence[Sequence[int]]):
@@ -108,27 +108,27 @@ class KVCacheDecoder:
         self.windows = [[*window, id_][-self.size :] for window, id_ in zip(self.windows, ids.tolist(), strict=True)]
         if len(slid) < len(ids):
             newest = ids.new_tensor([[len(window) - 1] for window in self.windows])  # (B, 1)
-            self.hidden = self._read(ids[:, None], newest)[:, 0]  # wrong for texts that slid
+            self.hidden = self._read(ids[:, None], newest)[:, 0]  # wrong for windows that slid; replaced below
         if slid:
-            full = ids.new_tensor([self.windows[row] for row in slid])  # (some of B, W)
+            full = ids.new_tensor([self.windows[row] for row in slid])  # (slid rows, W)
             self.hidden[slid] = self.network.hidden_states(full)[:, -1]
 
-    def keep(self, texts: Tensor) -> None:
-        """Drop all other texts: indices among the present ones."""
-        self.windows = [self.windows[i] for i in texts.tolist()]
-        self.cache, self.hidden = self.cache[:, :, texts], self.hidden[texts]
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the texts of these rows, in this order."""
+        self.windows = [self.windows[row] for row in rows.tolist()]
+        self.cache, self.hidden = self.cache[:, :, rows], self.hidden[rows]
 
     def last_hidden(self) -> Tensor:
-        """(B, D), equal to `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
+        """Hidden state of the last token of each text (B, D): `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
         return self.hidden
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Put new tokens into the cache. Ids and positions (B, N) -> hidden states (B, N, D)."""
+        """Put keys and values of new tokens into the cache. Ids and positions (B, N) -> hidden states (B, N, D)."""
         x: Tensor = self.network.token_embedding(ids) + self.network.position_embedding(positions)  # (B, N, D)
-        texts, visible = torch.arange(len(ids))[:, None], (self.slots <= positions[..., None])[:, None]  # (B, 1, N, W)
+        rows, visible = torch.arange(len(ids))[:, None], (self.slots <= positions[..., None])[:, None]  # (B, 1, N, W)
         for block, cache in zip(self.network.blocks, self.cache, strict=True):
             query, *new = block.attention.project(x)  # (B, H, N, K) each
-            cache[:, texts, :, positions] = torch.stack(new).permute(1, 3, 0, 2, 4)  # (B, N, 2, H, K)
+            cache[:, rows, :, positions] = torch.stack(new).permute(1, 3, 0, 2, 4)  # (B, N, 2, H, K)
             mixed = F.scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=visible)  # (B, H, N, K)
             x = block.after_attention(x, block.attention.merge_heads(mixed))
         return x

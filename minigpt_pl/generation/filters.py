@@ -1,25 +1,25 @@
-"""Changes to the logits before a token is drawn: pure functions, in Hugging Face's order.
+"""Changes to the logits before a token is drawn: pure functions, in the order of Hugging Face's `generate`.
 
-Shapes: logits (B, V) before and after. texts (B, T), prompts and new tokens so far, padded with -1 on the left.
+Shapes: logits (B, V) before and after. texts (B, T): prompts and new tokens so far, padded with -1 on the left.
+`position` is the number of new tokens so far.
 
 | setting | function | meaning | source | in `transformers` |
 |---|---|---|---|---|
-| `repetition_penalty` | `repetition_penalty` | CTRL's penalty | arXiv 1909.05858 | `RepetitionPenaltyLogitsProcessor` |
+| `repetition_penalty` | `repetition_penalty` | fewer repeats | arXiv 1909.05858 | `RepetitionPenaltyLogitsProcessor` |
 | `no_repeat_ngram_size` | `no_repeat_ngram` | no n-gram twice | arXiv 1705.04304 | `NoRepeatNGramLogitsProcessor` |
-| `banned_sequences` | `ban_sequences` | bad words | fairseq, arXiv 1904.01038 | `NoBadWordsLogitsProcessor` |
-| `banned_ids` | `ban` | bad words of one token | fairseq, as above | `NoBadWordsLogitsProcessor` |
-| `min_tokens` | `ban` | no end before | fairseq, as above | `MinNewTokensLengthLogitsProcessor` |
+| `banned_sequences` | `ban_sequences` | banned phrases | fairseq, arXiv 1904.01038 | `NoBadWordsLogitsProcessor` |
+| `banned_ids` | `ban` | banned words of one token | fairseq | `NoBadWordsLogitsProcessor` |
+| `min_tokens` | `ban` | the text does not end before this many tokens | fairseq | `MinNewTokensLengthLogitsProcessor` |
 | `forced_ids` | `force` | tokens at given positions | BART, arXiv 1910.13461 | `ForcedEOSTokenLogitsProcessor` |
-| `temperature` | `temperature` | Boltzmann distribution | Ackley et al. 1985 | `TemperatureLogitsWarper` |
+| `temperature` | `temperature` | sharper or flatter distribution | Ackley et al. 1985 | `TemperatureLogitsWarper` |
 | `top_k` | `top_k` | the k likeliest | arXiv 1805.04833, the notebook | `TopKLogitsWarper` |
 | `top_p` | `top_p` | nucleus sampling | arXiv 1904.09751 | `TopPLogitsWarper` |
 | `min_p` | `min_p` | share of the highest probability | arXiv 2407.01082 | `MinPLogitsWarper` |
 | `typical_p` | `typical_p` | locally typical sampling | arXiv 2202.00666 | `TypicalLogitsWarper` |
 
-`process` applies the first six and `warp` the others, which greedy decoding does not need. Tests compare the
-distributions with those of `transformers`.
+Greedy decoding needs only the first six. Tests compare the distributions with those of `transformers`.
 
-Other controls are no filters: `engine` applies `stop_sequences`, `beam_search` `num_beams` and `length_penalty`.
+These controls are not filters: `stop_sequences` (see `engine`), `num_beams` and `length_penalty` (see `beam_search`).
 """
 
 from collections.abc import Sequence
@@ -33,22 +33,22 @@ from minigpt_pl.generation.controls import Controls
 INFINITY = float("inf")
 
 
-def process(logits: Tensor, controls: Controls, texts: Tensor, place: int) -> Tensor:
-    """Apply the filters that read the texts or name tokens, after `place` new tokens."""
+def process(logits: Tensor, controls: Controls, texts: Tensor, position: int) -> Tensor:
+    """Apply the first six filters of the table. Hugging Face calls them logits processors."""
     if controls.repetition_penalty != 1:
         logits = repetition_penalty(logits, controls.repetition_penalty, texts)
     if controls.no_repeat_ngram_size:
         logits = no_repeat_ngram(logits, controls.no_repeat_ngram_size, texts)
     if controls.banned_sequences:
         logits = ban_sequences(logits, controls.banned_sequences, texts)
-    logits = ban(logits, controls.banned_at(place))
-    if place in controls.forced_ids:
-        logits = force(logits, controls.forced_ids[place])
+    logits = ban(logits, controls.banned_at(position))
+    if position in controls.forced_ids:
+        logits = force(logits, controls.forced_ids[position])
     return logits
 
 
 def warp(logits: Tensor, controls: Controls) -> Tensor:
-    """Apply the filters that shape the distribution. Tokens at -inf may be missing: (B, C) -> (B, C), C <= V."""
+    """Apply the others, Hugging Face's logits warpers. (B, C): the engine may pass only the C likeliest tokens."""
     logits = temperature(logits, controls.temperature)
     if controls.top_k is not None and controls.top_k < logits.shape[-1]:
         logits = top_k(logits, controls.top_k)
@@ -62,13 +62,13 @@ def warp(logits: Tensor, controls: Controls) -> Tensor:
 
 
 def repetition_penalty(logits: Tensor, penalty: float, texts: Tensor) -> Tensor:
-    """Divide positive logits of the text's tokens by the penalty, above 0, and multiply negative ones by it."""
+    """For the tokens of the text: divide positive logits by the penalty (> 0), multiply negative logits by it."""
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(_contains(texts, logits), penalized, logits)
 
 
 def no_repeat_ngram(logits: Tensor, size: int, texts: Tensor) -> Tensor:
-    """Exclude each token that would complete an n-gram, n = size >= 1, that the text already has."""
+    """Exclude each token that would repeat an n-gram of the text. n is the size, at least 1."""
     if texts.shape[1] < size:
         return logits
     ngrams = texts.unfold(1, size, 1)  # (B, T - n + 1, n)
@@ -98,26 +98,26 @@ def ban(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
 
 
 def force(logits: Tensor, token_id: int) -> Tensor:
-    """Exclude all other tokens, and allow this one even if it is banned."""
+    """Allow only this token, even if it is banned."""
     return torch.full_like(logits, -INFINITY).index_fill(-1, torch.tensor([token_id], device=logits.device), 0)
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """Divide by the temperature, above 0. Below 1 it sharpens the distribution, above 1 it flattens it.
+    """Divide by the temperature (> 0). A value below 1 sharpens the distribution, a value above 1 flattens it.
 
-    First subtracts the largest logit, so that extreme temperatures do not overflow.
+    The largest logit is subtracted first, so that extreme temperatures do not overflow.
     """
     return (logits - logits.amax(dim=-1, keepdim=True)) / min(max(value, 1e-30), 1e30)
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k likeliest tokens, 1 <= k <= V, and those that tie with the last of them."""
+    """Keep the k likeliest tokens, 1 <= k <= V, and all tokens with the same logit as the last of them."""
     smallest_kept = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < smallest_kept, -INFINITY)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of likeliest tokens with total probability p or more, 0 < p <= 1; always the likeliest."""
+    """Keep the likeliest tokens until they have probability p together, 0 < p <= 1. At least one token stays."""
     ascending, order = logits.sort(dim=-1)
     excluded = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p  # (B, V)
     excluded[..., -1] = False
@@ -131,7 +131,7 @@ def min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def typical_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens with -log probability nearest to the entropy, up to total probability p, 0 < p <= 1."""
+    """Keep tokens with -log probability nearest to the entropy until they have probability p together, 0 < p <= 1."""
     log_probabilities = logits.log_softmax(dim=-1)
     entropy = -(log_probabilities.exp() * log_probabilities).nansum(dim=-1, keepdim=True)  # nansum: 0 * -inf is 0
     distance, order = (-log_probabilities - entropy).abs().sort(dim=-1)
@@ -141,8 +141,8 @@ def typical_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(excluded.scatter(-1, order, excluded), -INFINITY)
 
 
-def require_a_choice(logits: Tensor, place: int) -> None:
-    """Check that each row of (B, C) has a token above -inf, after `place` new tokens.
+def require_a_choice(logits: Tensor, position: int) -> None:
+    """Check that each row of logits (B, C) has a token above -inf.
 
     Raises:
         InputError: the controls exclude every token.
@@ -153,7 +153,7 @@ def require_a_choice(logits: Tensor, place: int) -> None:
     if logits.isnan().any() or (logits == INFINITY).any():
         raise ValueError(DIVERGED)
     raise InputError(
-        f"no token is left after {place} new tokens: each one is banned or would repeat an n-gram; raise"
+        f"no token is left after {position} new tokens: each one is banned or would repeat an n-gram; raise"
         " no_repeat_ngram_size, or ban fewer words"
     )
 
@@ -161,4 +161,4 @@ def require_a_choice(logits: Tensor, place: int) -> None:
 def _contains(ids: Tensor, logits: Tensor) -> Tensor:
     """Which tokens of the vocabulary are in each row of ids: (B, T), (B, V) -> (B, V), bool."""
     marks = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-    return marks.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]  # -1 marks the extra column
+    return marks.scatter_(1, ids.where(ids >= 0, logits.shape[1]), True)[:, :-1]  # the extra column is for -1

@@ -17,11 +17,10 @@ class ScoredWord:
     """A word of a text, with the model's prediction for it.
 
     Attributes:
-        text: the word, `[UNK]` if unknown, with the space before it. The words joined are the decoded text.
-        probability: given the words before it, in [0, 1]. None for the first word: the network predicts only from a
-            previous word.
-        rank: in the vocabulary, 1 for the likeliest; None for the first word.
-        known: whether the word is in the vocabulary. All unknown words share one probability.
+        text: the word (`[UNK]` if unknown) with the space before it. Joined, the words are the decoded text.
+        probability: probability after the words before it, 0 to 1. None for the first word: nothing comes before it.
+        rank: its rank in the vocabulary; 1 is the likeliest. None for the first word.
+        known: whether the word is in the vocabulary. An unknown word has the probability of all unknown words together.
     """
 
     text: str
@@ -34,7 +33,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     """The probability and rank of each word of a text.
 
     Args:
-        model: from `load`.
+        model: a model from `load`.
         text: of any length. The context of a word is the last `max_length` words before it, as in generation.
 
     Raises:
@@ -53,7 +52,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
                 more_probabilities, more_ranks = probabilities_and_ranks(model.network.output(rows), ids_)
                 probabilities += more_probabilities
                 ranks += more_ranks
-    # A word's space depends only on the word, but the first word of a text has none. So decode each after the first.
+    # Decoding puts no space before the first word of a text. So decode each other word together with the first one.
     first = model.tokenizer.decode(ids[:1])
     pairs = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
     words = [first, *(pair[len(first) :] for pair in pairs)]
