@@ -1,4 +1,4 @@
-"""python -m minigpt_pl.train: train a model into a run folder."""
+"""python -m minigpt_pl.train: train a model and write a run folder."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from minigpt_pl.cli import app
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.errors import InputError
 
-# Set for the processes that Lightning starts, so that all of them resume the run that the first one has chosen.
+# The first process sets this environment variable. Processes that Lightning starts then resume the same run.
 _RESUME_CHECKPOINT = "MINIGPT_RESUME_CHECKPOINT"
 
 
@@ -22,11 +22,11 @@ def main() -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """Train with these settings, from the start or (`resume`) from a checkpoint."""
+    """Train with these settings: from the start, or from a checkpoint if `resume` is set."""
     if app.in_sweep():
         _refuse_in_sweep(config)
 
-    from minigpt_pl.training.callbacks import Interrupted  # imports Lightning: three seconds, after the checks
+    from minigpt_pl.training.callbacks import Interrupted  # Lightning: import it after the checks, it takes 3 s
     from minigpt_pl.training.fit import fit
     from minigpt_pl.training.trainer import is_first_process
 
@@ -36,7 +36,7 @@ def train(config: TrainConfig) -> None:
     try:
         fit(config, name_prefix, overrides, _checkpoint_to_resume(config))
     except Interrupted:
-        # In the other processes a non-zero exit code would make torchrun kill the rest.
+        # In the other processes, a non-zero exit code would make torchrun kill all processes.
         sys.exit(130 if is_first_process() else 0)
 
 
@@ -55,7 +55,7 @@ def _refuse_in_sweep(config: TrainConfig) -> None:
 
 
 def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
-    """With `resume`, put the settings of the run before the arguments that do not repeat them."""
+    """With `resume`, add the run's own settings, except those given again on the command line."""
     where = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
     if not any(_name(argument) == "resume" for argument in where) or {"-m", "--multirun"} & {*sys.argv}:
         return arguments
@@ -80,9 +80,9 @@ def _checkpoint_to_resume(config: Any) -> Path | None:
     elif config.run_name is not None:
         checkpoint = output_dir / config.run_name / runs.LAST
         if not checkpoint.exists():
-            return None  # the first start of a job that always says resume=auto
+            return None  # a job that always sets resume=auto starts for the first time
     else:
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes start together, and might choose different runs
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes could choose different runs
             raise InputError("resume=auto: under torchrun add run_name=NAME, or give resume=PATH")
         unfinished = runs.newest_unfinished_run(output_dir)
         if unfinished is None:
@@ -90,7 +90,7 @@ def _checkpoint_to_resume(config: Any) -> Path | None:
         checkpoint = unfinished / runs.LAST
     folder = checkpoint.parent.parent
     if not (folder / runs.RECORD).is_file():
-        raise InputError(f"resume={config.resume}: {checkpoint} is not in a run folder; give a checkpoint that is")
+        raise InputError(f"resume={config.resume}: {checkpoint} is not in a run folder; give a checkpoint of a run")
     if config.run_name not in (None, folder.name):
         raise InputError(f"run_name={config.run_name}: resume={config.resume} continues {folder.name}; leave it out")
     return checkpoint

@@ -104,7 +104,7 @@ def test_processes_that_start_together_share_one_encoding(config, tmp_path):
 
 def test_a_small_text_gives_a_warning(config, caplog):
     open_corpus(config, 200)
-    assert "words. Under 1,000,000 expect poor results" in caplog.text
+    assert "tokens. With fewer than 1,000,000, expect poor results" in caplog.text
 
 
 def test_ids_equal_the_tokenizers_on_real_reviews(imdb, imdb_texts, tmp_path):

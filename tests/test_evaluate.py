@@ -211,7 +211,7 @@ class TestRun:
         contents = yaml.safe_load(settings.read_text())
         contents["data"]["path"] = "gone.txt"
         settings.write_text(yaml.safe_dump(contents))
-        with pytest.raises(InputError, match="data.path=gone.txt: .* of the text of run=tiny as source="):
+        with pytest.raises(InputError, match="data.path=gone.txt: .* the text of run=tiny has moved.*source=PATH"):
             evaluated(a_run)
         with pytest.raises(InputError, match="^source=none.txt: no such file or folder"):
             evaluated(a_run, source="none.txt")
@@ -268,7 +268,7 @@ class TestRun:
     def test_another_text_than_the_training_text(self, a_run):
         other = a_run / "other.txt"
         other.write_text("The cat sees the dog.\n" * 30 + "\n".join(f"The dog sees {i} cats." for i in range(200)))
-        with pytest.raises(InputError, match="run=tiny: was trained on .*give the place of its text as source="):
+        with pytest.raises(InputError, match="run=tiny: was trained on .*give the path of the old text: source=PATH"):
             evaluated(a_run, source=str(other))
 
     def test_no_held_out_text(self, a_run):

@@ -117,6 +117,19 @@ class TestResume:
             train(tiny_config("model.embed_dim=8"), resume_from=folder / "checkpoints" / "last.ckpt")
         assert runs.read_record(folder)["status"] == "finished", "the run must not change"
 
+    def test_a_setting_that_an_old_checkpoint_lacks_has_its_default(self, tiny_config):
+        folder = train(tiny_config("trainer.max_steps=1"))
+        path = folder / "checkpoints" / "last.ckpt"
+        contents = checkpoint(folder)
+        del contents["hyper_parameters"]["model"]["tie_embeddings"], contents["hyper_parameters"]["optimizer"]["beta1"]
+        torch.save(contents, path)
+        with pytest.raises(InputError, match="optimizer.beta1=0.5: the checkpoint has 0.9"):
+            train(tiny_config("optimizer.beta1=0.5"), resume_from=path)
+        with pytest.raises(InputError, match="model.tie_embeddings=True: the checkpoint has False"):
+            train(tiny_config("model.tie_embeddings=true"), resume_from=path)
+        train(tiny_config("trainer.max_steps=2"), resume_from=path)
+        assert checkpoint(folder)["global_step"] == 2
+
     def test_another_text_is_refused(self, tiny_config, tmp_path):
         folder = train(tiny_config("trainer.max_steps=1"))
         (tmp_path / "other.txt").write_text("another line of words\n" * 50)

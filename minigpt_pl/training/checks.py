@@ -1,14 +1,15 @@
-"""Checks before a training starts: the machine, the text, the checkpoint to resume from."""
+"""Checks before the training starts: of the machine, of the text, and of the checkpoint to resume from."""
 
 import importlib.util
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import read_checkpoint
-from minigpt_pl.config import TrainConfig
+from minigpt_pl.config import ModelConfig, OptimizerConfig, TrainConfig
 from minigpt_pl.data.corpus import is_same_text
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
@@ -17,24 +18,24 @@ from minigpt_pl.training.trainer import batches_per_epoch, processes
 
 
 def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
-    """Check that the machine and the text have what the settings need.
+    """Check that the training can run on this machine and with this text.
 
     Raises:
-        InputError: one line per problem: a missing device, package or held-out text.
+        InputError: one line per problem, for example a missing device or package, or too little text.
     """
     settings, problems = config.trainer, []
     if settings.accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         problems.append(f"trainer.accelerator={settings.accelerator}: PyTorch finds no GPU here; use auto or cpu")
     elif settings.accelerator == "mps" and not torch.backends.mps.is_available():
-        problems.append("trainer.accelerator=mps: PyTorch finds none here; use auto or cpu")
+        problems.append("trainer.accelerator=mps: PyTorch finds no MPS device here; use auto or cpu")
     elif settings.accelerator != "cpu" and torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
-        problems.append(f"trainer.devices={settings.devices}: this machine has {gpus} GPUs; lower it")
+        problems.append(f"trainer.devices={settings.devices}: this machine has only {gpus} GPUs; lower it")
     launched = {"MASTER_ADDR", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"} & set(os.environ)
     if settings.num_nodes > 1 and not launched:
         problems.append(f"trainer.num_nodes={settings.num_nodes}: start torchrun on each machine, or set it to 1")
-    started = processes(settings)
-    world_size = started["devices"] * started["num_nodes"]
+    process_options = processes(settings)
+    world_size = process_options["devices"] * process_options["num_nodes"]
     if config.data.batch_size < world_size:
         problems.append(f"data.batch_size={config.data.batch_size}: must be at least the number of processes")
     if config.logger.name != "csv" and importlib.util.find_spec(config.logger.name) is None:
@@ -43,7 +44,7 @@ def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
     if config.find_learning_rate and world_size > 1:
         problems.append(f"trainer.devices={settings.devices}: find_learning_rate=true needs one process; set it to 1")
     if config.find_learning_rate and importlib.util.find_spec("matplotlib") is None:
-        problems.append("find_learning_rate=true: draws with matplotlib; pip install 'minigpt_pl[show]'")
+        problems.append("find_learning_rate=true: needs matplotlib; pip install 'minigpt_pl[show]'")
     if settings.patience is not None and (not datamodule.has_validation or settings.limit_val_batches == 0):
         problems.append(f"trainer.patience={settings.patience}: nothing is held out; set data.validation_share")
     interval, batches = settings.val_check_interval, batches_per_epoch(config, datamodule)
@@ -57,39 +58,38 @@ def check_resume(checkpoint: Path, module: MiniGPTModule, datamodule: TextDataMo
     """Check that a run can continue from a checkpoint with these settings.
 
     Returns:
-        The number of steps done.
+        The number of optimizer steps done.
 
     Raises:
-        InputError: one line per setting that has changed but must not.
+        InputError: one line per problem, for example a changed setting that must stay the same.
     """
     contents, folder = read_checkpoint(checkpoint), checkpoint.parent.parent
-    before, now = contents["hyper_parameters"], module.hparams
-    problems = [
-        f"model.{name}={value}: the checkpoint has {before['model'][name]}; keep it, or start a new run"
-        for name, value in now["model"].items()
-        if value != before["model"][name] and name != "dropout"
-    ]
-    if contents["optimizer_states"]:  # they contain their settings, which would win without a word
+    groups = {"model": asdict(ModelConfig())}
+    if contents["optimizer_states"]:  # they contain the old settings, which would silently replace the new ones
+        groups["optimizer"] = asdict(OptimizerConfig())
+    problems = []
+    for group, defaults in groups.items():
+        before = defaults | contents["hyper_parameters"][group]  # an old checkpoint lacks the newer settings
         problems += [
-            f"optimizer.{name}={value}: the checkpoint has {before['optimizer'][name]}; keep it, or start a new run"
-            for name, value in now["optimizer"].items()
-            if value != before["optimizer"][name]
+            f"{group}.{name}={value}: the checkpoint has {before[name]}; keep that value, or start a new run"
+            for name, value in module.hparams[group].items()
+            if value != before[name] and name != "dropout"
         ]
     position = contents.get("TextDataModule", {})
-    if position.get("batches_done"):  # inside an epoch, whose order must not change
+    if position.get("batches_done"):  # the order must not change inside an epoch
         problems += [
             f"{name}: the checkpoint is inside an epoch that started with {position['order'][name]}, not {value};"
-            " finish the epoch without the change, or start a new run"
+            " keep the old value until the epoch ends, or start a new run"
             for name, value in datamodule.order.items()
             if value != position["order"][name]
         ]
     record = runs.read_record(folder)
     text = record.get("text", {})
-    imported = runs.IMPORTED_FROM in record and not text  # we do not know the text of a Keras model
+    imported = runs.IMPORTED_FROM in record and not text  # the text of a Keras model is unknown
     if not imported and not is_same_text(text, datamodule.corpus.record):
         problems.append(
-            f"data: this is not the text that {folder} was trained on ({text.get('source')}); give that one, or start a"
-            " new run"
+            f"data: this is not the text that {folder} was trained on ({text.get('source')}); give the same text, or"
+            " start a new run"
         )
     if problems:
         raise InputError(*problems)

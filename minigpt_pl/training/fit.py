@@ -1,4 +1,4 @@
-"""From settings to a trained run folder."""
+"""Trains a model with given settings, and writes the run folder."""
 
 import dataclasses
 import logging
@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 
 def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from: Path | None) -> Path:
-    """Train into a run folder.
+    """Train a model and write its run folder.
 
     Args:
-        name_prefix: start of the run's name, if `run_name` is null.
-        overrides: settings of the command line. The record keeps them for a later resume.
-        resume_from: checkpoint in a run folder, from which the run continues.
+        name_prefix: start of the run's name if `config.run_name` is None.
+        overrides: settings given on the command line. The record keeps them for a later resume.
+        resume_from: a checkpoint in a run folder: the run continues from it. None for a new run.
 
     Returns:
         The run folder.
 
     Raises:
         InputError: the text, the machine or the checkpoint does not fit the settings.
-        Interrupted: a signal has stopped the training. The checkpoint is written.
+        Interrupted: a signal has stopped the training, after the checkpoint was written.
     """
     _choose_messages(config.trainer.profiler)
     keep_freed_memory()
@@ -49,13 +49,13 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     check_environment(config, datamodule)
     if config.find_learning_rate:
         return _find_learning_rate(config, module, datamodule)
-    if resume_from is not None and check_resume(resume_from, module, datamodule) >= module.hparams["total_steps"]:
-        log.info("Nothing is left to do. Raise trainer.max_epochs or trainer.max_steps to train longer.")
-        return resume_from.parent.parent
-
     if resume_from is not None:
-        log.info("Resuming from %s.", resume_from)
         folder = resume_from.parent.parent
+        steps_done = check_resume(resume_from, module, datamodule)
+        if steps_done >= module.hparams["total_steps"]:
+            log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
+            return folder
+        log.info("Resuming from %s.", resume_from)
     elif is_first_process():
         restart = config.resume == "auto"
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, restart)
@@ -71,17 +71,17 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
 
 
 def _choose_messages(profiler: str | None) -> None:
-    """Show our own messages once, in the first process, and only those warnings of Lightning that matter."""
-    # Lightning's profilers print through its logger.
+    """Show our own messages in the first process only, and hide warnings of Lightning that do not apply here."""
+    # Lightning's profilers print through its logger, with level INFO.
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO if profiler else logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").handlers.clear()  # otherwise each line appears twice
     if not is_first_process():
         logging.getLogger().setLevel(logging.ERROR)
     for message in (
-        "Experiment logs directory",  # the run folder also has other files, and we keep the rows
-        "Checkpoint directory .* exists and is not empty",  # a resumed run
-        "You're resuming from a checkpoint that ended before the epoch ended",  # our loader resumes exactly
+        "Experiment logs directory",  # "... is not empty": we keep the old rows of metrics.csv
+        "Checkpoint directory .* exists and is not empty",  # always so in a resumed run
+        "You're resuming from a checkpoint that ended before the epoch ended",  # our loader continues exactly
         ".*srun. command is available",
         ".*LeafSpec.* is deprecated",
     ):
@@ -91,13 +91,13 @@ def _choose_messages(profiler: str | None) -> None:
 def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
     tokenizer = None
     if resume_from is not None and runs.IMPORTED_FROM in runs.read_record(resume_from.parent.parent):
-        tokenizer = load_tokenizer(resume_from.parent.parent / "tokenizer.json")  # the words of the Keras model
+        tokenizer = load_tokenizer(resume_from.parent.parent / "tokenizer.json")  # has the Keras model's words
     model = config.model
     datamodule = TextDataModule(config.data, model.vocab_size, model.max_length, config.seed, tokenizer)
     datamodule.prepare_data()
     datamodule.setup("fit")
     if datamodule.vocab_size < model.vocab_size:
-        log.info("The text has %s different words, so the model has as many logits.", f"{datamodule.vocab_size:,}")
+        log.info("The text has few different words, so the vocabulary size is only %s.", f"{datamodule.vocab_size:,}")
     return datamodule
 
 
@@ -117,7 +117,7 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
         module.model.output.bias.data.copy_(datamodule.target_shares().log())
     if config.trainer.compile:
         for block in module.model.blocks:
-            block.compile()  # in place, so the names in checkpoints stay
+            block.compile()  # in place: the names in checkpoints do not change
     return module
 
 

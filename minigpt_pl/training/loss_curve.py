@@ -1,4 +1,4 @@
-"""The loss curve of a run, from its metrics.csv."""
+"""Reads metrics.csv of a run, and draws its loss curve."""
 
 import csv
 import logging
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv: `step` and the values of that step. Empty without the file."""
+    """The rows of metrics.csv: `step` and the values of that step. The list is empty if there is no file."""
     path = folder / "metrics.csv"
     if not path.exists():
         return []
@@ -20,11 +20,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def draw(folder: Path) -> None:
-    """Draw train/loss and val/loss over the steps into loss.png. Needs matplotlib, from the extra `show`."""
+    """Draw train/loss and val/loss against the steps: writes loss.png. Needs matplotlib, from the extra `show`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log.info("There is no loss.png: pip install 'minigpt_pl[show]' to draw it.")
+        log.info("loss.png needs matplotlib: pip install 'minigpt_pl[show]'")
         return
     rows = read_metrics(folder)
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The LightningModule: training step, validation step, optimizer."""
+"""The LightningModule: training step, validation step and optimizer of the model."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,13 +21,13 @@ class MiniGPTModule(L.LightningModule):
     """Trains a `MiniGPT`. All arguments are plain values, so its checkpoints load with `weights_only=True`.
 
     Args:
-        model: fields of `ModelConfig`. `vocab_size` must be the text's: `TextDataModule.vocab_size`.
-        optimizer: fields of `OptimizerConfig`. A `second_moment` of None is replaced as documented there.
+        model: fields of `ModelConfig`. `vocab_size` must equal `TextDataModule.vocab_size`.
+        optimizer: fields of `OptimizerConfig`. If `second_moment` is None, the module chooses it.
         schedule: fields of `ScheduleConfig`.
-        total_steps: optimizer steps of the whole training; linear and cosine schedules end there. None: the Trainer's
-            estimate.
-        end_id: id of [END], which is not counted as a word; None: the texts have no end.
-        loss_on_padding: count padding in the loss; must equal the setting of the data.
+        total_steps: optimizer steps of the whole training, at which linear and cosine schedules end. If None, the
+            Trainer estimates it.
+        end_id: id of [END], which does not count as a word; None if the text has no [END].
+        loss_on_padding: whether padding counts in the loss; must equal `DataConfig.loss_on_padding`.
         seed: random seed of dropout.
 
     Raises:
@@ -59,7 +59,7 @@ class MiniGPTModule(L.LightningModule):
         self.hparams.update(with_defaults, schedule=asdict(self.schedule_config))
 
         self.model = MiniGPT(**asdict(model_config))
-        self.learning_rate = optimizer_config.learning_rate  # Lightning's learning-rate finder changes this attribute
+        self.learning_rate = optimizer_config.learning_rate  # Lightning's learning-rate finder sets it
         by_occurrence = optimizer_config.second_moment == "by_occurrence"
         self.squares = SquaresByOccurrence(self.model.token_embedding) if by_occurrence else None
         self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss and number of targets in this epoch
@@ -69,7 +69,7 @@ class MiniGPTModule(L.LightningModule):
         output = self.model.output
         total = linear_cross_entropy(hidden, output.weight, output.bias, batch.targets, self.ignore_index)
         self._log_training_loss(total.detach(), batch.num_targets)
-        # Lightning averages over batches and processes. The result must be the mean over all targets of the step.
+        # Lightning averages over batches and processes. This average must be the mean over all targets of the step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return total / (batch.step_targets / shares)
 
@@ -87,7 +87,7 @@ class MiniGPTModule(L.LightningModule):
         config = replace(self.optimizer_config, learning_rate=self.learning_rate)
         optimizer = build_optimizer(self.model, config, self.squares)
         total_steps = self.total_steps
-        if total_steps is None:  # a constant schedule has no end
+        if total_steps is None:  # a constant schedule does not need it
             estimated = self.schedule_config.name != "constant"
             total_steps = int(self.trainer.estimated_stepping_batches) if estimated else 0
 
@@ -100,13 +100,13 @@ class MiniGPTModule(L.LightningModule):
     # ---------------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
-        if self.device.type != "mps":  # it has no fp64
+        if self.device.type != "mps":  # MPS has no fp64
             self.epoch_sums = self.epoch_sums.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout depends on the position in the training only, so a resumed run draws the same values.
+        # Dropout depends only on the seed and on this position, so a resumed run draws the same values.
         position = (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(hash(position) % 2**63)  # the hash of a tuple of integers is the same in every process
+        torch.manual_seed(hash(position) % 2**63)  # Python hashes integers the same in every process
 
     def _log_training_loss(self, total: Tensor, num_targets: int) -> None:
         total = self._sum_over_processes(total)
@@ -118,27 +118,26 @@ class MiniGPTModule(L.LightningModule):
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return value
-        # `reduce` changes its argument.
+        # Copy the value, because `reduce` changes its argument.
         return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="sum")
 
     def on_train_epoch_end(self) -> None:
         loss, num_targets = self.epoch_sums.tolist()
         self.log("train/epoch_loss", loss / num_targets, sync_dist=True)
-        if self.trainer.is_last_batch:  # otherwise the run stops inside the epoch, and a resumed run adds the rest
+        if self.trainer.is_last_batch:  # if the run stops inside an epoch, keep the sums for the resumed run
             self.epoch_sums.zero_()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_sums"] = self.epoch_sums.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "epoch_sums" in checkpoint:  # `convert` writes none
+        if "epoch_sums" in checkpoint:  # checkpoints of `convert` have none
             self.epoch_sums = checkpoint["epoch_sums"]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        # Lightning refuses to clip for fused optimizers in mixed precision because of the loss scaling of fp16. We have
-        # no fp16.
+        # Lightning refuses to clip for fused optimizers in mixed precision, because of fp16. We do not use fp16.
         if gradient_clip_val is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
             if self.squares is not None:
@@ -146,17 +145,17 @@ class MiniGPTModule(L.LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()  # Lightning would keep the old gradients during the next forward pass
+        optimizer.zero_grad()  # Lightning alone would keep the old gradients during the next forward pass
 
     # -------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        # Loss and number of counted targets; loss and number of words (no padding, [UNK] or [END]).
+        # The total loss and the number of the counted targets, then of the words (not padding, [UNK] or [END]).
         self.validation_sums = torch.zeros(4, dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         sums = self._sum_over_processes(self.validation_sums)
-        loss, word_loss = sums[0] / sums[1], sums[2] / sums[3]  # word_loss is NaN without a known word
+        loss, word_loss = sums[0] / sums[1], sums[2] / sums[3]  # word_loss is NaN if no target is a known word
         values = {"val/loss": loss, "val/perplexity": loss.exp()}
         values |= {"val/word_loss": word_loss, "val/word_perplexity": word_loss.exp()}
         self.log_dict(values, sync_dist=True)

@@ -1,4 +1,4 @@
-"""Adam as in Keras, the second moment of a word embedding, and the learning-rate schedule."""
+"""Adam as Keras computes it, the second moment of a word embedding, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from minigpt_pl.config import OptimizerConfig, ScheduleConfig
 class SquaresByOccurrence:
     """For each word of an embedding: the sum of the squared gradients of its occurrences.
 
-    On TensorFlow, the gradient of an embedding has one row per occurrence of a word. Keras's Adam squares the rows and
-    then adds up those of a repeated word. PyTorch adds up first and squares then. `KerasAdam` uses these sums for the
-    second moment of the embedding, so that it equals Keras's.
+    In TensorFlow, the gradient of an embedding has one row per occurrence of a word. TensorFlow squares each row, then
+    adds the rows of the same word. PyTorch adds first, then squares. `KerasAdam` uses the sums of this class for the
+    second moment of the embedding, so that it equals that of Keras on TensorFlow.
 
-    The object works alone: a hook on the embedding collects the squares in each backward pass.
+    You only create the object; a hook on the embedding collects the squares in each backward pass.
 
     Args:
-        embedding: the layer. Its weight must have no other use: a tied output layer adds a dense gradient.
+        embedding: the layer. No other layer may use its weight: a tied output layer adds a dense gradient.
     """
 
     def __init__(self, embedding: nn.Embedding):
@@ -38,21 +38,21 @@ class SquaresByOccurrence:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _add(self, ids: Tensor, grad: Tensor) -> None:
-        """Add the squares of a backward pass. ids (B, L), grad (B, L, D)."""
+        """Add the squares of one backward pass. ids (B, L), grad (B, L, D)."""
         weight = self.embedding.weight
-        # The processes average their gradients, so the rows of one process count 1/N.
+        # The N processes average their gradients, so each row is divided by N.
         squares = (grad.flatten(0, -2).to(weight.dtype) / _num_processes()).square_()  # (B * L, D)
         if self.sums is None:
             self.sums = torch.zeros_like(weight)
         self.sums.index_add_(0, ids.flatten(), squares)
 
     def scale(self, factor: Tensor) -> None:
-        """Follow a clipping that has multiplied all gradients by a factor."""
+        """Apply gradient clipping to the sums: multiply them by factor²."""
         if self.sums is not None:
             self.sums.mul_(factor**2)
 
     def pop(self) -> Tensor | None:
-        """Return the sums over all processes, (V, D), and start again from zero; None without a backward pass."""
+        """Return the sums over all processes, (V, D), and reset them. None if there was no backward pass."""
         sums, self.sums = self.sums, None
         if sums is not None and _num_processes() > 1:
             dist.all_reduce(sums)
@@ -66,14 +66,15 @@ def _num_processes() -> int:
 class KerasAdam(torch.optim.Optimizer):
     """Adam with the update of Keras: `lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)`.
 
-    PyTorch adds epsilon to the corrected root `sqrt(v / (1 - b2^t))`, as the text of the paper does (arXiv 1412.6980).
-    Keras uses the faster form of its section 2. PyTorch's kernel with `eps / sqrt(1 - b2^t)` computes the same.
+    PyTorch adds epsilon to the corrected root `sqrt(v / (1 - b2^t))`, as in Algorithm 1 of the paper (arXiv 1412.6980).
+    Keras uses the more efficient form from section 2 of the paper. PyTorch's kernel computes the same if its epsilon is
+    `eps / sqrt(1 - b2^t)`.
 
     Args:
         params: parameters or parameter groups.
         lr, betas, eps: as in `keras.optimizers.Adam`, with the same defaults.
-        weight_decay: decoupled (arXiv 1711.05101).
-        squares: source of the second moment of one embedding; None: `grad ** 2` for all parameters.
+        weight_decay: decoupled weight decay (arXiv 1711.05101).
+        squares: gives the second moment of one embedding. If None, all parameters use `grad ** 2`.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class KerasAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         squares: SquaresByOccurrence | None = None,
     ):
-        # `keras_steps` repeats the state's `step` as a Python number: reading a tensor on a GPU would synchronise.
+        # `keras_steps` is a copy of the state's `step` as a Python int: reading a tensor on a GPU would synchronise.
         # `fused` tells `load_state_dict` to put `step` on the parameter's device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True, "keras_steps": 0}
         super().__init__(params, defaults)
@@ -131,7 +132,7 @@ class KerasAdam(torch.optim.Optimizer):
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
         state["exp_avg_sq"].lerp_(squares, 1 - beta2)
-        root = torch.sqrt(state["exp_avg_sq"], out=squares)  # the squares are not needed any more
+        root = torch.sqrt(state["exp_avg_sq"], out=squares)  # reuses the memory of `squares`
         denominator = root.div_(correction2).add_(group["eps"] / correction2)
         parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
 
@@ -139,7 +140,7 @@ class KerasAdam(torch.optim.Optimizer):
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, squares: SquaresByOccurrence | None
 ) -> torch.optim.Optimizer:
-    """The optimizer of the settings, over all parameters of the model."""
+    """Build the optimizer from the settings, for all parameters of the model."""
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
     options |= {"eps": config.epsilon, "weight_decay": config.weight_decay}
     if config.name == "adamw":
@@ -152,11 +153,11 @@ def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) ->
 
     Args:
         step: number of steps before this one.
-        total_steps: steps of the whole training; linear and cosine end there.
+        total_steps: steps of the whole training; linear and cosine schedules end there.
 
     Returns:
-        Linear growth to 1 over `warmup_steps`. Then constant, or down to `final_ratio` at the last step (cosine: arXiv
-        1608.03983).
+        During the `warmup_steps`, the share grows linearly to 1. Then it stays at 1 (constant), or it falls to
+        `final_ratio` at the last step (linear; cosine: arXiv 1608.03983).
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)

@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, lines in a log file."""
+"""Shows the progress: as a bar in a terminal, as lines in a log file."""
 
 import sys
 import time
@@ -8,14 +8,14 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_only
 
 LOG_SECONDS = 30  # between lines in a log file
-BAR_SECONDS = 0.2  # between updates of the bar: reading a loss synchronises with the GPU
+BAR_SECONDS = 0.2  # between updates of the bar; each one waits for the GPU to read the loss
 
 
 class Progress(L.Callback):
-    """Shows epoch, step, loss, perplexity, tokens per second and time left. The bar needs 60 columns.
+    """Shows epoch, step, loss, perplexity, tokens per second and time left.
 
-    The bar needs the package rich. Without rich or without a terminal, prints a line every 30 s. After each validation,
-    prints its result.
+    The bar needs the package rich and 60 columns. Without rich or without a terminal, a line is printed every 30 s. The
+    result of each validation is also printed.
     """
 
     bar: Any = None
@@ -43,7 +43,7 @@ class Progress(L.Callback):
             f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         )
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        # The mean time of a step, with its share of the validations and of the texts.
+        # The mean time of a step includes the time of validations and generated texts.
         seconds = round((now - self.start) / (done - self.steps_before) * (total - done))
         left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
         if self.bar is not None:

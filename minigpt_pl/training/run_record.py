@@ -1,4 +1,4 @@
-"""The callback that keeps a run's record."""
+"""The callback that writes the record of a run."""
 
 import dataclasses
 import logging
@@ -22,11 +22,13 @@ PACKAGES = ("minigpt_pl", "torch", "lightning", "tokenizers", "datasets", "numpy
 
 
 class RunRecord(L.Callback):
-    """Writes config.yaml, tokenizer.json and run.json (`runs.py` describes them), and in the end loss.png.
+    """Writes config.yaml, tokenizer.json and run.json at the start, and loss.png at the end (see `runs.py`).
 
     Args:
         folder: the run folder.
-        overrides: settings of the command line, for a later resume.
+        config: the settings of the run.
+        overrides: settings given on the command line, for a later resume.
+        corpus: the text of the run.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, overrides: list[str], corpus: Corpus):

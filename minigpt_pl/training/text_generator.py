@@ -1,4 +1,4 @@
-"""Texts during the training, as the notebook's callback `TextGenerator` prints them."""
+"""Generates texts during the training, like the callback `TextGenerator` of the notebook."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ from minigpt_pl.tokenizer import END, UNKNOWN_ID
 
 
 class TextGenerator(L.Callback):
-    """Generates one text per prompt after each `every_n_epochs`.
+    """Generates one text per prompt after every `every_n_epochs` epochs.
 
     Prints the texts, appends them to `samples.jsonl` in the run folder, and sends them to loggers that accept text.
-    Sampling has random generators of its own, so the training is the same without it.
+    Sampling uses separate random generators, so it does not change the training.
 
     Raises:
-        InputError: a prompt has no known word, or the text has fewer words than `top_k`.
+        InputError: a prompt has no known word, or `top_k` is larger than the vocabulary.
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus):
@@ -38,18 +38,15 @@ class TextGenerator(L.Callback):
         if top_k is not None and top_k > words:
             if top_k != TextGeneratorConfig.top_k:
                 raise InputError(f"text_generator.top_k={top_k}: the text has only {words} words; lower it")
-            top_k = words  # the default must work with every text
-        self.controls: dict[str, Any] = {
-            "num_tokens": settings.num_tokens,
-            "temperature": settings.temperature,
-            "top_k": top_k,
-        }
+            top_k = words  # the default value must work with every text
+        self.controls: dict[str, Any] = {"num_tokens": settings.num_tokens, "temperature": settings.temperature}
+        self.controls["top_k"] = top_k
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.path = Path(trainer.default_root_dir, "samples.jsonl")
-        if self.path.exists():  # remove what a resumed run will write again
-            with self.path.open(encoding="utf-8") as file:  # splitlines() would split at U+0085 inside a text
+        if self.path.exists():  # remove the texts that a resumed run will write again
+            with self.path.open(encoding="utf-8") as file:  # splitlines() would also split at U+0085
                 lines = [line for line in file if json.loads(line)["step"] <= trainer.global_step]
             write_text(self.path, "".join(lines))
 
@@ -59,7 +56,7 @@ class TextGenerator(L.Callback):
         if epoch % self.every_n_epochs:
             return
         network = pl_module.model
-        for callback in trainer.callbacks:  # with `ema_decay`: the average, which is validated and saved
+        for callback in trainer.callbacks:  # use the averaged network if `ema_decay` is set
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 network = callback._average_model.module.model
         network.eval()
@@ -80,7 +77,7 @@ class TextGenerator(L.Callback):
 
 
 def _first_known_words(corpus: Corpus) -> str:
-    """The first three words in a row that are in the vocabulary; else the first one."""
+    """The first three known words in a row. If there are none, the first known word."""
     tokens = corpus.train.tokens[:10_000]
     known = (tokens != UNKNOWN_ID) & (tokens != corpus.tokenizer.token_to_id(END))
     three = known[:-2] & known[1:-1] & known[2:]

@@ -1,4 +1,4 @@
-"""The Trainer of the settings: callbacks, loggers, processes, precision."""
+"""Builds the Trainer from the settings: callbacks, loggers, processes, precision."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from minigpt_pl.training.callbacks import AtomicCheckpointIO, GracefulStop, Last
 from minigpt_pl.training.progress import Progress
 
 log = logging.getLogger(__name__)
-# Settings that `L.Trainer` takes as they are.
+# `L.Trainer` accepts these settings without a change.
 UNCHANGED = (
     *("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "check_val_every_n_epoch", "val_check_interval"),
     *("limit_train_batches", "profiler", "deterministic", "detect_anomaly"),
@@ -30,17 +30,18 @@ UNCHANGED = (
 def build_trainer(
     config: TrainConfig, folder: Path, datamodule: TextDataModule, callbacks: list[L.Callback], resume_from: Path | None
 ) -> L.Trainer:
-    """The Trainer of the settings.
+    """Build the Trainer from the settings.
 
     Args:
         folder: the run folder.
-        callbacks: more callbacks than those of the settings.
-        resume_from: the checkpoint of a resumed run. metrics.csv keeps its lines up to that step.
+        datamodule: the text, after `setup`.
+        callbacks: additional callbacks.
+        resume_from: the checkpoint of a resumed run. metrics.csv keeps its rows up to the step of the checkpoint.
     """
     settings = config.trainer
     validates = datamodule.has_validation and settings.limit_val_batches != 0
     if not validates:
-        log.info("There is no validation, and so no val/loss.")
+        log.info("This run has no validation, so val/loss is not computed.")
     last_checkpoint = LastCheckpoint(folder / "checkpoints" / "last.ckpt")
     callbacks = [*callbacks, Throughput(), lightning_callbacks.LearningRateMonitor(logging_interval="step")]
     if validates:
@@ -54,8 +55,13 @@ def build_trainer(
         callbacks.append(lightning_callbacks.EMAWeightAveraging(decay=settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(Progress())
-    # In this order: StopAtNaN checks what the average has put into a checkpoint, and GracefulStop saves the average.
-    callbacks += [StopAtNaN(), GracefulStop(last_checkpoint, settings.max_steps, _seconds(settings.max_time))]
+    max_time = None
+    if settings.max_time is not None:
+        days, hours, minutes, seconds = map(int, settings.max_time.split(":"))
+        max_time = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    # Both come after EMAWeightAveraging: it updates the average before GracefulStop saves, and it puts the average into
+    # the checkpoint before StopAtNaN checks the weights.
+    callbacks += [StopAtNaN(), GracefulStop(last_checkpoint, settings.max_steps, max_time)]
     return L.Trainer(
         **processes(settings),
         precision=precision(settings.precision, settings.accelerator),
@@ -63,9 +69,9 @@ def build_trainer(
         limit_val_batches=settings.limit_val_batches if validates else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=min(settings.log_every_n_steps, batches_per_epoch(config, datamodule)),
-        enable_progress_bar=False,  # our own shows the numbers in full
+        enable_progress_bar=False,  # our callback Progress replaces it
         enable_model_summary=False,
-        use_distributed_sampler=False,  # our loader gives each process its part
+        use_distributed_sampler=False,  # BatchLoader gives each process its part
         default_root_dir=folder,
         callbacks=[*callbacks, last_checkpoint],
         logger=_build_loggers(config, folder, resume_from) if is_first_process() else True,
@@ -73,20 +79,13 @@ def build_trainer(
     )
 
 
-def _seconds(max_time: str | None) -> float | None:
-    if max_time is None:
-        return None
-    days, hours, minutes, seconds = map(int, max_time.split(":"))
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
 def is_first_process() -> bool:
-    """Whether this process has rank 0: the one that writes files."""
+    """Whether this is the process with rank 0. Only this process writes files."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def processes(settings: TrainerConfig) -> dict[str, Any]:
-    """Hardware, devices, nodes and strategy for `L.Trainer`. Under torchrun its numbers win."""
+    """Accelerator, devices, nodes and strategy for `L.Trainer`. Under torchrun, its numbers are used."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
     local_processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
@@ -96,14 +95,14 @@ def processes(settings: TrainerConfig) -> dict[str, Any]:
 
 
 def batches_per_epoch(config: TrainConfig, datamodule: TextDataModule) -> int:
-    """Batches of one epoch with these settings."""
-    started = processes(config.trainer)
-    world_size = started["devices"] * started["num_nodes"]
+    """Number of batches in one epoch with these settings."""
+    process_options = processes(config.trainer)
+    world_size = process_options["devices"] * process_options["num_nodes"]
     return datamodule.batches_per_epoch(world_size, config.trainer.limit_train_batches)
 
 
 def precision(wanted: str, accelerator: str) -> Any:
-    """The precision for `L.Trainer`. `auto`: bf16-mixed if the hardware has bf16 matrix units, else 32-true."""
+    """The precision for `L.Trainer`. `auto` means bf16-mixed if the hardware has bf16 matrix units, else 32-true."""
     if wanted != "auto":
         return wanted
     if accelerator != "cpu" and torch.cuda.is_available():
@@ -117,7 +116,7 @@ def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) 
     earlier_rows = [] if resume_from is None else loss_curve.read_metrics(folder)
     steps_done = 0 if resume_from is None else read_checkpoint(resume_from)["global_step"]
     csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    for row in earlier_rows:  # the logger starts an empty file
+    for row in earlier_rows:  # the logger starts with an empty file, so write the old rows again
         step = int(row.pop("step"))
         if step < steps_done:
             csv_logger.experiment.log_metrics(row, step)
