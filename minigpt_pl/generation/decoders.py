@@ -36,9 +36,9 @@ class OneBlockDecoder:
         self.embedding, self.positions = network.token_embedding.weight, network.position_embedding.weight
         self.size, width = self.positions.shape  # W, D
         prompts = [prompt[-self.size :] for prompt in prompts]
-        self.shortest = min(map(len, prompts))
+        self.shortest, self.longest = min(map(len, prompts)), max(map(len, prompts))
         self.slots = torch.arange(self.size, device=self.embedding.device)  # (W,), the slots of a window
-        self.lengths = self.slots.new_tensor([len(prompt) for prompt in prompts])  # (B,)
+        self.lengths = self.slots.new_tensor([len(prompt) for prompt in prompts])  # (B,), used until all are equal
         ids = self.slots.new_tensor([[0] * (self.size - len(prompt)) + [*prompt] for prompt in prompts])  # (B, W)
         self.end = self.size
         self.tokens = self.embedding.new_zeros(len(prompts), self.size + SPARE_SLOTS, width)
@@ -51,9 +51,9 @@ class OneBlockDecoder:
             self.end = self.size
         self.tokens[:, self.end] = F.embedding(ids, self.embedding)
         self.end += 1
-        if self.shortest < self.size:
+        if self.shortest < self.longest:
             self.lengths = (self.lengths + 1).clamp(max=self.size)
-            self.shortest += 1
+        self.shortest, self.longest = min(self.shortest + 1, self.size), min(self.longest + 1, self.size)
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the texts of these rows, in this order."""
@@ -61,26 +61,31 @@ class OneBlockDecoder:
 
     def last_hidden(self) -> Tensor:
         """Hidden state of the last token of each text (B, D): `MiniGPT.hidden_states(...)[:, -1]` up to rounding."""
-        window = self.tokens[:, self.end - self.size : self.end]  # (B, W, D)
-        is_full = self.shortest == self.size
-        x = window[:, -1] + (self.positions[-1] if is_full else F.embedding(self.lengths - 1, self.positions))  # (B, D)
+        length, width = self.longest, self.tokens.shape[2]  # L, D
+        window = self.tokens[:, self.end - length : self.end]  # (B, L, D)
+        is_equal = self.shortest == self.longest
+        positions = self.positions[length - 1] if is_equal else F.embedding(self.lengths - 1, self.positions)
+        x = window[:, -1] + positions  # (B, D)
         query = self.attention.query(x).view(len(x), self.num_heads, -1)  # (B, H, D + W)
-        query, by_position = query.split((window.shape[2], self.size), dim=2)  # (B, H, D), (B, H, W)
-        if not is_full:
-            # Slot s holds position s - (W - length), which is s + length modulo W. Slots before position 0 are empty.
-            empty = (self.slots < self.size - self.lengths[:, None])[:, None]  # (B, 1, W)
+        query, by_position = query[..., :width], query[..., width : width + length]  # (B, H, D), (B, H, L)
+        if not is_equal:
+            # Slot s holds position s - (L - own length), which is s + own length modulo L. Earlier slots are empty.
+            empty = (self.slots[:length] < length - self.lengths[:, None])[:, None]  # (B, 1, L)
             by_position = self._roll(by_position, self.lengths).masked_fill_(empty, -math.inf)
-        scores = torch.baddbmm(by_position, query, window.mT)  # (B, H, W) + (B, H, D) @ (B, D, W)
+        scores = torch.baddbmm(by_position, query, window.mT)  # (B, H, L) + (B, H, D) @ (B, D, L)
         weights = scores.softmax(dim=-1)
-        mixed = weights @ window  # (B, H, W) @ (B, W, D)
-        if not is_full:
+        mixed = weights @ window  # (B, H, L) @ (B, L, D)
+        if not is_equal:
             weights = self._roll(weights, -self.lengths)
+        if length < self.size:
+            weights = F.pad(weights, (0, self.size - length))  # (B, H, W)
         mixed = torch.cat([mixed, weights], dim=2)  # (B, H, D + W)
         return self.block.after_attention(x, self.attention.value(mixed.flatten(1)))
 
     def _roll(self, x: Tensor, shifts: Tensor) -> Tensor:
-        """Roll each row to the left, by its own number of slots: (B, H, W), (B,) -> (B, H, W)."""
-        return x.gather(2, ((self.slots + shifts[:, None]) % self.size)[:, None].expand_as(x))
+        """Roll each row to the left, by its own number of slots: (B, H, L), (B,) -> (B, H, L)."""
+        length = x.shape[2]
+        return x.gather(2, ((self.slots[:length] + shifts[:, None]) % length)[:, None].expand_as(x))
 
 
 class KVCacheDecoder:

@@ -85,8 +85,10 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
     for word, ids in banned.items():
         if len(ids) == 1 and ids[0] in forced_ids.values():
             problems.append(f"banned_words={[word]}: forced_words has it too; leave it out of one of them")
-    # A network trained without [END] would generate it at random.
-    never_generated = [PADDING_ID, UNKNOWN_ID] + ([] if model.end_id is not None else [tokenizer.get_vocab()[END]])
+    never_generated = [PADDING_ID, UNKNOWN_ID]
+    end_id = tokenizer.token_to_id(END)
+    if model.end_id is None and end_id is not None:  # a network trained without [END] would generate it at random
+        never_generated.append(end_id)
     try:
         controls = Controls(
             **{name: getattr(given, name) for name in NUMBER_CONTROLS},

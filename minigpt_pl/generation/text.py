@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from minigpt_pl.config import NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
-from minigpt_pl.generation.engine import stream_ids
+from minigpt_pl.generation.engine import generate_ids, stream_ids
 from minigpt_pl.generation.prompts import controls_on_ids, encode_prompts, unknown_words
 from minigpt_pl.text_model import TextModel
 
@@ -99,8 +99,13 @@ def generate_texts(
     Sample i of each prompt has the random seed `seed + i`. Other arguments and errors: `generate_text`.
     """
     controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
-    records = stream_records(model, prompts, seed, num_samples, with_probabilities=False, **controls)
-    texts = [record.text for record in records]
+    on_ids, records, all_ids = _prepare(model, prompts, seed, num_samples, controls)
+    texts: list[str] = []
+    for start in range(0, len(records), BATCH_TEXTS):  # decoding whole texts is faster than decoding each token
+        batch, ids = records[start : start + BATCH_TEXTS], all_ids[start : start + BATCH_TEXTS]
+        all_new_ids = generate_ids(model.prepared, ids, on_ids, [record.seed for record in batch])
+        for record, new_ids in zip(batch, all_new_ids, strict=True):
+            texts.append(record.prompt.rstrip() + decode_continuation(model.tokenizer, new_ids))
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
 
