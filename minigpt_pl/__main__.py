@@ -19,8 +19,9 @@ def main() -> None:
             print(importlib.import_module(f"minigpt_pl.{command}").__doc__)  # one line
         print("\nEach command has --help, which lists its settings.")
     else:
-        command = arguments[0] if arguments[0] in COMMANDS else "train"
-        print(f"error: {arguments[0]}: is not an option; write python -m minigpt_pl.{command}", file=sys.stderr)
+        word, choices = arguments[0], ", ".join(COMMANDS)
+        remedy = f"write python -m minigpt_pl.{word}" if word in COMMANDS else f"no such command; choose from {choices}"
+        print(f"error: {word}: {remedy}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -120,7 +120,7 @@ class OptimizerConfig:
     name: str = setting(
         "keras_adam", "keras_adam: Adam of Keras; adamw: AdamW of PyTorch (fused)", choices=("keras_adam", "adamw")
     )
-    learning_rate: float = setting(1e-3, "step size, before the schedule", above=0)
+    learning_rate: float = setting(1e-3, "step size, before the schedule", above=0, maximum=1000)
     beta1: float = setting(0.9, "decay of the first moment", minimum=0, below=1)
     beta2: float = setting(0.999, "decay of the second moment", minimum=0, below=1)
     epsilon: float = setting(1e-7, "added to the root of the second moment", above=0)
@@ -441,7 +441,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])\d+:\d\d:\d\d:\d\d", trainer.max_time):
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if trainer.limit_val_batches == 0:
-        no_validation = ("check_val_every_n_epoch", "val_check_interval")
+        no_validation = ("check_val_every_n_epoch", "val_check_interval", "patience")
         yield from without_effect(trainer, no_validation, "trainer.", "trainer.limit_val_batches=0")
     texts = config.text_generator
     if texts.every_n_epochs == 0:
@@ -484,7 +484,7 @@ def _explore_problems(config: ExploreConfig) -> Iterator[str]:
 def _convert_problems(config: ConvertConfig) -> Iterator[str]:
     yield from _run_name_problems(config.run_name)
     if (config.from_keras is None) == (config.to_keras is None):
-        yield "from_keras=null: give from_keras=FILE to import a model, or to_keras=FILE to export one"
+        yield f"from_keras={config.from_keras}: give from_keras=FILE to import, or to_keras=FILE to export"
     if config.from_keras is not None:
         if config.vocabulary is None:
             yield "vocabulary=null: from_keras needs it; save vectorize_layer.get_vocabulary(), one word per line"

@@ -65,6 +65,7 @@ def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
         return arguments
     os.environ[_RESUME_CHECKPOINT] = str(checkpoint)
     before = runs.read_record(checkpoint.parent.parent).get("overrides", [])
+    before = [override for override in before if _name(override) != "run_name"]  # the folder may have a new name
     given = {_name(argument) for argument in arguments}
     return [override for override in before if _name(override) not in given] + arguments
 

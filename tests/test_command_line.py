@@ -372,9 +372,14 @@ class TestHelp:
         for flag in ("-h", "--help"):
             assert run_main("__main__", flag, cwd=tmp_path).stdout == done.stdout
         assert run_main("__main__", "--version", cwd=tmp_path).stdout == version("minigpt_pl") + "\n"
-        assert_refused(
-            run_main("__main__", "train", cwd=tmp_path), "train: is not an option; write python -m minigpt_pl.train"
-        )
+        assert_refused(run_main("__main__", "train", cwd=tmp_path), "train: write python -m minigpt_pl.train")
+
+
+def test_resume_of_a_renamed_run(trained, tmp_path):
+    shutil.copytree(trained / "outputs" / "tiny", tmp_path / "outputs" / "renamed")  # recorded with run_name=tiny
+    done = run_main("train", "resume=renamed", "trainer.max_epochs=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "outputs" / "renamed" / "run.json").read_text())["epochs"] == 3
 
 
 def test_resume_uses_the_settings_of_the_run(trained, tmp_path):

@@ -80,6 +80,7 @@ def test_these_need_no_second_setting(override):
         ("model.dropout=1.0", "model.dropout=1.0: must be at least 0 and below 1"),
         ("model.dropout=nan", "model.dropout=nan: must be a finite number"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0: must be above 0"),
+        ("optimizer.learning_rate=1e40", "optimizer.learning_rate=1e.40: must be above 0 and at most 1000"),
         ("schedule.name=step", "schedule.name=step: must be one of constant, linear, cosine"),
         ("data.cut=chop", "data.cut=chop: must be one of truncate, pack"),
         ("output_dir=''", "output_dir=: must not be empty"),
@@ -105,8 +106,13 @@ CONFLICTS = [
     ("train", ["find_learning_rate=true", "run_name=a", "resume=b"], ["run_name=a", "resume=b"]),
     (
         "train",
-        ["trainer.limit_val_batches=0", "trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=9"],
-        ["trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=9"],
+        ["trainer.limit_val_batches=0", "trainer.check_val_every_n_epoch=2", "trainer.patience=3"],
+        ["trainer.check_val_every_n_epoch=2", "trainer.patience=3"],
+    ),
+    (
+        "train",
+        ["trainer.limit_val_batches=0", "trainer.val_check_interval=9"],
+        ["trainer.val_check_interval=9"],
     ),
     (
         "train",
@@ -142,7 +148,7 @@ def test_settings_without_effect_are_refused(command, overrides, refused):
         ("sample", ["compare={seed: [1, 2]}"], "compare={'seed': [1, 2]}: cannot compare seed; choose from"),
         ("explore", ["compare=[a]"], "compare=['a']: give two runs or more"),
         ("explore", ["compare=[a,b]", "run=c"], "run=c: compare= already names runs; leave one of them out"),
-        ("convert", [], "from_keras=null: give from_keras=FILE to import a model, or to_keras=FILE"),
+        ("convert", [], "from_keras=None: give from_keras=FILE to import, or to_keras=FILE"),
         ("convert", ["from_keras=a"], "vocabulary=null: from_keras needs it"),
         ("convert", ["to_keras=a.h5"], "to_keras=a.h5: must end in .weights.h5"),
         *(

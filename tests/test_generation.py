@@ -353,7 +353,7 @@ class TestText:
             generate_text(model, **({"prompt": "the", "top_k": 5} | given))
 
     def test_a_path_is_no_model(self):
-        with pytest.raises(InputError, match=r"model='outputs/tiny': must be the result of minigpt_pl.load\(RUN\)"):
+        with pytest.raises(InputError, match=r"model='outputs/tiny': must be a TextModel"):
             generate_text("outputs/tiny", "the")
 
     def test_numbers_of_numpy(self, model):

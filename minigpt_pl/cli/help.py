@@ -30,8 +30,9 @@ def print_help(composed: DictConfig) -> None:
     for name, value, field in each_setting(composed):
         print(f"  {name}={value if isinstance(value, str) else json.dumps(value)}")
         if field is not None:
-            choices = field.metadata["choices"]
-            print(f"      {field.metadata['doc']}{'; one of ' + ', '.join(choices) if choices else ''}")
+            doc, choices = field.metadata["doc"], field.metadata["choices"]
+            is_listed = all(choice in doc for choice in choices)
+            print(f"      {doc}" if is_listed else f"      {doc}; one of {', '.join(choices)}")
     print(_FLAGS)
 
 

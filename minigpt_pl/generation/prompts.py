@@ -34,11 +34,11 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
         ids = _encode(tokenizer, prompt) if isinstance(prompt, str) else None
         if ids is None:
             reason = "is not Unicode text; give it in UTF-8" if isinstance(prompt, str) else "must be a text; quote it"
-            problems.append(f"{setting}={prompt!r}: {reason}")
+            problems.append(f"{setting}={prompt!r:.200}: {reason}")
         elif not ids:
-            problems.append(f"{setting}={prompt!r}: has no words; give the start of a text")
+            problems.append(f"{setting}={prompt!r:.200}: has no words; give the start of a text")
         elif set(ids) == {UNKNOWN_ID}:
-            problems.append(f"{setting}={prompt!r}: the model knows none of its words; use more common words")
+            problems.append(f"{setting}={prompt!r:.200}: the model knows none of its words; use more common words")
         else:
             all_ids.append(ids)
     if problems:

@@ -164,7 +164,8 @@ def _prepare(
 ) -> tuple[Controls, list[Record], list[list[int]]]:
     """Check everything. Returns the controls on ids, and for each text an empty record and the ids of its prompt."""
     if not isinstance(model, TextModel):
-        raise InputError(f"model={model!r:.60}: must be the result of minigpt_pl.load(RUN)")
+        text = " ".join(repr(model).split())
+        raise InputError(f"model={text:.60}: must be a TextModel, such as the result of minigpt_pl.load(RUN)")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     problems: list[str] = []
     try:
@@ -183,7 +184,8 @@ def _prepare(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
         problems.append(f"seed={seed!r}: must be a whole number")
     elif seed is not None and not 0 <= seed <= largest_seed:
-        problems.append(f"seed={seed}: must be 0 to {largest_seed}, because each of num_samples={num_samples} adds 1")
+        reason = f", because each of num_samples={num_samples} adds 1" if num_samples > 1 else ""
+        problems.append(f"seed={seed}: must be 0 to {largest_seed}{reason}")
     if problems:
         raise InputError(*problems)
     first_seed = secrets.randbelow(largest_seed + 1) if seed is None else int(seed)
