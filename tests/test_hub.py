@@ -144,7 +144,7 @@ def hub(story, monkeypatch, tmp_path):
 
 
 def train_in_a_terminal(cwd: Path, environment: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """`python -m minigpt_pl.train`, with standard error in a terminal. Returns the exit code and what it printed."""
+    """`python -m minigpt_pl.train`, with standard error in a terminal. Returns the exit code and the output."""
     terminal, other_end = pty.openpty()
     termios.tcsetwinsize(terminal, (50, 200))
     command = [sys.executable, "-m", "minigpt_pl.train", *arguments]
