@@ -1,5 +1,7 @@
-"""Checkpoints: find the file that a user means, and read it."""
+"""Checkpoints: find the file that a user means, check that it is not damaged, and read it."""
 
+import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,18 @@ from minigpt_pl import runs
 from minigpt_pl.errors import InputError
 from minigpt_pl.model import MiniGPT
 
+log = logging.getLogger(__name__)
 
-def find_checkpoint(path: str | Path, output_dir: Path | None = None, last: bool = False, setting: str = "run") -> Path:
-    """Find the checkpoint of a path. A run folder gives its best checkpoint, else its last.
+
+class DamagedError(InputError):
+    """The contents of a checkpoint are damaged."""
+
+
+def find_checkpoint(path: str | Path, output_dir: Path | None = None, setting: str = "run") -> Path:
+    """Find the checkpoint of a path. A run folder gives its best checkpoint, else its newest.
 
     Args:
         path: a checkpoint, a run folder, or the name of a run in `output_dir`.
-        last: always take the last checkpoint of a run folder.
         setting: name of the setting, for the error message.
 
     Raises:
@@ -25,9 +32,8 @@ def find_checkpoint(path: str | Path, output_dir: Path | None = None, last: bool
     for place in places:
         if place.is_file():
             return place
-        for name in ("last.ckpt",) if last else ("best.ckpt", "last.ckpt"):
-            if (place / "checkpoints" / name).is_file():
-                return place / "checkpoints" / name
+        if found := runs.checkpoints_of(place):
+            return found[-1] if found[-1].name == "best.ckpt" else found[0]
     reason = "holds no checkpoint" if any(place.is_dir() for place in places) else "no such run folder or checkpoint"
     raise InputError(f"{setting}={path}: {reason}; give the folder of a trained run, or the path of a checkpoint")
 
@@ -40,33 +46,67 @@ def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
     """
     if run is not None:
         return find_checkpoint(run, output_dir)
-    finished = runs.runs_by_status(output_dir, "finished")
+    finished = [folder for folder in runs.runs_by_status(output_dir, "finished") if runs.checkpoints_of(folder)]
     if not finished:
         raise InputError(f"output_dir={output_dir}: holds no finished run; train one, or give run=FOLDER")
     return find_checkpoint(finished[0])
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the contents of a checkpoint, on the CPU and memory-mapped.
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is not damaged; None if the run has no checkpoint yet.
+
+    If a newer one is damaged, it is renamed to NAME.damaged, with a warning.
 
     Raises:
-        InputError: the file is damaged, or not a checkpoint of this project.
+        InputError: all checkpoints are damaged. Nothing is renamed.
+    """
+    damaged: dict[Path, str] = {}
+    for path in runs.checkpoints_of(folder):
+        try:
+            read_checkpoint(path)
+        except DamagedError as error:
+            damaged[path] = str(error)
+            continue
+        for other, problem in damaged.items():
+            log.warning("%s. It is kept as %s.damaged, and %s is used.", problem, other.name, path.name)
+            other.replace(other.with_name(f"{other.name}.damaged"))
+        return path
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise InputError(f"{folder}: all its checkpoints are damaged (tried {names}); restore one, or start a new run")
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read the contents of a checkpoint, on the CPU and memory-mapped, after a test of all checksums in the file.
+
+    Raises:
+        InputError: the file cannot be read.
+        DamagedError: the file is damaged, or not a checkpoint of this project.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            if (record := file.testzip()) is not None:  # PyTorch does not compare the checksums
+                raise zipfile.BadZipFile(f"wrong checksum of {record}")
         contents: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise InputError(f"checkpoint={path}: cannot be read ({error.strerror}); give another checkpoint") from error
     except Exception as error:  # zip, pickle or runtime errors, depending on the damage
-        reason = str(error).splitlines()[0][:120]
-        raise InputError(f"checkpoint={path}: cannot be read ({reason}); it is damaged, or not a checkpoint") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        remedy = "it is damaged, or not a checkpoint; give another one"
+        raise DamagedError(f"checkpoint={path}: cannot be read ({reason}); {remedy}") from error
     settings = contents.get("hyper_parameters") if isinstance(contents, dict) else None
     if isinstance(contents, dict) and isinstance(settings, dict) and isinstance(settings.get("model"), dict):
         return contents
-    raise InputError(f"checkpoint={path}: not a checkpoint of minigpt_pl; give one from a run folder")
+    raise DamagedError(f"checkpoint={path}: not a checkpoint of minigpt_pl; give one from a run folder")
 
 
-def load_network(path: Path) -> tuple[MiniGPT, int | None]:
-    """Load the network of a checkpoint, and the id of its end token; None if it was trained without one.
+def load_network(path: Path) -> tuple[MiniGPT, int | None, str | None]:
+    """Load the network of a checkpoint. The optimizer state is not loaded.
 
-    Only the weights are read from disk, not the optimizer state.
+    Returns:
+        The network; the id of its end token, None if it was trained without one; and the fingerprint of its tokenizer,
+        None in checkpoints of older versions.
 
     Raises:
         InputError: the file is damaged, or not a checkpoint of this project.
@@ -77,4 +117,5 @@ def load_network(path: Path) -> tuple[MiniGPT, int | None]:
         network.load_state_dict({name.removeprefix("model."): w for name, w in contents["state_dict"].items()})
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(f"checkpoint={path}: not a checkpoint of minigpt_pl; give one from a run folder") from error
-    return network, contents["hyper_parameters"].get("end_id")
+    fingerprint = contents.get("TextDataModule", {}).get("tokenizer")
+    return network, contents["hyper_parameters"].get("end_id"), fingerprint

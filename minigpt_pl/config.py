@@ -175,6 +175,16 @@ class TrainerConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When checkpoints are saved, besides after each epoch and before the training stops."""
+
+    every_n_steps: int | None = setting(None, "also save after this many optimizer steps", minimum=1)
+    every_minutes: float | None = setting(5.0, "also save after this many minutes; null means never", above=0)
+    keep: int = setting(2, "number of newest checkpoints to keep, besides best.ckpt", minimum=1)
+    max_failures: int = setting(3, "stop after this many checkpoints in a row that cannot be written", minimum=1)
+
+
+@dataclass
 class LoggerConfig:
     """An additional logger; metrics.csv is always written."""
 
@@ -267,6 +277,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     text_generator: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
 

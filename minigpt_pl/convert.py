@@ -10,8 +10,8 @@ from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import ConvertConfig, TrainConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_text
-from minigpt_pl.tokenizer import END, PADDING, UNKNOWN, build_tokenizer, list_vocabulary, split_words
+from minigpt_pl.files import atomic_write, write_text
+from minigpt_pl.tokenizer import END, PADDING, UNKNOWN, build_tokenizer, fingerprint, list_vocabulary, split_words
 
 log = logging.getLogger(__name__)
 
@@ -79,17 +79,17 @@ def _import(config: ConvertConfig, source: Path, vocabulary: Path) -> Path:
     # `train resume=` continues with these overrides: the notebook's training, with the sizes of this model.
     overrides = ["experiment=keras", *(f"model.{name}={value}" for name, value in model.arguments.items())]
     settings = app.to_settings(app.compose("train", overrides))
-    folder = runs.make_run_folder(output_dir, config.run_name, "keras")
-    build_tokenizer(words).save(str(folder / "tokenizer.json"))
-    _save_checkpoint(folder / runs.LAST, settings, model.state_dict)
+    folder = runs.make_run_folder(output_dir, config.run_name, "keras", command=sys.argv, overrides=overrides)
+    tokenizer = build_tokenizer(words)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _save_checkpoint(folder / "checkpoints" / "last.ckpt", settings, model.state_dict, fingerprint(tokenizer))
     write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
-    record = {"status": "finished", "overrides": overrides, "command": sys.argv, "epochs": 0, "steps": 0}
-    runs.update_record(folder, **record, **{runs.IMPORTED_FROM: str(source)})
+    runs.update_record(folder, status="finished", epochs=0, steps=0, **{runs.IMPORTED_FROM: str(source)})
     log.info("Run: %s (%s)", folder, ", ".join(f"{name} {value}" for name, value in model.arguments.items()))
     return folder
 
 
-def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any]) -> None:
+def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any], tokenizer: str) -> None:
     """Write the parts of a Lightning checkpoint that `Trainer.fit(ckpt_path=...)` needs to start with these weights."""
     import lightning
     import torch
@@ -108,9 +108,11 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any])
     module.model.load_state_dict(weights)
     contents = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__}
     # Lightning needs these two. With empty lists a resumed run uses the learning rate of its own settings.
-    contents |= {"optimizer_states": [], "lr_schedulers": []}
+    contents |= {"optimizer_states": [], "lr_schedulers": [], "TextDataModule": {"tokenizer": tokenizer}}
+    contents |= {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     path.parent.mkdir()
-    torch.save(contents | {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
+    with atomic_write(path) as temporary:
+        torch.save(contents, temporary)
 
 
 def _export(config: ConvertConfig, target: Path, vocabulary: Path | None) -> Path:

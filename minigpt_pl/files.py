@@ -1,5 +1,6 @@
-"""Atomic writes: a reader sees the old file or the new one, never a part of it."""
+"""Files that a crash cannot damage: atomic writes, and files that only grow."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,32 +10,42 @@ from typing import Any
 
 from minigpt_pl.errors import InputError
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file or a folder atomically.
 
     Yields a temporary path in the same folder, for the caller to write. Afterwards this file is flushed to disk and
-    renamed to `path`. After an exception it is removed, and `path` is unchanged.
+    renamed to `path`. After an exception it is removed, and `path` is unchanged. A killed process leaves it behind, for
+    `remove_temporaries`.
 
     Example:
         >>> with atomic_write(Path("model.pt")) as temporary:
         ...     torch.save(weights, temporary)
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove(temporary)  # left by a killed process with the same process id
     try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
-            _flush(written)
+            flush(written)
         temporary.replace(path)
     except BaseException:
         _remove(temporary)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left of their atomic writes into this folder."""
+    for temporary in folder.glob(".*.tmp"):
+        _remove(temporary)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -71,3 +82,58 @@ def make_folder(path: Path, setting: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{setting}={path}: cannot be created ({error.strerror}); give another folder") from error
+
+
+class GrowingFile:
+    """A UTF-8 text file that only grows. Checkpoints hold its state, and a resumed run cuts it there.
+
+    Nothing is lost if the disk is full: the text waits in memory, and the next write tries again.
+
+    Args:
+        state: `state()` of an earlier process; None for a new file.
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any] | None = None):
+        self.path = path
+        state = state or {"size": 0, "waiting": ""}
+        self.size: int = state["size"]
+        present = path.stat().st_size if path.exists() else 0
+        if present < self.size:
+            log.warning("%s: its last lines are lost. It has %s bytes, but had %s.", path, present, self.size)
+            self.size = len("".join(complete_lines(path)).encode()) if present else 0
+        self._waiting = b""
+        self.append(state["waiting"])
+
+    def append(self, text: str) -> None:
+        """Write the text at the end of the file.
+
+        Raises:
+            InputError: its folder does not exist any more.
+        """
+        if not self.path.parent.is_dir():
+            raise InputError(f"{self.path.parent}: the folder was removed during the training; start a new run")
+        self._waiting += text.encode()
+        try:
+            with self.path.open("r+b" if self.path.exists() else "xb") as file:
+                file.truncate(self.size)  # removes what an earlier process or a failed write has left
+                file.seek(self.size)
+                file.write(self._waiting)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s). The next write will try again.", self.path, error.strerror)
+        else:
+            self.size += len(self._waiting)
+            self._waiting = b""
+
+    def state(self) -> dict[str, Any]:
+        """Flush the file to the disk, and return its size and the text that is not yet written."""
+        if self.path.exists():
+            flush(self.path)
+        return {"size": self.size, "waiting": self._waiting.decode()}
+
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, with their newlines. A crash can leave an incomplete last line, which is left out."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        log.warning("%s: its last line is incomplete, and is left out.", path)
+    return [line.decode() + "\n" for line in lines]

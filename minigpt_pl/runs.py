@@ -4,12 +4,13 @@ outputs/<run name>/
     run.json         the record: status, command, source of the text, versions.
     config.yaml      all settings.
     tokenizer.json   the vocabulary.
-    checkpoints/     best.ckpt, last.ckpt (see `minigpt_pl.checkpoints`)
+    checkpoints/     last.ckpt: the newest; step-00000391.ckpt: an older one; best.ckpt: the lowest val/loss.
     metrics.csv  samples.jsonl  loss.png
     evaluation.json  evaluation.png  explore/
 """
 
 import json
+import logging
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -20,19 +21,20 @@ from filelock import FileLock, Timeout
 
 from minigpt_pl.config import DataConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import make_folder, write_text
+from minigpt_pl.files import atomic_write, make_folder, write_text
+
+log = logging.getLogger(__name__)
 
 RECORD = "run.json"
-LAST = Path("checkpoints", "last.ckpt")
 IMPORTED_FROM = "imported_from"  # key in the record of a run that `convert` made: the Keras file
 
 
-def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, begin_again: bool = False) -> Path:
-    """Create the folder of a new run.
+def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, **record: Any) -> Path:
+    """Create the folder of a new run, with its record.
 
     Args:
         run_name: its name; None for `<prefix>-001` or the next free number.
-        begin_again: accept an existing folder without a checkpoint. Its run ended before the first checkpoint.
+        record: first values of the record.
 
     Raises:
         InputError: a run of that name exists, or the folder cannot be created.
@@ -42,21 +44,28 @@ def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, begin_a
     while True:
         folder = output_dir / (run_name or f"{prefix}-{number:03d}")
         try:
-            folder.mkdir()  # atomic: if two runs start at the same time, only one succeeds
+            with atomic_write(folder) as temporary:  # if two runs start at the same time, only one succeeds
+                temporary.mkdir()
+                update_record(temporary, **record)
             return folder
-        except FileExistsError:
-            if run_name is None:
-                number += 1
-            elif begin_again and folder.is_dir() and not (folder / LAST).exists():
-                return folder
-            else:
+        except OSError as error:
+            if not folder.exists():
+                raise InputError(
+                    f"run_name={folder.name}: cannot create {folder} ({error.strerror}); choose another name or"
+                    " output_dir"
+                ) from error
+            if run_name is not None:
                 raise InputError(
                     f"run_name={run_name}: {folder} exists; add resume=auto to continue it, or choose another name"
-                ) from None
-        except OSError as error:
-            raise InputError(
-                f"run_name={folder.name}: cannot create {folder} ({error.strerror}); choose another name or output_dir"
-            ) from error
+                ) from error
+            number += 1
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run: the newest first, best.ckpt last."""
+    older = sorted(folder.glob("checkpoints/step-*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    named = [folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
+    return [path for path in (named[0], *older, named[1]) if path.is_file()]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -131,19 +140,14 @@ def lock(folder: Path) -> FileLock:
     return file_lock
 
 
-def newest_unfinished_run(output_dir: Path) -> Path | None:
-    """The newest run that has a checkpoint, is not finished and is not in training; None if there is none."""
-    for folder in runs_by_status(output_dir, "interrupted", "failed", "running"):
-        try:
-            lock(folder).release()
-        except InputError:
-            continue
-        return folder
-    return None
-
-
 def runs_by_status(output_dir: Path, *statuses: str) -> list[Path]:
-    """Runs with one of these statuses and a last.ckpt. The run with the newest record is the first."""
-    records = {path.parent: read_record(path.parent) for path in output_dir.glob(f"*/{RECORD}")}
-    found = [path for path, record in records.items() if record.get("status") in statuses and (path / LAST).is_file()]
-    return sorted(found, key=lambda path: float(records[path]["updated"]), reverse=True)
+    """Runs with one of these statuses. The run with the newest record is the first."""
+    updated = {}
+    for path in output_dir.glob(f"*/{RECORD}"):
+        try:
+            record = read_record(path.parent)
+            if record.get("status") in statuses:
+                updated[path.parent] = float(record["updated"])
+        except (InputError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s: left out, because its %s is damaged (%s)", path.parent, RECORD, error)
+    return sorted(updated, key=updated.__getitem__, reverse=True)

@@ -9,7 +9,7 @@ from minigpt_pl.checkpoints import find_checkpoint, load_network
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.inference import InferenceModel
 from minigpt_pl.model import MiniGPT
-from minigpt_pl.tokenizer import load_tokenizer
+from minigpt_pl.tokenizer import fingerprint, load_tokenizer
 
 
 @dataclass
@@ -41,17 +41,15 @@ def load(path: str | Path) -> TextModel:
     """Load a trained model.
 
     Args:
-        path: a run folder (its best checkpoint, else its last), or a checkpoint inside one.
+        path: a run folder (its best checkpoint, else its newest), or a checkpoint inside one.
 
     Raises:
         InputError: there is no checkpoint, or it is not one of this project.
     """
     checkpoint = find_checkpoint(path)
-    network, end_id = load_network(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json")
-    if tokenizer.get_vocab_size() != network.vocab_size:
-        raise InputError(
-            f"{checkpoint}: {network.vocab_size} logits, but the tokenizer.json beside it has"
-            f" {tokenizer.get_vocab_size()} entries; copy both from the same run"
-        )
+    network, end_id, trained_with = load_network(checkpoint)
+    file = checkpoint.parent.parent / "tokenizer.json"
+    tokenizer = load_tokenizer(file)
+    if tokenizer.get_vocab_size() != network.vocab_size or trained_with not in (None, fingerprint(tokenizer)):
+        raise InputError(f"{file}: not the tokenizer that {checkpoint} was trained with; copy both from the same run")
     return TextModel(network.eval(), tokenizer, end_id, checkpoint)

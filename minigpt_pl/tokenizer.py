@@ -12,6 +12,7 @@ Id 0 is `''` (padding), id 1 is `[UNK]`. Then come the words, the most frequent 
 by their bytes, in descending order. The last id is `[END]`, the end of a text. The notebook never uses its last output.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,6 +85,11 @@ def list_vocabulary(tokenizer: Tokenizer) -> list[str]:
     """The words in the order of their ids: the argument of `build_tokenizer`."""
     ids = tokenizer.get_vocab()
     return sorted(ids, key=ids.__getitem__)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of the words and their ids."""
+    return hashlib.sha256("\n".join(list_vocabulary(tokenizer)).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

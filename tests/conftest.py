@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from minigpt_pl.config import ImdbConfig, TextConfig
+from minigpt_pl.signals import SIGNALS, set_handlers
 
 torch.set_num_threads(1)  # the models here are too small to gain from threads
 
@@ -144,10 +146,13 @@ def run_main(module: str, *arguments: str, cwd: Path, input: str = "") -> subpro
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
+        finally:
+            set_handlers(handlers)
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 

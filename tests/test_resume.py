@@ -25,7 +25,8 @@ class TestResume:
         ],
     )
     def test_continues_exactly_after_ctrl_c(self, tiny_config, monkeypatch, stop, options):
-        from minigpt_pl.training import callbacks
+        from minigpt_pl.signals import Interrupted
+        from minigpt_pl.training import checkpointing
 
         whole = train(tiny_config(*self.OPTIONS, *options, "run_name=whole"))
         per_epoch = checkpoint(whole)["global_step"] // 3
@@ -39,8 +40,8 @@ class TestResume:
                 signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(callbacks.Throughput, "on_train_batch_end", press_ctrl_c)
-            with pytest.raises(callbacks.Interrupted):
+            patch.setattr(checkpointing.StopAtNaN, "on_train_batch_end", press_ctrl_c)
+            with pytest.raises(Interrupted):
                 train(tiny_config(*self.OPTIONS, *options, "run_name=parts"))
         parts = whole.with_name("parts")
         assert runs.read_record(parts)["status"] == "interrupted"
@@ -49,13 +50,13 @@ class TestResume:
 
     @pytest.mark.parametrize("limit", ["trainer.max_steps=7", "trainer.max_time='00:00:00:05'"])
     def test_continues_exactly_after_a_limit(self, tiny_config, monkeypatch, limit):
-        from minigpt_pl.training import callbacks
+        from minigpt_pl.training import checkpointing
 
         options = ["trainer.max_epochs=3", EVERY_STEP]
         whole = train(tiny_config(*options, "run_name=whole"))
         seconds = iter(range(100))
         with monkeypatch.context() as patch:
-            patch.setattr(callbacks.GracefulStop, "_seconds", lambda self: next(seconds))
+            patch.setattr(checkpointing.SaveAndStop, "_seconds", lambda self: next(seconds))
             parts = train(tiny_config(*options, "run_name=parts", limit))
         assert 0 < checkpoint(parts)["global_step"] < checkpoint(whole)["global_step"] // 3, "not in epoch 1"
         assert len(losses(parts, "val/loss")) == 1, "there was no last validation"

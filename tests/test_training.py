@@ -19,7 +19,7 @@ from minigpt_pl import generate_text, load, runs
 from minigpt_pl import loss as loss_module
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import progress
-from minigpt_pl.training.callbacks import GracefulStop, Throughput
+from minigpt_pl.training.checkpointing import SaveAndStop, StopAtNaN
 from minigpt_pl.training.fit import _build_module, _open_text
 from minigpt_pl.training.loss_curve import read_metrics
 
@@ -317,7 +317,7 @@ class TestSettings:
     @pytest.mark.parametrize(("more", "steps"), [(-1, 3), (0, 1)])
     def test_max_time_counts_days_hours_minutes_and_seconds(self, tiny_config, monkeypatch, more, steps):
         seconds = ((2 * 24 + 3) * 60 + 4) * 60 + 5
-        monkeypatch.setattr(GracefulStop, "_seconds", lambda self: seconds + more)
+        monkeypatch.setattr(SaveAndStop, "_seconds", lambda self: seconds + more)
         folder = train(tiny_config("trainer.max_steps=3", "trainer.max_time='02:03:04:05'"))
         assert checkpoint(folder)["global_step"] == steps
 
@@ -336,9 +336,9 @@ class TestSettings:
             options.append(f"trainer.max_steps={contents['global_step'] + 2}")
         elif end == "max_time":
             options.append("trainer.max_time='00:00:00:01'")
-            monkeypatch.setattr(GracefulStop, "_seconds", lambda self: 9)
+            monkeypatch.setattr(SaveAndStop, "_seconds", lambda self: 9)
         elif end == "Ctrl-C":
-            monkeypatch.setattr(Throughput, "on_train_batch_end", lambda *args: signal.raise_signal(signal.SIGINT))
+            monkeypatch.setattr(StopAtNaN, "on_train_batch_end", lambda *args: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InputError, match="optimizer.learning_rate=0.001: the training has diverged"):
             train(tiny_config(*options), resume_from=folder / "checkpoints" / "broken.ckpt")
         assert last.read_bytes() == before and runs.read_record(folder)["status"] == "failed"

@@ -13,7 +13,7 @@ from minigpt_pl.config import DataConfig, ModelConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, Ids, encode_text, read_corpus
 from minigpt_pl.errors import InputError
-from minigpt_pl.tokenizer import END, PADDING_ID
+from minigpt_pl.tokenizer import END, PADDING_ID, fingerprint
 
 MAX_GPU_TEXT_BYTES = 4 * 2**30  # a larger encoded text stays in main memory
 
@@ -124,8 +124,9 @@ class TextDataModule(L.LightningDataModule):
         return sequences.to(device) if device.type == "cuda" and fits else sequences
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the epoch, and the settings that determine the order."""
-        return {} if self._train_loader is None else self._train_loader.state() | {"order": self.order}
+        """The position in the epoch, the settings that determine the order, and the fingerprint of the tokenizer."""
+        position = {} if self._train_loader is None else self._train_loader.state() | {"order": self.order}
+        return position | {"tokenizer": fingerprint(self.tokenizer)}
 
     @property
     def order(self) -> dict[str, int]:
@@ -133,9 +134,10 @@ class TextDataModule(L.LightningDataModule):
         return {"seed": self.seed, "data.batch_size": self.data.batch_size, "sequences": self.num_sequences}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed_state = state_dict
-        if self._train_loader is not None:
-            self._train_loader.restore(state_dict)
+        if "epoch" in state_dict:  # checkpoints of `convert` have no position
+            self._resumed_state = state_dict
+            if self._train_loader is not None:
+                self._train_loader.restore(state_dict)
 
     def target_shares(self) -> Tensor:
         """Share of each token id among the training targets, (V,), estimated from at most 50,000 sequences."""

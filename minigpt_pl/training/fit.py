@@ -2,25 +2,40 @@
 
 import dataclasses
 import logging
+import shutil
+import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch import loggers as lightning_loggers
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
 
 from minigpt_pl import runs
-from minigpt_pl.config import TrainConfig
+from minigpt_pl.config import TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.files import write_figure
+from minigpt_pl.errors import InputError
+from minigpt_pl.files import remove_temporaries, write_figure
 from minigpt_pl.tokenizer import load_tokenizer
+from minigpt_pl.training.checkpointing import SaveAndStop
 from minigpt_pl.training.checks import check_environment, check_resume
+from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.run_record import RunRecord
 from minigpt_pl.training.text_generator import TextGenerator
-from minigpt_pl.training.trainer import batches_per_epoch, build_trainer, is_first_process, precision, processes
+from minigpt_pl.training.trainer import (
+    batches_per_epoch,
+    build_trainer,
+    is_first_process,
+    log_interval,
+    max_seconds,
+    precision,
+    processes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +46,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     Args:
         name_prefix: start of the run's name if `config.run_name` is None.
         overrides: settings given on the command line. The record keeps them for a later resume.
-        resume_from: a checkpoint in a run folder: the run continues from it. None for a new run.
+        resume_from: a checkpoint in a run folder: the run continues from it. A run folder without a checkpoint: its run
+            begins again. None for a new run.
 
     Returns:
         The run folder.
@@ -43,30 +59,51 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     _choose_messages(config.trainer.profiler)
     keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
-    datamodule = _open_text(config, resume_from)
-    module = _build_module(config, datamodule)
-    texts = [TextGenerator(config, datamodule.corpus)] if config.text_generator.every_n_epochs else []
-    check_environment(config, datamodule)
     if config.find_learning_rate:
+        datamodule = _open_text(config, None)
+        module = _build_module(config, datamodule)
+        check_environment(config, datamodule)
         return _find_learning_rate(config, module, datamodule)
+    record = {"status": "running", "overrides": overrides, "command": sys.argv}
+    checkpoint = resume_from if resume_from is not None and resume_from.is_file() else None
     if resume_from is not None:
-        folder = resume_from.parent.parent
-        steps_done = check_resume(resume_from, module, datamodule)
-        if steps_done >= module.hparams["total_steps"]:
-            log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
-            return folder
-        log.info("Resuming from %s.", resume_from)
+        folder = resume_from.parent.parent if checkpoint else resume_from
     elif is_first_process():
-        restart = config.resume == "auto"
-        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, restart)
+        # Before the text is encoded, so that resume=auto finds a run that is killed meanwhile.
+        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record)
     else:
         folder = Path(config.output_dir)  # only the first process writes into the run folder
     with ExitStack() as stack:
         if is_first_process():
             stack.callback(runs.lock(folder).release)
-        callbacks = [RunRecord(folder, config, overrides, datamodule.corpus), *texts]
-        trainer = build_trainer(config, folder, datamodule, callbacks, resume_from)
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+            remove_temporaries(folder)
+            remove_temporaries(folder / "checkpoints")
+        try:
+            datamodule = _open_text(config, checkpoint)
+            module = _build_module(config, datamodule)
+            check_environment(config, datamodule)
+            steps_done = 0 if checkpoint is None else check_resume(checkpoint, module, datamodule)
+            stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
+            loggers = _build_loggers(config, folder, steps_done) if is_first_process() else []
+            metrics = Metrics(folder, loggers, log_interval(config, datamodule))
+            callbacks = [RunRecord(folder, config, datamodule.corpus), metrics]
+            if config.text_generator.every_n_epochs:
+                callbacks.append(TextGenerator(config, datamodule.corpus, folder, loggers, stop))
+        except InputError:
+            if resume_from is None and is_first_process():
+                shutil.rmtree(folder)  # it has only the record yet
+            raise
+        if checkpoint is not None and steps_done >= module.hparams["total_steps"]:
+            log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
+            if is_first_process():
+                runs.update_record(folder, status="finished")
+            return folder
+        if resume_from is not None:
+            log.info("Resuming from %s.", resume_from) if checkpoint else log.info("Beginning %s again.", folder)
+            if is_first_process():
+                runs.update_record(folder, **record)
+        trainer = build_trainer(config, folder, datamodule, callbacks, stop)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     return folder
 
 
@@ -79,8 +116,7 @@ def _choose_messages(profiler: str | None) -> None:
     if not is_first_process():
         logging.getLogger().setLevel(logging.ERROR)
     for message in (
-        "Experiment logs directory",  # "... is not empty": we keep the old rows of metrics.csv
-        "Checkpoint directory .* exists and is not empty",  # always so in a resumed run
+        "Be aware that when using `ckpt_path`, callbacks used to create",  # checkpoints of older versions
         "You're resuming from a checkpoint that ended before the epoch ended",  # our loader continues exactly
         ".*srun. command is available",
         ".*LeafSpec.* is deprecated",
@@ -119,6 +155,16 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
         for block in module.model.blocks:
             block.compile()  # in place: the names in checkpoints do not change
     return module
+
+
+def _build_loggers(config: TrainConfig, folder: Path, steps_done: int) -> list[Logger]:
+    """The loggers besides metrics.csv. A resumed run writes the steps after its checkpoint again."""
+    if config.logger.name == "tensorboard":
+        return [lightning_loggers.TensorBoardLogger(folder, name="", version="", purge_step=steps_done)]
+    if isinstance(config.logger, WandbConfig):
+        project, offline = config.logger.project, config.logger.offline
+        return [lightning_loggers.WandbLogger(folder.name, folder, offline=offline, project=project)]
+    return []
 
 
 def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:

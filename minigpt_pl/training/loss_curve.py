@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from minigpt_pl.files import write_figure
+from minigpt_pl.files import complete_lines, write_figure
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +15,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.csv"
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    rows = csv.DictReader(complete_lines(path))
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def draw(folder: Path) -> None:

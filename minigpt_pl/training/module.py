@@ -121,11 +121,16 @@ class MiniGPTModule(L.LightningModule):
         # Copy the value, because `reduce` changes its argument.
         return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="sum")
 
-    def on_train_epoch_end(self) -> None:
+    def on_train_epoch_start(self) -> None:  # not called if a resumed run continues inside an epoch
+        self.epoch_sums.zero_()
+
+    def epoch_loss(self) -> float:
+        """The mean loss per target in this epoch, over all processes, so far."""
         loss, num_targets = self.epoch_sums.tolist()
-        self.log("train/epoch_loss", loss / num_targets, sync_dist=True)
-        if self.trainer.is_last_batch:  # if the run stops inside an epoch, keep the sums for the resumed run
-            self.epoch_sums.zero_()
+        return float(loss / num_targets)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/epoch_loss", self.epoch_loss(), sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_sums"] = self.epoch_sums.cpu()

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.data.corpus import Corpus
-from minigpt_pl.files import write_text
+from minigpt_pl.files import atomic_write, write_text
+from minigpt_pl.signals import Interrupted
 from minigpt_pl.training import loss_curve
-from minigpt_pl.training.callbacks import Interrupted
 
 log = logging.getLogger(__name__)
 PACKAGES = ("minigpt_pl", "torch", "lightning", "tokenizers", "datasets", "numpy")
@@ -27,23 +27,20 @@ class RunRecord(L.Callback):
     Args:
         folder: the run folder.
         config: the settings of the run.
-        overrides: settings given on the command line, for a later resume.
         corpus: the text of the run.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, overrides: list[str], corpus: Corpus):
-        self.folder, self.config, self.overrides, self.corpus = folder, config, overrides, corpus
+    def __init__(self, folder: Path, config: TrainConfig, corpus: Corpus):
+        self.folder, self.config, self.corpus = folder, config, corpus
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.corpus.tokenizer.save(str(self.folder / "tokenizer.json"))
+        with atomic_write(self.folder / "tokenizer.json") as temporary:
+            self.corpus.tokenizer.save(str(temporary))
         write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
         runs.update_record(
             self.folder,
-            status="running",
-            overrides=self.overrides,
             text=self.corpus.record,
-            command=sys.argv,
             precision=trainer.precision,
             processes=trainer.world_size,
             device=str(trainer.strategy.root_device),
@@ -57,13 +54,14 @@ class RunRecord(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         stopped_by_user = isinstance(exception, Interrupted | KeyboardInterrupt | SystemExit)
-        self._finish(trainer, "interrupted" if stopped_by_user else "failed")
+        if self.folder.exists():  # else somebody has removed it
+            self._finish(trainer, "interrupted" if stopped_by_user else "failed")
 
     @rank_zero_only
     def _finish(self, trainer: L.Trainer, status: str) -> None:
         runs.update_record(self.folder, status=status, epochs=trainer.current_epoch, steps=trainer.global_step)
+        log.info("Run %s: %s after %s steps.", self.folder, status, trainer.global_step)
+        if status == "interrupted":
+            log.info("To continue it, add resume=%s to the command.", self.folder.name)
         if (self.folder / "metrics.csv").exists():
             loss_curve.draw(self.folder)
-        log.info("Run %s: %s after %s steps.", self.folder, status, trainer.global_step)
-        if status == "interrupted" and (self.folder / runs.LAST).exists():
-            log.info("To continue it, add resume=%s to the command.", self.folder.name)

@@ -8,15 +8,12 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.utilities import rank_zero_only
 
-from minigpt_pl.checkpoints import read_checkpoint
-from minigpt_pl.config import TrainConfig, TrainerConfig, WandbConfig
+from minigpt_pl.config import TrainConfig, TrainerConfig
 from minigpt_pl.cpu import onednn
 from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.training import loss_curve
-from minigpt_pl.training.callbacks import AtomicCheckpointIO, GracefulStop, LastCheckpoint, StopAtNaN, Throughput
+from minigpt_pl.training.checkpointing import SaveAndStop, StopAtNaN
 from minigpt_pl.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -28,7 +25,7 @@ UNCHANGED = (
 
 
 def build_trainer(
-    config: TrainConfig, folder: Path, datamodule: TextDataModule, callbacks: list[L.Callback], resume_from: Path | None
+    config: TrainConfig, folder: Path, datamodule: TextDataModule, callbacks: list[L.Callback], stop: SaveAndStop
 ) -> L.Trainer:
     """Build the Trainer from the settings.
 
@@ -36,47 +33,41 @@ def build_trainer(
         folder: the run folder.
         datamodule: the text, after `setup`.
         callbacks: additional callbacks.
-        resume_from: the checkpoint of a resumed run. metrics.csv keeps its rows up to the step of the checkpoint.
+        stop: saves the checkpoints.
     """
     settings = config.trainer
     validates = datamodule.has_validation and settings.limit_val_batches != 0
     if not validates:
         log.info("This run has no validation, so val/loss is not computed.")
-    last_checkpoint = LastCheckpoint(folder / "checkpoints" / "last.ckpt")
-    callbacks = [*callbacks, Throughput(), lightning_callbacks.LearningRateMonitor(logging_interval="step")]
-    if validates:
-        best = lightning_callbacks.ModelCheckpoint(
-            folder / "checkpoints", "best", monitor="val/loss", enable_version_counter=False
-        )
-        callbacks.append(best)
+    callbacks = [*callbacks]
     if settings.patience is not None:
         callbacks.append(lightning_callbacks.EarlyStopping("val/loss", patience=settings.patience))
     if settings.ema_decay is not None:
         callbacks.append(lightning_callbacks.EMAWeightAveraging(decay=settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(Progress())
-    max_time = None
-    if settings.max_time is not None:
-        days, hours, minutes, seconds = map(int, settings.max_time.split(":"))
-        max_time = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    # Both come after EMAWeightAveraging: it updates the average before GracefulStop saves, and it puts the average into
+    # Both come after EMAWeightAveraging: it updates the average before SaveAndStop saves, and it puts the average into
     # the checkpoint before StopAtNaN checks the weights.
-    callbacks += [StopAtNaN(), GracefulStop(last_checkpoint, settings.max_steps, max_time)]
+    callbacks += [StopAtNaN(log_interval(config, datamodule)), stop]
     return L.Trainer(
         **processes(settings),
         precision=precision(settings.precision, settings.accelerator),
         **{name: getattr(settings, name) for name in UNCHANGED},
         limit_val_batches=settings.limit_val_batches if validates else 0,
         num_sanity_val_steps=0,
-        log_every_n_steps=min(settings.log_every_n_steps, batches_per_epoch(config, datamodule)),
         enable_progress_bar=False,  # our callback Progress replaces it
         enable_model_summary=False,
         use_distributed_sampler=False,  # BatchLoader gives each process its part
         default_root_dir=folder,
-        callbacks=[*callbacks, last_checkpoint],
-        logger=_build_loggers(config, folder, resume_from) if is_first_process() else True,
-        plugins=[AtomicCheckpointIO()],
+        callbacks=callbacks,
+        logger=False,  # our callback Metrics writes all logs
+        plugins=[stop.writer],
     )
+
+
+def log_interval(config: TrainConfig, datamodule: TextDataModule) -> int:
+    """Steps between rows of metrics.csv: at least one row per epoch."""
+    return min(config.trainer.log_every_n_steps, batches_per_epoch(config, datamodule))
 
 
 def is_first_process() -> bool:
@@ -92,6 +83,14 @@ def processes(settings: TrainerConfig) -> dict[str, Any]:
     strategy = "ddp" if world_size > 1 else settings.strategy
     numbers = {"devices": local_processes, "num_nodes": world_size // local_processes}
     return {"accelerator": settings.accelerator, "strategy": strategy, **numbers}
+
+
+def max_seconds(config: TrainConfig) -> float | None:
+    """`trainer.max_time` in seconds."""
+    if config.trainer.max_time is None:
+        return None
+    days, hours, minutes, seconds = map(int, config.trainer.max_time.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def batches_per_epoch(config: TrainConfig, datamodule: TextDataModule) -> int:
@@ -110,19 +109,3 @@ def precision(wanted: str, accelerator: str) -> Any:
     if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return "32-true"
     return "bf16-mixed" if onednn.BF16_IS_FAST else "32-true"
-
-
-def _build_loggers(config: TrainConfig, folder: Path, resume_from: Path | None) -> list[Any]:
-    earlier_rows = [] if resume_from is None else loss_curve.read_metrics(folder)
-    steps_done = 0 if resume_from is None else read_checkpoint(resume_from)["global_step"]
-    csv_logger = lightning_loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    for row in earlier_rows:  # the logger starts with an empty file, so write the old rows again
-        step = int(row.pop("step"))
-        if step < steps_done:
-            csv_logger.experiment.log_metrics(row, step)
-    if config.logger.name == "tensorboard":
-        return [csv_logger, lightning_loggers.TensorBoardLogger(folder, name="", version="")]
-    if isinstance(config.logger, WandbConfig):
-        project, offline = config.logger.project, config.logger.offline
-        return [csv_logger, lightning_loggers.WandbLogger(folder.name, folder, offline=offline, project=project)]
-    return [csv_logger]

@@ -1,0 +1,47 @@
+"""Signals that end a training: Ctrl-C, and the signals of schedulers. The imports of this file take no time."""
+
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = [signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__]  # Windows has only two
+
+
+class Interrupted(BaseException):
+    """A signal has stopped the training.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def exit_at_once(number: int, frame: Any = None) -> None:
+    """Handle a signal: end the process without a checkpoint. No file is damaged, because files are written atomically.
+
+    The exit code is 128 + number, as shells write it.
+    """
+    say(f"{signal.Signals(number).name}: stopped at once. To continue the run, add resume=auto to the command.")
+    os._exit(128 + number)
+
+
+def say(line: str) -> None:
+    """Print a line to standard error. In a signal handler, `print` could interrupt another `print` and fail."""
+    os.write(2, f"{line}\n".encode())
+
+
+def set_handlers(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
+    """Install handlers and return the old ones. Ignored signals stay ignored: `nohup` ignores SIGHUP.
+
+    Does nothing outside the main thread, because Python accepts handlers only there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    used = [number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handlers[number]) for number in used}

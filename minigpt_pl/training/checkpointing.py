@@ -1,0 +1,253 @@
+"""When the training saves a checkpoint, when it stops, and how a checkpoint is written."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+
+from minigpt_pl import signals
+from minigpt_pl.checkpoints import DamagedError, read_checkpoint
+from minigpt_pl.config import CheckpointConfig
+from minigpt_pl.errors import InputError
+from minigpt_pl.files import atomic_write
+from minigpt_pl.signals import SIGNALS, Interrupted
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes checkpoints atomically. Keeps the older files of `last.ckpt` as `step-<step>.ckpt`.
+
+    A failed write is a warning. After `max_failures` of them in a row, it is an error.
+
+    Args:
+        keep: number of newest checkpoints to keep, `last.ckpt` included.
+    """
+
+    def __init__(self, keep: int, max_failures: int):
+        super().__init__()
+        self.keep, self.max_failures, self.failures = keep, max_failures, 0
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        try:
+            path.parent.mkdir(exist_ok=True)  # not its parents: somebody may have removed the run folder
+            with atomic_write(path) as temporary:
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                if path.name == "last.ckpt":
+                    self._rotate(path)
+        except OSError as error:  # for example a full disk, or a network share that is gone
+            self.failures += 1
+            if self.failures >= self.max_failures or not path.parent.parent.is_dir():
+                raise InputError(
+                    f"checkpoint.max_failures={self.max_failures}: {path} cannot be written ({error.strerror}); mend"
+                    f" this, and continue with resume={path.parent.parent.name}"
+                ) from error
+            log.warning("%s: cannot be written (%s). The training continues, and tries again.", path, error.strerror)
+        else:
+            self.failures = 0
+
+    def _rotate(self, last: Path) -> None:
+        """Rename `last.ckpt`, and remove the oldest checkpoints."""
+        if last.exists():
+            last.replace(last.with_name(f"step-{read_checkpoint(last)['global_step']:08d}.ckpt"))
+        older = sorted(last.parent.glob("step-*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in older[self.keep - 1 :]:
+            path.unlink()
+
+
+class SaveAndStop(Checkpoint):
+    """Decides after each optimizer step whether to save a checkpoint, and whether to stop.
+
+    It saves `last.ckpt` after each epoch, after the steps and minutes of `settings`, and before the training stops. It
+    saves `best.ckpt` after a validation with a lower val/loss than all before.
+
+    It stops at `max_steps`, at `max_time` and after a signal. A resumed run continues exactly at that step. (The
+    Trainer's own `max_steps` and `max_time` would end the epoch: a resumed run would start the next one.) A last
+    validation follows, except after a signal. A signal also interrupts a validation, which a resumed run repeats. A
+    second signal ends the process at once.
+
+    Args:
+        folder: of the checkpoints.
+        max_steps: number of optimizer steps; None for no limit.
+        max_time: seconds of training, including the time before a resume; None for no limit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+    ):
+        self.folder, self.settings, self.max_steps, self.max_time = folder, settings, max_steps, max_time
+        self.writer = CheckpointWriter(settings.keep, settings.max_failures)
+        self.best = math.inf  # the lowest val/loss
+        self.saved_step = -1  # the step of last.ckpt
+        self.save_is_due = False
+        self.seconds_before = 0.0
+        self.signal = 0  # the signal that this process has got
+        self.raise_at_once = False  # in the signal handler
+        self.validating = False
+        self.handlers: dict[Any, Any] = {}
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self._seconds(), "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.seconds_before, self.best = state_dict["seconds"], state_dict["best"]
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start
+
+    # ---------------------------------------------------------------------------------------- after a step
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start = self.saved_time = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A run that was killed after a validation continues from before it. The best.ckpt of this validation stays.
+        best = self.folder / "best.ckpt"
+        if trainer.global_step and best.exists():
+            try:
+                self.best = min(self.best, read_checkpoint(best)["callbacks"][self.state_key]["best"])
+            except DamagedError as error:
+                log.warning("%s. The next validation replaces it.", error)
+            self.best = trainer.strategy.broadcast(self.best)
+        self.handlers = signals.set_handlers(dict.fromkeys(SIGNALS, self._on_signal))  # replaces Lightning's
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # inside an optimizer step
+        late, due, number = self._vote(trainer)
+        if late or (self.max_steps is not None and trainer.global_step >= self.max_steps):
+            trainer.should_stop = True
+        self.save_is_due |= bool(due)
+        if trainer.is_last_batch:
+            return  # a validation may follow, and then the end of the epoch saves
+        if number or trainer.should_stop:
+            self._save_last(trainer)
+        if number:
+            raise Interrupted(number)
+        # If a validation follows, on_validation_end saves. A resumed run would leave this validation out.
+        interval: Any = trainer.val_check_batch  # batches
+        if self.save_is_due and (batch_idx + 1) % interval:
+            self._save_last(trainer)
+
+    def _vote(self, trainer: L.Trainer) -> list[int]:
+        """Whether the time is over, whether to save, and the signal. All processes get the same answer."""
+        steps, minutes = self.settings.every_n_steps, self.settings.every_minutes
+        late = self.max_time is not None and self._seconds() >= self.max_time
+        due = (steps is not None and trainer.global_step % steps == 0) or (
+            minutes is not None and time.monotonic() - self.saved_time >= 60 * minutes
+        )
+        if trainer.world_size == 1:
+            return [late, due, self.signal]
+        votes = torch.tensor([late, due, self.signal], device=trainer.strategy.root_device)
+        return [int(vote) for vote in trainer.strategy.reduce(votes, reduce_op="max")]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save_last(trainer)
+
+    # -------------------------------------------------------------------------------------------- validation
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.validating = True
+        if self.signal and trainer.world_size == 1:  # several processes can only stop together, after a step
+            raise Interrupted(self.signal)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validating = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val/loss"])
+        if loss < self.best:
+            self.best = loss
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+        if not trainer.is_last_batch and (self.save_is_due or trainer.should_stop):
+            self._save_last(trainer)
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        """Write last.ckpt, unless it was already written at this step."""
+        self.save_is_due, self.saved_time = False, time.monotonic()
+        if self.saved_step != trainer.global_step:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            if trainer.strategy.broadcast(self.writer.failures) == 0:
+                self.saved_step = trainer.global_step
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, Interrupted):
+            return
+        if self.validating:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, pl_module)  # puts the weights of the training back
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()  # a resumed run repeats the whole validation
+            progress.total.ready = progress.total.started = 1
+        self._save_last(trainer)
+
+    # ----------------------------------------------------------------------------------------------- signals
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        signals.set_handlers(dict.fromkeys(SIGNALS, signals.exit_at_once))
+        signals.say("Stopping after this step. A second signal, or Ctrl-C, stops at once, without a checkpoint.")
+        self.signal = number
+        if self.raise_at_once:
+            raise Interrupted(number)
+
+    @contextmanager
+    def interruptible(self, trainer: L.Trainer) -> Iterator[None]:
+        """Inside, a signal raises `Interrupted` at once, and this class saves a checkpoint. For slow work after a step.
+
+        With several processes it has no effect, because all of them must stop at the same step.
+        """
+        self.raise_at_once = trainer.world_size == 1
+        try:
+            if self.signal and self.raise_at_once:
+                raise Interrupted(self.signal)
+            yield
+        finally:
+            self.raise_at_once = False
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        signals.set_handlers(self.handlers)
+
+
+class StopAtNaN(L.Callback):
+    """Stops the training if it has diverged. A checkpoint with NaN weights is never written.
+
+    It reads the loss after every `every_n_steps` steps and at the end of each epoch.
+    """
+
+    def __init__(self, every_n_steps: int):
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        due = trainer.is_last_batch or trainer.global_step % self.every_n_steps == 0
+        if due and not torch.isfinite(trainer.callback_metrics["train/loss"]):
+            raise _diverged(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not all(torch.isfinite(weight).all() for weight in checkpoint["state_dict"].values()):
+            raise _diverged(trainer, pl_module)
+
+
+def _diverged(trainer: L.Trainer, pl_module: L.LightningModule) -> InputError:
+    return InputError(
+        f"optimizer.learning_rate={pl_module.learning_rate}: the training has diverged (NaN or infinite values at step"
+        f" {trainer.global_step}); lower it, or set trainer.gradient_clip_val=1"
+    )

@@ -1,0 +1,80 @@
+"""Chooses the run that `resume` continues, and its checkpoint."""
+
+import logging
+import os
+from math import inf
+from pathlib import Path
+
+from minigpt_pl import runs
+from minigpt_pl.checkpoints import find_checkpoint, newest_checkpoint, read_checkpoint
+from minigpt_pl.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def choose(output_dir: Path, run_name: str | None, resume: str) -> Path | None:
+    """Choose what to continue.
+
+    Args:
+        resume: a run folder or its name, the path of a checkpoint, or "auto". "auto" means the run `run_name`, or the
+            newest run that is not finished and not in training.
+
+    Returns:
+        A checkpoint; or the folder of a run that was killed before its first checkpoint; or None if "auto" finds no run
+        to continue, so a new run must start.
+
+    Raises:
+        InputError: there is no such run, or all its checkpoints are damaged.
+    """
+    found: Path | None
+    if resume != "auto":
+        found = _named(output_dir, resume)
+    elif run_name is not None:
+        folder = output_dir / run_name
+        found = (newest_checkpoint(folder) or folder) if (folder / runs.RECORD).is_file() else None
+    else:
+        found = _newest_unfinished(output_dir)
+    if found is None:
+        return None
+    folder = found if found.is_dir() else found.parent.parent
+    if not (folder / runs.RECORD).is_file():
+        raise InputError(f"resume={resume}: {found} is not in a run folder; give a checkpoint of a run")
+    if run_name not in (None, folder.name):
+        raise InputError(f"run_name={run_name}: resume={resume} continues {folder.name}; leave it out")
+    return found
+
+
+def _named(output_dir: Path, resume: str) -> Path:
+    for folder in (output_dir / resume, Path(resume)):
+        if (folder / runs.RECORD).is_file():
+            return (newest_checkpoint(folder) or folder).resolve()
+    return find_checkpoint(resume, output_dir, setting="resume").resolve()
+
+
+def _newest_unfinished(output_dir: Path) -> Path | None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes could choose different runs
+        raise InputError("resume=auto: under torchrun add run_name=NAME, or give resume=PATH")
+    for folder in runs.runs_by_status(output_dir, "interrupted", "failed", "running"):
+        try:
+            runs.lock(folder).release()
+        except InputError:  # in training
+            continue
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is None or not _is_complete(checkpoint):
+            return checkpoint or folder
+        log.info("%s: all its steps are done. It is now marked as finished.", folder)
+        runs.update_record(folder, status="finished")  # it was killed between its last checkpoint and this entry
+    if any(output_dir.glob(f"*/{runs.RECORD}")):
+        raise InputError(
+            f"resume=auto: no unfinished run in {output_dir}; give resume=NAME to train one longer, or leave it out"
+        )
+    log.info("resume=auto: there is no run in %s yet, so a new run starts.", output_dir)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the run of this checkpoint has done all its steps, or has stopped early."""
+    contents = read_checkpoint(checkpoint)
+    states = contents.get("callbacks", {}).values()
+    stopped_early = any(state.get("wait_count", 0) >= state.get("patience", inf) for state in states)
+    return stopped_early or int(contents["global_step"]) >= int(contents["hyper_parameters"]["total_steps"])
