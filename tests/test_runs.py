@@ -31,7 +31,7 @@ class TestRunFolder:
         assert {path.name for path in folder.iterdir()} >= {
             "run.json", "config.yaml", "tokenizer.json", "checkpoints", "metrics.csv", "samples.jsonl", "loss.png",
         }  # fmt: skip
-        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"best.ckpt", "last.ckpt"}
         assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert not list((trained).glob("*.log")) and not (trained / ".hydra").exists()
 
@@ -70,7 +70,7 @@ class TestRunFolder:
             "val/loss",
             "val/perplexity",
             "tokens_per_second",
-            "lr-KerasAdam",
+            "learning_rate",
         ):
             assert losses(folder, name), name
 
@@ -85,14 +85,6 @@ class TestRunFolder:
         with pytest.raises(InputError, match="run_name=mine: .*exists; add resume=auto"):
             train(config)
         assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
-
-    def test_a_run_without_a_checkpoint_starts_again(self, tiny_config):
-        folder = train(tiny_config("trainer.max_steps=1", "run_name=mine"))
-        (folder / "checkpoints" / "last.ckpt").unlink()
-        with pytest.raises(InputError, match="run_name=mine: .*exists"):
-            train(tiny_config("trainer.max_steps=1", "run_name=mine"))
-        train(tiny_config("trainer.max_steps=1", "run_name=mine", "resume=auto"))
-        assert checkpoint(folder)["global_step"] == 1
 
     @pytest.mark.parametrize("kind", [ImdbConfig, TextConfig, PoemConfig])
     def test_the_fields_of_the_data_settings_choose_their_class(self, tmp_path, kind):

@@ -41,8 +41,7 @@ class CheckpointWriter(TorchCheckpointIO):
         try:
             path.parent.mkdir(exist_ok=True)  # not its parents: somebody may have removed the run folder
             with atomic_write(path) as temporary:
-                with temporary.open("wb") as file:
-                    torch.save(checkpoint, file)
+                self._write(checkpoint, temporary)
                 if path.name == "last.ckpt":
                     self._rotate(path)
         except OSError as error:  # for example a full disk, or a network share that is gone
@@ -55,6 +54,13 @@ class CheckpointWriter(TorchCheckpointIO):
             log.warning("%s: cannot be written (%s). The training continues, and tries again.", path, error.strerror)
         else:
             self.failures = 0
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        with path.open("wb") as file:  # if PyTorch opens the file, its error does not tell the cause
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                raise error.__context__ or error  # noqa: B904
 
     def _rotate(self, last: Path) -> None:
         """Rename `last.ckpt`, and remove the oldest checkpoints."""

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,11 +55,11 @@ def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
         raise InputError(*problems)
 
 
-def check_resume(checkpoint: Path, module: MiniGPTModule, datamodule: TextDataModule) -> int:
+def check_resume(checkpoint: Path, module: MiniGPTModule, datamodule: TextDataModule) -> dict[str, Any]:
     """Check that a run can continue from a checkpoint with these settings.
 
     Returns:
-        The number of optimizer steps done.
+        The contents of the checkpoint.
 
     Raises:
         InputError: one line per problem, for example a changed setting that must stay the same.
@@ -93,4 +94,4 @@ def check_resume(checkpoint: Path, module: MiniGPTModule, datamodule: TextDataMo
         )
     if problems:
         raise InputError(*problems)
-    return int(contents["global_step"])
+    return contents

@@ -25,7 +25,7 @@ from minigpt_pl.training.checkpointing import SaveAndStop
 from minigpt_pl.training.checks import check_environment, check_resume
 from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
-from minigpt_pl.training.run_record import RunRecord
+from minigpt_pl.training.run_record import RunRecord, finish
 from minigpt_pl.training.text_generator import TextGenerator
 from minigpt_pl.training.trainer import (
     batches_per_epoch,
@@ -82,7 +82,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
             datamodule = _open_text(config, checkpoint)
             module = _build_module(config, datamodule)
             check_environment(config, datamodule)
-            steps_done = 0 if checkpoint is None else check_resume(checkpoint, module, datamodule)
+            before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
+            steps_done = before.get("global_step", 0)
             stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
             loggers = _build_loggers(config, folder, steps_done) if is_first_process() else []
             metrics = Metrics(folder, loggers, log_interval(config, datamodule))
@@ -94,9 +95,9 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
                 shutil.rmtree(folder)  # it has only the record yet
             raise
         if checkpoint is not None and steps_done >= module.hparams["total_steps"]:
+            if is_first_process() and runs.read_record(folder)["status"] != "finished":
+                finish(folder, "finished", before["epoch"] + 1, steps_done)
             log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
-            if is_first_process():
-                runs.update_record(folder, status="finished")
             return folder
         if resume_from is not None:
             log.info("Resuming from %s.", resume_from) if checkpoint else log.info("Beginning %s again.", folder)

@@ -2,12 +2,15 @@
 
 import logging
 import os
+import sys
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import find_checkpoint, newest_checkpoint, read_checkpoint
 from minigpt_pl.errors import InputError
+from minigpt_pl.training.run_record import finish
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +57,23 @@ def _named(output_dir: Path, resume: str) -> Path:
 def _newest_unfinished(output_dir: Path) -> Path | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes could choose different runs
         raise InputError("resume=auto: under torchrun add run_name=NAME, or give resume=PATH")
+    nothing_left = False
     for folder in runs.runs_by_status(output_dir, "interrupted", "failed", "running"):
         try:
             runs.lock(folder).release()
         except InputError:  # in training
             continue
         checkpoint = newest_checkpoint(folder)
-        if checkpoint is None or not _is_complete(checkpoint):
-            return checkpoint or folder
-        log.info("%s: all its steps are done. It is now marked as finished.", folder)
-        runs.update_record(folder, status="finished")  # it was killed between its last checkpoint and this entry
+        if checkpoint is None:
+            return folder
+        contents = read_checkpoint(checkpoint)
+        if not _is_complete(contents):
+            return checkpoint
+        finish(folder, "finished", contents["epoch"] + 1, contents["global_step"])  # it was killed before this entry
+        nothing_left = True
+    if nothing_left:
+        log.info("resume=auto: nothing is left to do.")
+        sys.exit()
     if any(output_dir.glob(f"*/{runs.RECORD}")):
         raise InputError(
             f"resume=auto: no unfinished run in {output_dir}; give resume=NAME to train one longer, or leave it out"
@@ -72,9 +82,8 @@ def _newest_unfinished(output_dir: Path) -> Path | None:
     return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _is_complete(contents: dict[str, Any]) -> bool:
     """Whether the run of this checkpoint has done all its steps, or has stopped early."""
-    contents = read_checkpoint(checkpoint)
     states = contents.get("callbacks", {}).values()
     stopped_early = any(state.get("wait_count", 0) >= state.get("patience", inf) for state in states)
     return stopped_early or int(contents["global_step"]) >= int(contents["hyper_parameters"]["total_steps"])

@@ -59,9 +59,14 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def _finish(self, trainer: L.Trainer, status: str) -> None:
-        runs.update_record(self.folder, status=status, epochs=trainer.current_epoch, steps=trainer.global_step)
-        log.info("Run %s: %s after %s steps.", self.folder, status, trainer.global_step)
-        if status == "interrupted":
-            log.info("To continue it, add resume=%s to the command.", self.folder.name)
-        if (self.folder / "metrics.csv").exists():
-            loss_curve.draw(self.folder)
+        finish(self.folder, status, trainer.current_epoch, trainer.global_step)
+
+
+def finish(folder: Path, status: str, epochs: int, steps: int) -> None:
+    """Write the end of a run into its record, and draw loss.png."""
+    runs.update_record(folder, status=status, epochs=epochs, steps=steps)
+    log.info("Run %s: %s after %s steps.", folder, status, steps)
+    if status == "interrupted":
+        log.info("To continue it, add resume=%s to the command.", folder.name)
+    if (folder / "metrics.csv").exists():
+        loss_curve.draw(folder)
