@@ -81,6 +81,15 @@ def test_int8_linear_is_near_linear(rows, column_major):
 
 
 @needs_int8
+def test_int8_linear_rounds_to_the_nearest_integer():
+    """All numbers are positive, so truncation would make every result too small."""
+    torch.manual_seed(0)
+    weight, x = torch.rand(300, 64), torch.rand(33, 64)
+    error = Int8Linear(weight)(x, torch.zeros(300)) - F.linear(x, weight)
+    assert error.mean().abs() < error.std()
+
+
+@needs_int8
 @pytest.mark.parametrize("in_8_bits", [False, True])
 def test_batches_of_all_sizes_need_little_memory(in_8_bits):
     weight, bias = torch.randn(20_000, 64), torch.zeros(20_000)

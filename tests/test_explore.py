@@ -16,7 +16,15 @@ from minigpt_pl.exploration import samples as samples_
 from minigpt_pl.exploration.markup import MarkedSample, Table, Text, escape_markdown
 from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
-from minigpt_pl.exploration.summary import best_settings, bootstrap, by_prompt, effect, pareto_front, summarize
+from minigpt_pl.exploration.summary import (
+    Estimate,
+    best_settings,
+    bootstrap,
+    by_prompt,
+    effect,
+    pareto_front,
+    summarize,
+)
 from minigpt_pl.tokenizer import build_tokenizer
 
 SMALL = ["run=tiny", "prompts=prompts.yaml", "num_tokens=12", "num_seeds=2"]
@@ -347,8 +355,20 @@ class TestSummary:
         some = [self.sample(p, s, t, losses[t], failing[t]) for p in "abc" for s in range(4) for t in losses]
         assert best_settings(summarize(some, grid)) == [2, 1]  # no failures; the lower n-gram loss comes first
 
+    def test_an_interval_that_reaches_the_lowest_rate_is_enough(self):
+        rates, losses = [Estimate(0.1, 0.0, 0.2), Estimate(0.2, 0.1, 0.3), Estimate(0.3, 0.2, 0.4)], [3, 2, 1]
+        found = [
+            {"failure: any": rate, "ngram_loss": Estimate(*[loss] * 3)}
+            for rate, loss in zip(rates, losses, strict=True)
+        ]
+        assert best_settings(found) == [1, 0]
+
+    def test_no_limit_is_the_highest_value(self):
+        some = [self.sample("a", 0, 1, loss, top_k=k) for k, loss in ((None, 3.0), (5, 1.0))]
+        assert effect(some, "top_k", "ngram_loss") == (5, None, (2, 2, 2))
+
     def test_pareto_front(self):
-        assert pareto_front([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (float("nan"), 0)]) == [1, 2, 0]
+        assert pareto_front([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (4, 1), (float("nan"), 0)]) == [1, 2, 0]
 
 
 class TestMarkdown:

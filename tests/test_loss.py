@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +71,18 @@ def test_without_gradients(device_path):
     assert_close(linear_cross_entropy(*tensors, targets), reference(*tensors, targets), rtol=1e-5, atol=0)
 
 
+def test_sums_over_bf16_logits_are_in_fp32(device_path):
+    """All logits are equal, so each probability is 1 / 32, which is exact in bf16."""
+    hidden, weight, bias = torch.ones(1029, 4), torch.zeros(32, 4), torch.zeros(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(
+            hidden, weight.requires_grad_(), bias.requires_grad_(), torch.ones(1029, dtype=torch.long)
+        )
+    assert_close(loss.item(), 1029 * math.log(32), rtol=1e-5, atol=0)
+    for gradient in torch.autograd.grad(loss, [weight, bias]):
+        assert (gradient[0] == 1029 / 32).all()
+
+
 def test_only_ignored_targets_is_zero(device_path):
     tensors, targets = example()
     assert linear_cross_entropy(*tensors, torch.zeros_like(targets), 0).item() == 0
@@ -81,6 +95,7 @@ def test_chunk_sizes(monkeypatch):
     assert loss_module._chunk_rows(20_000, torch.float32, cpu) == 256
     assert loss_module._chunk_rows(10**7, torch.float32, cpu) == 64
     assert loss_module._chunk_rows(26, torch.float32, cpu) == 512, "more rows would be padding in a small batch"
+    assert loss_module._chunk_rows(20_000, torch.bfloat16, torch.device("cuda")) == 13_376
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 
 from minigpt_pl import MiniGPT
 from minigpt_pl.measures import copying, probes, repetition
-from minigpt_pl.measures.failures import FALSE_ALARMS, KINDS, FailureDetector, TopicModel, brackets, loops, skeleton
+from minigpt_pl.measures.failures import (
+    FALSE_ALARMS,
+    KINDS,
+    FailureDetector,
+    Span,
+    TopicModel,
+    _merge_overlaps,
+    brackets,
+    loops,
+    skeleton,
+)
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.tokenizer import build_tokenizer, build_vocabulary, count_words, split_words
 
@@ -144,6 +154,7 @@ class TestMarkedWords:
             ('he said "no" and left', []),
             ('he said "no and left' + " and left" * 30, [2]),
             ("he said (no and left" + " and left" * 30, [2]),
+            ("he said (no and left" + " and left" * 18, []),
             ("he said (no and left", []),  # it may still be closed
         ],
     )
@@ -182,17 +193,48 @@ def real(imdb_texts):
     return detector, held_out[400:]
 
 
+def small_detector(*real_texts) -> FailureDetector:
+    """Words 0 to 99 have one topic and 100 to 199 another. 197 is ")", 198 is "good" and 199 is "bad"."""
+    tokens, offsets = np.arange(2, 80), np.array([0, 78])
+    models = [NGramModel.fit(tokens, offsets, size, 2) for size in (200, 151)]
+    topics = TopicModel(np.repeat(np.eye(2), 100, axis=0), np.ones(200))
+    return FailureDetector(*models, topics, build_tokenizer([*map(str, range(197)), ")", "good", "bad"]), real_texts)
+
+
 class TestFailureDetector:
-    def test_drift_falls_with_the_share_of_recurring_words(self):
-        # All words have the same vector, so the topic never changes. 0.25 of the second half's words recur.
-        ngrams = NGramModel.fit(np.array([2]), np.array([0, 1]), 100, 1)
-        topics, tokenizer = TopicModel(np.ones((100, 3)), np.ones(100)), build_tokenizer(list(map(str, range(100))))
-        detector = FailureDetector(
-            ngrams, NGramModel.fit(np.array([2]), np.array([0, 1]), 151, 1), topics, tokenizer, []
-        )
-        new = detector.detect([1], list(range(2, 42)))[1]["drift"]
-        recurring = detector.detect([1], [*range(2, 37), *range(2, 7)])[1]["drift"]
-        assert new == pytest.approx(0, abs=1e-6) and recurring == pytest.approx(-2 * 0.25, abs=1e-6)
+    def test_drift_computed_by_hand(self):
+        # Before the second half: 20 words of one topic, and 5 of the other, which recur among the 20 of the half.
+        drift = small_detector().detect(range(150, 155), [*range(2, 22), *range(150, 170)])[1]["drift"]
+        assert drift == pytest.approx(1 - 5 / math.hypot(20, 5) - 2 * 5 / 20)
+
+    def test_a_window_of_words_follows_the_context(self):
+        detector, ids = small_detector(), np.array([30, 31, 32, 8, 7, 40, 41])
+        highest = detector.detect(ids[:1], ids[1:])[1]
+        for kind, model in [("grammar", detector.skeletons), ("nonsense", detector.words)]:
+            assert highest[kind] == pytest.approx(-model.log_probabilities(ids)[1:].mean())
+
+    def test_sentiment_is_compared_with_all_earlier_windows(self):
+        text = [198] * 20 + [2] * 20 + [199] * 20
+        assert small_detector().detect([], text)[1]["sentiment"] > 1.5, "from 0 to the lowest score it is 1"
+
+    def test_words_of_the_context_are_not_marked(self):
+        spans, _ = small_detector().detect([2, 2, 2, 198, 197], [3, 3, 3, 198, 197])
+        assert [(span.kind, span.start, span.end) for span in spans] == [("loop", 1, 3), ("bracket", 4, 5)]
+
+    def test_topics_ignore_unknown_words(self):
+        topics = TopicModel.fit(np.array([1, 2, 3, 1, 4, 5, 1, 2, 5]), np.array([0, 3, 6, 9]), 6)
+        in_two, in_one = math.log(4 / 3) + 1, math.log(4 / 2) + 1  # documents; weights of scikit-learn
+        assert topics.weights == pytest.approx([0, 0, in_two, in_one, in_one, in_two])
+
+    def test_a_score_equal_to_the_threshold_is_not_marked(self):
+        text = [2], list(range(30, 80))
+        detector = small_detector(text)
+        spans, highest = detector.detect(*text)
+        assert spans == [] and highest == detector.thresholds
+
+    def test_overlapping_spans_keep_the_note_of_the_longest(self):
+        spans = [Span("loop", 5, 20, "long"), Span("loop", 0, 7, "first"), Span("loop", 9, 12, "inside")]
+        assert _merge_overlaps(spans) == [Span("loop", 0, 20, "long")]
 
     def share(self, detector, texts) -> dict[str, float]:
         found = [{span.kind for span in detector.detect(*text)[0]} for text in texts]
@@ -265,14 +307,15 @@ class TestProbes:
         assert all(map(math.isnan, empty))
 
     def test_windows_stay_within_documents(self):
-        tokens, offsets = np.arange(30), np.array([0, 11, 14, 30])
+        tokens, offsets = np.arange(30), np.array([0, 11, 14, 24, 30])  # the last token of a document ends it
         windows = probes.non_overlapping_windows(tokens, offsets, 5, 100)
-        assert windows.tolist() == [list(range(a, a + 5)) for a in (0, 5, 14, 19, 24)]
+        assert windows.tolist() == [list(range(a, a + 5)) for a in (0, 5, 14, 24)]
         assert len(probes.non_overlapping_windows(tokens, offsets, 5, 2)) == 2
 
     def test_loss_by_context_sees_the_last_words_only(self, model):
         windows = torch.randint(2, 30, (6, 11))
-        losses = probes.loss_by_context(model, windows)
+        unknown = torch.ones(1, 11, dtype=torch.long)  # its target is [UNK]
+        losses = probes.loss_by_context(model, torch.cat([unknown, windows]))
         assert list(losses) == [1, 2, 5, 10]
         plain = F.cross_entropy(model(windows[:, 8:10])[0][:, -1], windows[:, 10], reduction="none")
         assert losses[2] == pytest.approx(plain.detach().numpy(), rel=1e-5)

@@ -38,6 +38,16 @@ def test_returns_logits_and_hidden_states(ids):
     assert_close(logits, hidden @ model.output.weight.T + model.output.bias)
 
 
+def test_embeddings_of_tokens_and_positions_are_added(ids):
+    model = MiniGPT(**SMALL)
+    assert_close(model.embed(ids), model.token_embedding.weight[ids] + model.position_embedding.weight)
+
+
+def test_feed_forward_has_a_relu():
+    feed_forward, x = MiniGPT(**SMALL).blocks[0].feed_forward, torch.randn(3, 16)
+    assert_close(feed_forward(x), feed_forward[2](feed_forward[0](x).clamp(min=0)))
+
+
 def test_attention_weights_are_0_for_later_positions():
     weights = MiniGPT(**SMALL).blocks[0].attention.attention_weights(torch.randn(1, 3, 16))
     assert (weights[0, 0] > 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]

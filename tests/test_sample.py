@@ -319,7 +319,6 @@ class TestInteractive:
         terminal.wait_for("\n> ")
         terminal.type("the do")
         terminal.wait_for("the do")
-        time.sleep(2)  # CPython's input() misses a Ctrl-C within the microseconds before it waits for a key
         terminal.type("\x03")  # ... or the line
         terminal.wait_for("\n> ")
         terminal.type("/settings\n")  # and not the session
@@ -363,6 +362,8 @@ class Terminal:
                 new, self.seen = (
                     text + read for read in [os.read(self.ours, 1000).decode()] for text in (new, self.seen)
                 )
+            else:  # CPython's input() overlooks a Ctrl-C just before it waits for a key, until the next signal
+                self.process.send_signal(signal.SIGWINCH)  # the window has changed: no effect on a program
         return new
 
 
