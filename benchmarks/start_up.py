@@ -21,11 +21,11 @@ import os, sys, time
 import lightning.pytorch
 start = time.perf_counter()
 from minigpt_pl import train
-from minigpt_pl.training import callbacks
+from minigpt_pl.training import metrics
 def report(*args):
     print(time.perf_counter() - start, flush=True)
     os._exit(0)
-callbacks.Throughput.on_train_batch_start = report
+metrics.Metrics.on_train_batch_start = report
 sys.argv[1:] = {arguments!r}
 train.main()
 """

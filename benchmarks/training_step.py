@@ -58,16 +58,15 @@ def ours(turn: Turn, precision: str = "bf16-mixed") -> None:
 
     from minigpt_pl.cli import app
     from minigpt_pl.training import fit as fit_module
-    from minigpt_pl.training import trainer as trainer_module
 
     watch = Stopwatch(turn)
 
-    class TimedThroughput(trainer_module.Throughput):
+    class TimedMetrics(fit_module.Metrics):
         def on_train_batch_start(self, *args):
             watch.step_begins()
             super().on_train_batch_start(*args)
 
-    trainer_module.Throughput = TimedThroughput
+    fit_module.Metrics = TimedMetrics
     folder = Path(tempfile.mkdtemp())
     words = np.array([f"w{i}" for i in range(SIZES["vocab_size"] - 3)])
     text = np.concatenate([words, np.random.default_rng(0).choice(words, 81 * BATCH * 4 - len(words))])

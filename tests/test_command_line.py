@@ -216,7 +216,6 @@ class TestBadInput:
             (["model=1", "+data=null"], ["model=1: is not a choice", "+data=null: is not a choice"]),
             (["~trainer.nothing"], ["'trainer.nothing' does not exist"]),
             (["+seed=1"], ["An item is already at 'seed'. Either remove + prefix: 'seed=1'"]),
-            (["resume=auto"], ["resume=auto: no unfinished run in outputs"]),
             (["resume=none.ckpt"], ["resume=none.ckpt: no such run folder or checkpoint"]),
             (
                 ["data.train_splits=[trian]", "data.validation_split=tets"],
@@ -243,12 +242,13 @@ class TestBadInput:
             "text_generator.prompts='xyzzy': the model knows none of its words",
         )
 
-    def test_resume_of_a_damaged_run_changes_nothing(self, damaged):
+    def test_resume_of_a_damaged_run(self, damaged):
         folder = damaged / "outputs" / "tiny"
         runs.update_record(folder, status="interrupted")
-        (folder / "checkpoints" / "last.ckpt").write_bytes(b"nothing")
+        for path in (folder / "checkpoints").iterdir():
+            path.write_bytes(b"nothing")
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert_refused(run_main("train", "resume=auto", cwd=damaged), "last.ckpt: cannot be read")
+        assert_refused(run_main("train", "resume=auto", cwd=damaged), "tiny: all its checkpoints are damaged")
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     def test_an_error_of_a_file_names_the_file(self, tmp_path):

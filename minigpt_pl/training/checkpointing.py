@@ -18,6 +18,7 @@ from minigpt_pl.checkpoints import DamagedError, read_checkpoint
 from minigpt_pl.config import CheckpointConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import atomic_write
+from minigpt_pl.runs import checkpoints_of
 from minigpt_pl.signals import SIGNALS, Interrupted
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ class CheckpointWriter(TorchCheckpointIO):
             path.parent.mkdir(exist_ok=True)  # not its parents: somebody may have removed the run folder
             with atomic_write(path) as temporary:
                 self._write(checkpoint, temporary)
-                if path.name == "last.ckpt":
-                    self._rotate(path)
+                if path.name == "last.ckpt" and path.exists():
+                    path.replace(path.with_name(self._name_of_old(path)))
+            self._remove_old(path.parent)
         except OSError as error:  # for example a full disk, or a network share that is gone
             self.failures += 1
             if self.failures >= self.max_failures or not path.parent.parent.is_dir():
@@ -62,11 +64,15 @@ class CheckpointWriter(TorchCheckpointIO):
             except RuntimeError as error:
                 raise error.__context__ or error  # noqa: B904
 
-    def _rotate(self, last: Path) -> None:
-        """Rename `last.ckpt`, and remove the oldest checkpoints."""
-        if last.exists():
-            last.replace(last.with_name(f"step-{read_checkpoint(last)['global_step']:08d}.ckpt"))
-        older = sorted(last.parent.glob("step-*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    def _name_of_old(self, last: Path) -> str:
+        """The new name of `last.ckpt`, which the next one replaces."""
+        try:
+            return f"step-{read_checkpoint(last)['global_step']:08d}.ckpt"
+        except DamagedError:  # the run continues from another one
+            return "last.ckpt.damaged"
+
+    def _remove_old(self, folder: Path) -> None:
+        older = [path for path in checkpoints_of(folder.parent) if path.name.startswith("step-")]
         for path in older[self.keep - 1 :]:
             path.unlink()
 
@@ -179,8 +185,9 @@ class SaveAndStop(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.best:
-            self.best = loss
-            trainer.save_checkpoint(self.folder / "best.ckpt")
+            before, self.best = self.best, loss
+            if not self._save(trainer, "best.ckpt"):
+                self.best = before
         if not trainer.is_last_batch and (self.save_is_due or trainer.should_stop):
             self._save_last(trainer)
 
@@ -189,10 +196,13 @@ class SaveAndStop(Checkpoint):
     def _save_last(self, trainer: L.Trainer) -> None:
         """Write last.ckpt, unless it was already written at this step."""
         self.save_is_due, self.saved_time = False, time.monotonic()
-        if self.saved_step != trainer.global_step:
-            trainer.save_checkpoint(self.folder / "last.ckpt")
-            if trainer.strategy.broadcast(self.writer.failures) == 0:
-                self.saved_step = trainer.global_step
+        if self.saved_step != trainer.global_step and self._save(trainer, "last.ckpt"):
+            self.saved_step = trainer.global_step
+
+    def _save(self, trainer: L.Trainer, name: str) -> bool:
+        """Write a checkpoint. Returns whether this succeeded. The first process knows it, and tells the others."""
+        trainer.save_checkpoint(self.folder / name)
+        return trainer.strategy.broadcast(self.writer.failures) == 0
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Interrupted):

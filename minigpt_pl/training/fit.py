@@ -60,14 +60,10 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
     if config.find_learning_rate:
-        datamodule = _open_text(config, None)
-        module = _build_module(config, datamodule)
-        check_environment(config, datamodule)
-        return _find_learning_rate(config, module, datamodule)
+        return _find_learning_rate(config)
     record = {"status": "running", "overrides": overrides, "command": sys.argv}
-    checkpoint = resume_from if resume_from is not None and resume_from.is_file() else None
     if resume_from is not None:
-        folder = resume_from.parent.parent if checkpoint else resume_from
+        folder = resume_from.parent.parent if resume_from.is_file() else resume_from
     elif is_first_process():
         # Before the text is encoded, so that resume=auto finds a run that is killed meanwhile.
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record)
@@ -79,33 +75,37 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
             remove_temporaries(folder)
             remove_temporaries(folder / "checkpoints")
         try:
-            datamodule = _open_text(config, checkpoint)
-            module = _build_module(config, datamodule)
-            check_environment(config, datamodule)
-            before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
-            steps_done = before.get("global_step", 0)
-            stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
-            loggers = _build_loggers(config, folder, steps_done) if is_first_process() else []
-            metrics = Metrics(folder, loggers, log_interval(config, datamodule))
-            callbacks = [RunRecord(folder, config, datamodule.corpus), metrics]
-            if config.text_generator.every_n_epochs:
-                callbacks.append(TextGenerator(config, datamodule.corpus, folder, loggers, stop))
+            _fit(config, folder, record, resume_from if resume_from and resume_from.is_file() else None)
         except InputError:
-            if resume_from is None and is_first_process():
-                shutil.rmtree(folder)  # it has only the record yet
+            if resume_from is None and is_first_process() and not (folder / "config.yaml").exists():
+                shutil.rmtree(folder)  # the training has not started: the folder has only the record
             raise
-        if checkpoint is not None and steps_done >= module.hparams["total_steps"]:
-            if is_first_process() and runs.read_record(folder)["status"] != "finished":
-                finish(folder, "finished", before["epoch"] + 1, steps_done)
-            log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
-            return folder
-        if resume_from is not None:
-            log.info("Resuming from %s.", resume_from) if checkpoint else log.info("Beginning %s again.", folder)
-            if is_first_process():
-                runs.update_record(folder, **record)
-        trainer = build_trainer(config, folder, datamodule, callbacks, stop)
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     return folder
+
+
+def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: Path | None) -> None:
+    datamodule = _open_text(config, checkpoint)
+    module = _build_module(config, datamodule)
+    check_environment(config, datamodule)
+    before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
+    steps_done = before.get("global_step", 0)
+    stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
+    loggers = _build_loggers(config, folder, steps_done) if is_first_process() else []
+    metrics = Metrics(folder, loggers, log_interval(config, datamodule))
+    callbacks = [RunRecord(folder, config, datamodule.corpus), metrics]
+    if config.text_generator.every_n_epochs:
+        callbacks.append(TextGenerator(config, datamodule.corpus, folder, loggers, stop))
+    if steps_done >= module.hparams["total_steps"]:
+        if is_first_process() and runs.read_record(folder)["status"] != "finished":
+            finish(folder, "finished", before["epoch"] + 1, steps_done)
+        log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
+        return
+    if is_first_process():
+        runs.update_record(folder, **record)
+    if checkpoint is not None:
+        log.info("Resuming from %s.", checkpoint)
+    trainer = build_trainer(config, folder, datamodule, callbacks, stop)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
 
 def _choose_messages(profiler: str | None) -> None:
@@ -168,7 +168,10 @@ def _build_loggers(config: TrainConfig, folder: Path, steps_done: int) -> list[L
     return []
 
 
-def _find_learning_rate(config: TrainConfig, module: MiniGPTModule, datamodule: TextDataModule) -> Path:
+def _find_learning_rate(config: TrainConfig) -> Path:
+    datamodule = _open_text(config, None)
+    module = _build_module(config, datamodule)
+    check_environment(config, datamodule)
     output_dir = Path(config.output_dir)
     trainer = L.Trainer(
         **processes(config.trainer),
