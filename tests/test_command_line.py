@@ -194,6 +194,15 @@ class TestBadInput:
         build_tokenizer(["", "[UNK]", "the", "cat", "[END]"]).save(str(damaged / "outputs" / "tiny" / "tokenizer.json"))
         assert_refused(sample(damaged, "prompt=the cat"), "tokenizer.json: not the tokenizer that")
 
+    def test_the_words_of_another_run_of_the_same_size(self, damaged):
+        from minigpt_pl.tokenizer import build_tokenizer, list_vocabulary, load_tokenizer
+
+        file = damaged / "outputs" / "tiny" / "tokenizer.json"
+        words = list_vocabulary(load_tokenizer(file))
+        words[2:4] = words[3], words[2]
+        build_tokenizer(words).save(str(file))
+        assert_refused(sample(damaged, "prompt=the cat"), "tokenizer.json: not the tokenizer that")
+
     def test_no_words_beside_the_checkpoint(self, damaged):
         (damaged / "outputs" / "tiny" / "tokenizer.json").unlink()
         assert_refused(sample(damaged, "prompt=the cat"), "tokenizer.json: no such file")

@@ -1,8 +1,10 @@
 """Atomic writes."""
 
+import signal
+
 import pytest
 
-from minigpt_pl.files import atomic_write, write_text
+from minigpt_pl.files import GrowingFile, atomic_write, complete_lines, remove_temporaries, write_text
 
 
 def test_a_new_file_replaces_the_old_one(tmp_path):
@@ -29,3 +31,64 @@ def test_a_folder(tmp_path):
             (temporary / "inside.txt").write_text("text")
         assert (tmp_path / "made" / "inside.txt").read_text() == "text"
         (tmp_path / "made").rename(temporary)  # as if this process had been killed before its rename
+
+
+class TestGrowingFile:
+    def test_a_resumed_run_cuts_it_where_its_checkpoint_was(self, tmp_path):
+        file = GrowingFile(tmp_path / "a.csv")
+        file.append("one\n")
+        state = file.state()
+        file.append("two\ntorn")
+        assert (tmp_path / "a.csv").read_text() == "one\ntwo\ntorn"
+        GrowingFile(tmp_path / "a.csv", state).append("2\n")
+        assert (tmp_path / "a.csv").read_text() == "one\n2\n"
+
+    def test_a_new_run_removes_what_a_killed_run_has_left(self, tmp_path):
+        (tmp_path / "a.csv").write_text("old\n")
+        GrowingFile(tmp_path / "a.csv").append("new\n")
+        assert (tmp_path / "a.csv").read_text() == "new\n"
+
+    def test_what_cannot_be_written_waits(self, tmp_path, caplog):
+        """In memory, and in the checkpoint."""
+        resource = pytest.importorskip("resource")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        file = GrowingFile(tmp_path / "a.csv")
+        file.append("one\n")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))
+        try:
+            file.append("two, which is too long\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert "a.csv: cannot be written (File too large)" in caplog.text
+        state = file.state()
+        assert state == {"size": 4, "waiting": "two, which is too long\n"}
+        file.append("3\n")
+        assert (tmp_path / "a.csv").read_text() == "one\ntwo, which is too long\n3\n"
+        GrowingFile(tmp_path / "a.csv", state)
+        assert (tmp_path / "a.csv").read_text() == "one\ntwo, which is too long\n"
+
+    def test_a_file_that_has_lost_lines_is_named(self, tmp_path, caplog):
+        """After a power cut, or when somebody has edited it."""
+        file = GrowingFile(tmp_path / "a.csv")
+        file.append("one\ntwo\nthree\n")
+        state = file.state()
+        (tmp_path / "a.csv").write_text("one\ntw")
+        GrowingFile(tmp_path / "a.csv", state).append("4\n")
+        assert "a.csv: its last lines are lost. It has 6 bytes, but had 14." in caplog.text
+        assert (tmp_path / "a.csv").read_text() == "one\n4\n"
+
+
+def test_an_incomplete_last_line_is_left_out(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("one\ntwo\n0.12")
+    assert complete_lines(tmp_path / "a.csv") == ["one\n", "two\n"]
+    assert "a.csv: its last line is incomplete" in caplog.text
+
+
+def test_temporaries_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / ".last.ckpt.7.tmp").write_text("half")
+    (tmp_path / ".made.7.tmp").mkdir()
+    (tmp_path / ".lock").touch()
+    remove_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -118,6 +118,10 @@ class SaveAndStop(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         self.seconds_before, self.best = state_dict["seconds"], state_dict["best"]
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Older versions kept the time under this name. For newer ones, load_state_dict follows.
+        self.seconds_before = checkpoint.get("callbacks", {}).get("Ending", {}).get("seconds", 0.0)
+
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.start
 
@@ -128,12 +132,16 @@ class SaveAndStop(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # A run that was killed after a validation continues from before it. The best.ckpt of this validation stays.
-        best = self.folder / "best.ckpt"
-        if trainer.global_step and best.exists():
+        path = self.folder / "best.ckpt"
+        if trainer.global_step and path.exists():
             try:
-                self.best = min(self.best, read_checkpoint(best)["callbacks"][self.state_key]["best"])
+                states = read_checkpoint(path)["callbacks"].values()
             except DamagedError as error:
                 log.warning("%s. The next validation replaces it.", error)
+                states = []
+            # Older versions have "best_model_score", the state of Lightning's ModelCheckpoint.
+            scores = [state.get("best", state.get("best_model_score")) for state in states]
+            self.best = min([self.best, *(float(score) for score in scores if score is not None)])
             self.best = trainer.strategy.broadcast(self.best)
         self.handlers = signals.set_handlers(dict.fromkeys(SIGNALS, self._on_signal))  # replaces Lightning's
 
