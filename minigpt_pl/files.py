@@ -22,19 +22,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         ...     torch.save(weights, temporary)
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    _remove(temporary)  # left by a killed process with the same process id
+    remove(temporary)  # left by a killed process with the same process id
     try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
-            _flush(written)
+            flush(written)
         temporary.replace(path)
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of the files in a folder, is on the disk."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -43,10 +44,12 @@ def _flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
