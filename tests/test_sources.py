@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +253,16 @@ class TestText:
             (tmp_path / name).write_bytes(contents)
         with pytest.raises(InputError, match=f"data.path=.*{name}.*{message}"):
             list(sources.open_source(text_config(tmp_path / name)).train())
+
+    @pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"\xff"), Path.unlink], ids=["other", "gone"])
+    def test_a_file_that_changes_while_it_is_read(self, tmp_path, change):
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / name).write_text("one\ntwo\n")
+        documents = sources.open_source(text_config(tmp_path)).train()
+        next(documents)
+        change(tmp_path / "a.txt")
+        with pytest.raises(InputError, match="data.path=.*a.txt: has changed while it was read; start again"):
+            list(documents)
 
     def test_mixed_folder(self, tmp_path):
         (tmp_path / "a.txt").write_text("x")

@@ -236,13 +236,11 @@ def _encode_into(
     build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     content_hash = hashlib.sha256("\n".join(vocabulary).encode())
     for split, encoder in (("train", train), ("validation", validation)):
-        path, length = paths[split], encoder.words + encoder.documents
-        tokens = (final_ids[piece] for piece in _read_pieces(path))
-        for name, size, dtype, pieces in (
-            ("tokens", length, final_ids.dtype, tokens),
-            ("offsets", encoder.documents + 1, np.dtype(np.int64), _offsets(path)),
-        ):
-            _write_array(folder / f"{split}.{name}.npy", size, dtype, pieces, content_hash)
+        path, size = paths[split], encoder.words + encoder.documents
+        ids = (final_ids[piece] for piece in _read_pieces(path))
+        _write_array(folder / f"{split}.tokens.npy", final_ids.dtype, size, ids, content_hash)
+        ends = _offsets(path)
+        _write_array(folder / f"{split}.offsets.npy", np.dtype(np.int64), encoder.documents + 1, ends, content_hash)
         path.unlink()
     documents, words = train.documents + validation.documents, train.words + validation.words
     log.info("Encoded %s documents, %s tokens, in %.1f s.", f"{documents:,}", f"{words:,}", time.monotonic() - start)
@@ -295,7 +293,7 @@ def _offsets(provisional: Path) -> Iterator[np.ndarray]:
         start += len(piece)
 
 
-def _write_array(path: Path, size: int, dtype: np.dtype, pieces: Iterator[np.ndarray], content_hash: Any) -> None:
+def _write_array(path: Path, dtype: np.dtype, size: int, pieces: Iterator[np.ndarray], content_hash: Any) -> None:
     """Write the file that `np.save` would write for the concatenated pieces, and add their bytes to the hash."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
     with path.open("wb") as file:
