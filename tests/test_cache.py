@@ -86,6 +86,13 @@ def test_a_damaged_file_is_named_and_made_again(config, encoded, caplog, name, d
     assert_noticed(config, encoded, caplog, encoded / name, before)
 
 
+def test_a_wrong_length_is_told(config, encoded, caplog):
+    size = (encoded / "train.tokens.npy").stat().st_size
+    os.truncate(encoded / "train.tokens.npy", 1000)
+    content(config)
+    assert f"train.tokens.npy: has 1,000 bytes instead of {size:,}. This file" in caplog.text
+
+
 def test_other_ids_in_range_are_noticed(config, encoded, caplog):
     before = content(config)
     path = encoded / "train.tokens.npy"
@@ -254,6 +261,27 @@ class _NoLock(filelock.FileLock):
 
     def __exit__(self, *_):
         pass
+
+
+def test_a_process_that_has_waited_does_not_encode(config, encoded, tmp_path, monkeypatch, caplog):
+    class Wait(_NoLock):
+        def __enter__(self):
+            (tmp_path / "aside").rename(encoded)
+
+    encoded.rename(tmp_path / "aside")
+    monkeypatch.setattr(filelock, "FileLock", Wait)
+    monkeypatch.setattr(corpus_module, "_encode_into", lambda *_: pytest.fail("encoded again"))
+    assert content(config) == "b9d7111c8a356d6b" and "damaged" not in caplog.text
+
+
+def test_a_failed_rename(config, monkeypatch):
+    def rename(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(InputError, match=r"data.cache_dir=.*: cannot be used \(Input/output error\)"):
+        content(config)
+    assert not entries(config)
 
 
 def _without_locks(barrier) -> None:

@@ -264,6 +264,20 @@ class TestText:
         with pytest.raises(InputError, match="data.path=.*a.txt: has changed while it was read; start again"):
             list(documents)
 
+    @pytest.mark.parametrize("imdb", [False, True])
+    def test_a_file_that_changes_before_it_is_read(self, tmp_path, monkeypatch, imdb):
+        import pyarrow
+        from pyarrow import parquet
+
+        path = tmp_path / "plain_text" / "train-00000-of-00001.parquet"
+        path.parent.mkdir()
+        table = pyarrow.table({"text": DOCUMENTS})
+        parquet.write_table(table, path)
+        monkeypatch.setattr(sources, "_file_identity", lambda path: parquet.write_table(table.slice(1), path))
+        config = imdb_config(str(tmp_path)) if imdb else text_config(path)
+        with pytest.raises(InputError, match=f"={path}: has changed while it was read"):
+            list(sources.open_source(config).train())
+
     def test_mixed_folder(self, tmp_path):
         (tmp_path / "a.txt").write_text("x")
         (tmp_path / "b.csv").write_text("text\nx\n")

@@ -193,8 +193,9 @@ def _encode_into(
     """Write the files of an encoded text. Returns the values for its manifest.
 
     This reads the text once and numbers the words in order of appearance. These provisional ids go to a file, and are
-    then replaced by the final ids, piece by piece. So the memory depends on the number of different words and on the
-    longest document, but not on the length of the text. The disk needs 6 bytes per token meanwhile, and 2 afterwards.
+    then replaced by the final ids, piece by piece. So the memory does not depend on the length of the text. It grows
+    with the different words, the longest document, and the validation documents of the source (8-byte hashes). The disk
+    needs 6 bytes per token meanwhile, and 2 afterwards.
     """
     start = time.monotonic()
     provisional_ids = {"": 0}  # 0 marks the end of a document; no word is empty
