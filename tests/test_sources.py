@@ -3,6 +3,7 @@
 import http.server
 import importlib.util
 import json
+import os
 import socket
 import sys
 import threading
@@ -254,14 +255,23 @@ class TestText:
         with pytest.raises(InputError, match=f"data.path=.*{name}.*{message}"):
             list(sources.open_source(text_config(tmp_path / name)).train())
 
-    @pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"\xff"), Path.unlink], ids=["other", "gone"])
-    def test_a_file_that_changes_while_it_is_read(self, tmp_path, change):
-        for name in ("a.txt", "b.txt"):
-            (tmp_path / name).write_text("one\ntwo\n")
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("a.txt", lambda path: path.write_text("one\n")),
+            ("a.txt", lambda path: os.utime(path, (0, 0))),
+            ("a.txt", Path.unlink),
+            ("b.txt", lambda path: path.write_bytes(b"\xff")),
+        ],
+        ids=["shorter", "newer", "gone", "undecodable"],
+    )
+    def test_a_file_that_changes_while_it_is_read(self, tmp_path, name, change):
+        for created in ("a.txt", "b.txt"):
+            (tmp_path / created).write_text("one\ntwo\n")
         documents = sources.open_source(text_config(tmp_path)).train()
         next(documents)
-        change(tmp_path / "a.txt")
-        with pytest.raises(InputError, match="data.path=.*a.txt: has changed while it was read; start again"):
+        change(tmp_path / name)
+        with pytest.raises(InputError, match=f"data.path=.*{name}: has changed while it was read; start again"):
             list(documents)
 
     @pytest.mark.parametrize("imdb", [False, True])
