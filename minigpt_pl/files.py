@@ -26,14 +26,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         ...     torch.save(weights, temporary)
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)  # left by a killed process with the same process id
+    remove(temporary)  # left by a killed process with the same process id
     try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
             flush(written)
         temporary.replace(path)
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
     flush(path.parent)
 
@@ -41,11 +41,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes have left of their atomic writes into this folder."""
     for temporary in folder.glob(".*.tmp"):
-        _remove(temporary)
+        remove(temporary)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
+    """Wait until a file, or the list of the files in a folder, is on the disk."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -54,10 +54,12 @@ def flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

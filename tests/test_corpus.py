@@ -1,8 +1,12 @@
 """The encoded text and its cache."""
 
+import itertools
 import multiprocessing
+import shutil
+import tracemalloc
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from conftest import imdb_config, text_config
 
 from minigpt_pl.data import corpus as corpus_module
 from minigpt_pl.data.corpus import open_corpus
+from minigpt_pl.data.sources import Source
 from minigpt_pl.errors import InputError
 from minigpt_pl.tokenizer import split_words
 
@@ -107,11 +112,51 @@ def test_a_small_text_gives_a_warning(config, caplog):
     assert "tokens. With fewer than 1,000,000, expect poor results" in caplog.text
 
 
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_the_ids_do_not_depend_on_the_size_of_the_pieces(config, monkeypatch, piece):
+    monkeypatch.setattr(corpus_module, "PIECE", piece)
+    corpus = open_corpus(config, 200)
+    assert corpus.record["content"] == "b9d7111c8a356d6b"  # the ids of version 0.1.0
+    assert (len(corpus.train.tokens), len(corpus.validation.tokens)) == (3150 + 225, 1050 + 75)
+
+
+def test_the_memory_does_not_depend_on_the_length_of_the_text(story, monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus_module, "PIECE", 1_000)
+    lines = story.read_text().splitlines()
+    peaks = []
+    for times in (10, 100):
+        documents = partial(itertools.chain.from_iterable, itertools.repeat(lines, times))
+        (tmp_path / str(times)).mkdir()
+        tracemalloc.start()
+        corpus_module._encode_into(tmp_path / str(times), Source("story", {}, documents, None), 0.2, 200, None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_a_text_that_grows_while_it_is_read(config, story, monkeypatch, tmp_path):
+    copy = tmp_path / "copy.txt"
+    shutil.copy(story, copy)
+    config.path = str(copy)
+    encode = corpus_module._encode_into
+
+    def grow_and_encode(*arguments):
+        with copy.open("a") as file:
+            file.write("One more line.\n")
+        return encode(*arguments)
+
+    monkeypatch.setattr(corpus_module, "_encode_into", grow_and_encode)
+    with pytest.raises(InputError, match="data.path=.*copy.txt: has changed while it was read; start again"):
+        open_corpus(config, 200)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
 def test_ids_equal_the_tokenizers_on_real_reviews(imdb, imdb_texts, tmp_path):
     config = imdb_config(str(imdb), train_splits=["unsupervised"], validation_split=None, cache_dir=str(tmp_path))
     config.validation_share = 0.0
     corpus = open_corpus(config, 5_000)
     assert corpus.validation is None
+    assert corpus.record["content"] == "52343c4d31d261f4"  # the ids of version 0.1.0
     texts = imdb_texts("unsupervised")
     encoded = corpus.tokenizer.encode_batch(texts)
     assert corpus.record["train_tokens"] == sum(len(split_words(text)) for text in texts)

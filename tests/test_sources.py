@@ -3,9 +3,11 @@
 import http.server
 import importlib.util
 import json
+import os
 import socket
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +254,39 @@ class TestText:
             (tmp_path / name).write_bytes(contents)
         with pytest.raises(InputError, match=f"data.path=.*{name}.*{message}"):
             list(sources.open_source(text_config(tmp_path / name)).train())
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("a.txt", lambda path: path.write_text("one\n")),
+            ("a.txt", lambda path: os.utime(path, (0, 0))),
+            ("a.txt", Path.unlink),
+            ("b.txt", lambda path: path.write_bytes(b"\xff")),
+        ],
+        ids=["shorter", "newer", "gone", "undecodable"],
+    )
+    def test_a_file_that_changes_while_it_is_read(self, tmp_path, name, change):
+        for created in ("a.txt", "b.txt"):
+            (tmp_path / created).write_text("one\ntwo\n")
+        documents = sources.open_source(text_config(tmp_path)).train()
+        next(documents)
+        change(tmp_path / name)
+        with pytest.raises(InputError, match=f"data.path=.*{name}: has changed while it was read; start again"):
+            list(documents)
+
+    @pytest.mark.parametrize("imdb", [False, True])
+    def test_a_file_that_changes_before_it_is_read(self, tmp_path, monkeypatch, imdb):
+        import pyarrow
+        from pyarrow import parquet
+
+        path = tmp_path / "plain_text" / "train-00000-of-00001.parquet"
+        path.parent.mkdir()
+        table = pyarrow.table({"text": DOCUMENTS})
+        parquet.write_table(table, path)
+        monkeypatch.setattr(sources, "_file_identity", lambda path: parquet.write_table(table.slice(1), path))
+        config = imdb_config(str(tmp_path)) if imdb else text_config(path)
+        with pytest.raises(InputError, match=f"={path}: has changed while it was read"):
+            list(sources.open_source(config).train())
 
     def test_mixed_folder(self, tmp_path):
         (tmp_path / "a.txt").write_text("x")

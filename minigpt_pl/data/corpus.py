@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from minigpt_pl import runs
 from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
+from minigpt_pl.data import cache
 from minigpt_pl.data.sources import Source, open_source
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import atomic_write, make_folder
 from minigpt_pl.tokenizer import (
     NUM_SPECIAL,
     UNKNOWN_ID,
@@ -33,7 +33,8 @@ from minigpt_pl.tokenizer import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # version of the cache files; increase it when their meaning changes
+FORMAT = 2  # version of the cache files; increase it when their meaning changes
+PIECE = 2**20  # token ids in memory at a time
 FEW_TOKENS = 1_000_000  # the notebook: "make sure your corpus has at least 1 million words"
 
 
@@ -73,7 +74,8 @@ def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
 def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> tuple[Path, str]:
     """Encode the text that the settings name, unless the cache already has it.
 
-    Several processes may call this at the same time. One encodes, and the others wait.
+    Several processes may call this at the same time. One encodes, and the others wait. Each call checks all files of
+    the encoded text (`cache.find_damage`). If one is damaged, a warning names it, and the text is encoded again.
 
     Args:
         config: the source, the held-out share and the folder of the cache.
@@ -84,10 +86,9 @@ def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
         The folder with the encoded text, and a description of the source.
 
     Raises:
-        InputError: the text cannot be found or read, or it has no words.
+        InputError: the text cannot be found or read, it has no words, or it changes while it is read. Or the cache
+            cannot be read or written.
     """
-    from filelock import FileLock
-
     source = open_source(config)
     log.info("Text: %s", source.description)
     wanted = {
@@ -101,18 +102,17 @@ def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
         wanted["vocabulary"] = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.cache_dir) / fingerprint
-    make_folder(folder.parent, "data.cache_dir")
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            with atomic_write(folder) as temporary:
-                temporary.mkdir()
-                _encode_into(temporary, source, config.validation_share, vocab_size, vocabulary)
+
+    def encode(temporary: Path) -> dict[str, Any]:
+        return _encode_into(temporary, source, config.validation_share, vocab_size, vocabulary)
+
+    cache.fill(folder, encode, "data.cache_dir")
     return folder, source.description
 
 
 def read_corpus(folder: Path, description: str) -> Corpus:
     """Memory-map an encoded text. The arguments are the two values that `encode_text` returns."""
-    counts = json.loads((folder / "counts.json").read_text())
+    counts = cache.read_manifest(folder)["counts"]
     if counts["train_tokens"] < FEW_TOKENS:
         tokens = f"{counts['train_tokens']:,}"
         log.warning("The training text has only %s tokens. With fewer than 1,000,000, expect poor results.", tokens)
@@ -189,29 +189,42 @@ def _open_ids(folder: Path, split: str) -> Ids:
 
 def _encode_into(
     folder: Path, source: Source, validation_share: float, vocab_size: int, vocabulary: list[str] | None
-) -> None:
-    """Encode in one pass: number the words in order of appearance, then replace these numbers by the final ids."""
+) -> dict[str, Any]:
+    """Write the files of an encoded text. Returns the values for its manifest.
+
+    This reads the text once and numbers the words in order of appearance. These provisional ids go to a file, and are
+    then replaced by the final ids, piece by piece. So the memory does not depend on the length of the text. It grows
+    with the different words, the longest document, and the validation documents of the source (8-byte hashes). The disk
+    needs 6 bytes per token meanwhile, and 2 afterwards.
+    """
     start = time.monotonic()
-    provisional_ids: dict[str, int] = {}
-    train, validation = _Encoder(provisional_ids), _Encoder(provisional_ids)
+    provisional_ids = {"": 0}  # 0 marks the end of a document; no word is empty
+    paths = {split: folder / f"{split}.provisional" for split in ("train", "validation")}
     held_out_hashes, duplicates = set(), 0
     progress = partial(tqdm, desc="Encoding", unit=" documents", disable=None, leave=False)
-    for text in progress(source.validation()) if source.validation else ():
-        held_out_hashes.add(_content_hash(text))
-        validation.add(text)
-    for text in progress(source.train()):
-        content = _content_hash(text)
-        if content in held_out_hashes:
-            duplicates += 1
-        elif source.validation is None and _is_held_out(content, validation_share):
+    with paths["train"].open("wb") as train_file, paths["validation"].open("wb") as validation_file:
+        train, validation = _Encoder(provisional_ids, train_file), _Encoder(provisional_ids, validation_file)
+        for text in progress(source.validation()) if source.validation else ():
+            held_out_hashes.add(_content_hash(text))
             validation.add(text)
-        else:
-            train.add(text)
-    if not train.tokens:
+        for text in progress(source.train()):
+            content = _content_hash(text)
+            if content in held_out_hashes:
+                duplicates += 1
+            elif source.validation is None and _is_held_out(content, validation_share):
+                validation.add(text)
+            else:
+                train.add(text)
+        train.flush()
+        validation.flush()
+    if not train.documents:
         raise InputError(f"{source.description}: no text to train on; give documents that contain words")
 
     # The vocabulary comes from the training text only.
-    counts = np.bincount(np.frombuffer(train.tokens, dtype=np.uint32), minlength=len(provisional_ids))
+    counts = np.zeros(len(provisional_ids), dtype=np.int64)
+    for piece in _read_pieces(paths["train"]):
+        counts += np.bincount(piece, minlength=len(counts))
+    counts[0] = 0  # not a word
     if vocabulary is None:
         word_counts = {word: int(counts[id_]) for word, id_ in provisional_ids.items() if counts[id_]}
         vocabulary = build_vocabulary(word_counts, vocab_size)
@@ -219,49 +232,76 @@ def _encode_into(
     for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1):
         if word in provisional_ids:  # a given vocabulary can have words that are not in this text
             final_ids[provisional_ids[word]] = id_
+    final_ids[0] = len(vocabulary) - 1
 
     build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     content_hash = hashlib.sha256("\n".join(vocabulary).encode())
     for split, encoder in (("train", train), ("validation", validation)):
-        tokens, offsets = encoder.finish(final_ids, end_id=len(vocabulary) - 1)
-        np.save(folder / f"{split}.tokens.npy", tokens)
-        np.save(folder / f"{split}.offsets.npy", offsets)
-        content_hash.update(tokens.tobytes() + offsets.tobytes())
+        path, size = paths[split], encoder.words + encoder.documents
+        ids = (final_ids[piece] for piece in _read_pieces(path))
+        _write_array(folder / f"{split}.tokens.npy", final_ids.dtype, size, ids, content_hash)
+        ends = _offsets(path)
+        _write_array(folder / f"{split}.offsets.npy", np.dtype(np.int64), encoder.documents + 1, ends, content_hash)
+        path.unlink()
+    documents, words = train.documents + validation.documents, train.words + validation.words
+    log.info("Encoded %s documents, %s tokens, in %.1f s.", f"{documents:,}", f"{words:,}", time.monotonic() - start)
     record = {
-        "train_documents": len(train.lengths),
-        "train_tokens": len(train.tokens),
+        "train_documents": train.documents,
+        "train_tokens": train.words,
         "distinct_words": int((counts > 0).sum()),
         "vocab_size": len(vocabulary),
-        "validation_documents": len(validation.lengths),
-        "validation_tokens": len(validation.tokens),
+        "validation_documents": validation.documents,
+        "validation_tokens": validation.words,
         "validation_duplicates_left_out": duplicates,
         "content": content_hash.hexdigest()[:16],
     }
-    (folder / "counts.json").write_text(json.dumps(record, indent=2) + "\n")
-    documents, words = len(train.lengths + validation.lengths), len(train.tokens) + len(validation.tokens)
-    log.info("Encoded %s documents, %s tokens, in %.1f s.", f"{documents:,}", f"{words:,}", time.monotonic() - start)
+    return {"source": source.description, "counts": record}
 
 
 class _Encoder:
-    """Encodes one split with provisional ids. It needs 4 bytes of memory per token."""
+    """Writes the provisional ids of one split to a file, as uint32, with a 0 after each document."""
 
-    def __init__(self, provisional_ids: dict[str, int]):
-        self.ids, self.tokens, self.lengths = provisional_ids, array("I"), array("q")
+    def __init__(self, provisional_ids: dict[str, int], file: BinaryIO):
+        self.ids, self.file, self.tokens = provisional_ids, file, array("I")
+        self.documents, self.words = 0, 0
 
     def add(self, text: str) -> None:
         if words := split_words(text):
             self.tokens.extend([self.ids.setdefault(word, len(self.ids)) for word in words])
-            self.lengths.append(len(words))
+            self.tokens.append(0)
+            self.documents += 1
+            self.words += len(words)
+            if len(self.tokens) > PIECE:
+                self.flush()
 
-    def finish(self, final_ids: np.ndarray, end_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens and offsets of `Ids`: with the final ids, and with [END] after each document."""
-        lengths = np.asarray(self.lengths)
-        offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
-        tokens = np.full(offsets[-1], end_id, dtype=final_ids.dtype)
-        is_word = np.ones(len(tokens), dtype=bool)
-        is_word[offsets[1:] - 1] = False
-        tokens[is_word] = final_ids[np.asarray(self.tokens)]
-        return tokens, offsets
+    def flush(self) -> None:
+        self.file.write(self.tokens)
+        self.tokens = array("I")
+
+
+def _read_pieces(provisional: Path) -> Iterator[np.ndarray]:
+    with provisional.open("rb") as file:
+        while (piece := np.fromfile(file, dtype=np.uint32, count=PIECE)).size:
+            yield piece
+
+
+def _offsets(provisional: Path) -> Iterator[np.ndarray]:
+    """Yield `Ids.offsets` in pieces."""
+    yield np.zeros(1, dtype=np.int64)
+    start = 0
+    for piece in _read_pieces(provisional):
+        yield np.flatnonzero(piece == 0) + (start + 1)
+        start += len(piece)
+
+
+def _write_array(path: Path, dtype: np.dtype, size: int, pieces: Iterator[np.ndarray], content_hash: Any) -> None:
+    """Write the file that `np.save` would write for the concatenated pieces, and add their bytes to the hash."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(piece.data)
+            content_hash.update(piece.data)
 
 
 def _content_hash(text: str) -> int:

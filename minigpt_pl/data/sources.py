@@ -90,10 +90,11 @@ def _open_imdb(config: ImdbConfig) -> Source:
                 " the files of the hub"
             )
         name = f"the folder {folder.resolve().name}"
-        identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
         splits = {
-            split: partial(_read_files, "parquet", paths, "text", "data.source") for split, paths in files.items()
+            split: partial(_read_files, "parquet", _states(paths), "text", "data.source")
+            for split, paths in files.items()
         }
+        identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
 
     present = [split for split in config.train_splits if split in splits]
     if not present:
@@ -195,8 +196,8 @@ def text_documents(
     if suffix == ".txt":
         options["sample_by"] = "document" if document == "file" else document
     column = "text" if suffix == ".txt" else text_column
-    identity = {"files": [_file_identity(file) for file in files], "column": column, "document": document}
-    return partial(_read_files, _READERS[suffix], files, column, setting, **options), identity
+    documents = partial(_read_files, _READERS[suffix], _states(files), column, setting, **options)
+    return documents, {"files": [_file_identity(file) for file in files], "column": column, "document": document}
 
 
 def _file_identity(path: Path) -> str:
@@ -208,14 +209,30 @@ def _file_identity(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def _read_files(reader: str, files: list[Path], column: str, setting: str, **options: str) -> Iterator[str]:
+_State = tuple[int, int]  # size, and time of the last change in ns
+
+
+def _states(files: list[Path]) -> dict[Path, _State]:
+    """Take them before `_file_identity`: the text that is read must be the text that was hashed."""
+    return {file: ((status := file.stat()).st_size, status.st_mtime_ns) for file in files}
+
+
+def _read_files(reader: str, files: dict[Path, _State], column: str, setting: str, **options: str) -> Iterator[str]:
     names = [glob.escape(str(file)) for file in files]
     load = partial(_load_dataset, reader, data_files=names, split="train", **options)
     try:
-        yield from _read(load, str(files[0]), column, setting)
+        yield from _read(load, str(next(iter(files))), column, setting)
+        _refuse_changes(files, setting)
     except UnicodeDecodeError as error:
+        _refuse_changes(files, setting)
         undecodable = next(file for file in files if not _is_utf8(file))
         raise InputError(f"{setting}={undecodable}: cannot be read ({error}); it must be UTF-8") from error
+
+
+def _refuse_changes(files: dict[Path, _State], setting: str) -> None:
+    for file, state in files.items():
+        if not file.exists() or _states([file])[file] != state:
+            raise InputError(f"{setting}={file}: has changed while it was read; start again when it is complete")
 
 
 def _is_utf8(file: Path) -> bool:
