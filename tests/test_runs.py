@@ -148,7 +148,7 @@ class TestCommand:
     @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
     def test_two_processes_train_as_one(self, story, tmp_path, launcher):
         options = [*TINY_RUN, f"data.path={story}", "model.dropout=0", EVERY_STEP, "trainer.max_epochs=2"]
-        options += ["trainer.val_check_interval=5"]  # writes a checkpoint inside each epoch
+        options += ["trainer.val_check_interval=5", "checkpoint.every_n_steps=4"]  # checkpoints inside each epoch
         one = run_module("train", *options, "run_name=one", cwd=tmp_path)
         assert one.returncode == 0, one.stderr
         if launcher == "lightning":
@@ -172,6 +172,39 @@ class TestCommand:
         weights = checkpoint(outputs / "one")["state_dict"], checkpoint(outputs / "two")["state_dict"]
         for name in weights[0]:
             assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=0)
+
+    def test_a_signal_to_one_process_stops_both_at_the_same_step(self, story, tmp_path):
+        """And the run continues exactly with one process."""
+        options = [*TINY_RUN, f"data.path={story}", "model.dropout=0", EVERY_STEP, "trainer.max_epochs=2"]
+        whole = run_module("train", *options, "run_name=whole", cwd=tmp_path)
+        assert whole.returncode == 0, whole.stderr
+        code = """
+import os, signal
+from minigpt_pl import train
+from minigpt_pl.training.module import MiniGPTModule
+
+step = MiniGPTModule.training_step
+
+def with_signal(self, batch, batch_idx):
+    if batch_idx == 4 and self.global_rank == 0 and self.current_epoch == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batch, batch_idx)
+
+MiniGPTModule.training_step = with_signal
+train.main()
+"""
+        (tmp_path / "signalled.py").write_text(code)
+        command = [sys.executable, "signalled.py", *options, "run_name=two", "trainer.strategy=ddp", "trainer.devices=2"]
+        two = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert two.returncode == 128 + signal.SIGTERM and "Traceback" not in two.stderr, two.stderr
+        folder = tmp_path / "outputs" / "two"
+        assert checkpoint(folder)["global_step"] == 5 and runs.read_record(folder)["status"] == "interrupted"
+        one = run_module("train", "resume=two", "trainer.devices=1", cwd=tmp_path)
+        assert one.returncode == 0, one.stderr
+        a, b = losses(tmp_path / "outputs" / "whole"), losses(folder)
+        assert a == pytest.approx(b, rel=1e-4)
 
     def test_a_sweep_of_several_processes_is_refused(self, story, tmp_path):
         arguments = [*TINY_RUN, f"data.path={story}", "trainer.strategy=ddp", "trainer.devices=2", "-m", "seed=1,2"]
