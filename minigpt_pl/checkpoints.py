@@ -1,5 +1,6 @@
 """Checkpoints: find the file that a user means, and read it."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         contents: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle or runtime errors, depending on the damage
-        reason = str(error).splitlines()[0][:120]
+        reason = textwrap.shorten(str(error).splitlines()[0], 120, placeholder=" ...")
         raise InputError(f"checkpoint={path}: cannot be read ({reason}); it is damaged, or not a checkpoint") from error
     settings = contents.get("hyper_parameters") if isinstance(contents, dict) else None
     if isinstance(contents, dict) and isinstance(settings, dict) and isinstance(settings.get("model"), dict):

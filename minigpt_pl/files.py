@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minigpt_pl.errors import InputError
+
+MAX_TEXT_LENGTH = 10_000_000  # of prompts and vocabularies, in characters
 
 
 @contextmanager
@@ -71,3 +73,18 @@ def make_folder(path: Path, setting: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{setting}={path}: cannot be created ({error.strerror}); give another folder") from error
+
+
+def read_text(path: Path | TextIO) -> str:
+    """Read a small UTF-8 text: a file, with or without a byte-order mark, or an open stream.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is larger than `MAX_TEXT_LENGTH`, or is not UTF-8.
+    """
+    if isinstance(path, Path):
+        with path.open(encoding="utf-8-sig") as file:
+            return read_text(file)
+    text = path.read(MAX_TEXT_LENGTH + 1)
+    if len(text) > MAX_TEXT_LENGTH:
+        raise ValueError(f"longer than {MAX_TEXT_LENGTH:,} characters")
+    return text

@@ -207,6 +207,11 @@ def _encode_into(
             validation.add(text)
         else:
             train.add(text)
+    if not train.tokens and validation.tokens and source.validation is None:
+        raise InputError(
+            f"data.validation_share={validation_share}: holds out all {len(validation.lengths)} documents; give more"
+            " text, or cut it into more documents (data.document)"
+        )
     if not train.tokens:
         raise InputError(f"{source.description}: no text to train on; give documents that contain words")
 
