@@ -354,13 +354,15 @@ class ConvertConfig:
 
 
 def check(config: Any) -> None:
-    """Find the problems of an instance of one of the classes above: first of single settings, then of combinations.
+    """Find all problems of an instance of one of the classes above.
 
     Raises:
         InputError: one line per problem, with the setting, its value and the remedy.
     """
-    rules = _RULES.get(type(config), lambda _: ())
-    if problems := [*range_problems(config)] or [*rules(config)]:
+    problems = [*range_problems(config)]
+    if _has_type(config, type(config)):  # the rules compute with the values
+        problems += _RULES.get(type(config), lambda _: ())(config)
+    if problems:
         raise InputError(*problems)
 
 
@@ -372,7 +374,7 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
             if isinstance(value, type_):
                 yield from range_problems(value, f"{name}.")
             else:
-                yield f"{name}={value!r}: must be a {type_.__name__}"
+                yield f"{name}={value!r}: must be of class {type_.__name__}"
         elif "doc" not in setting_.metadata:
             continue
         elif not _has_type(value, type_):
@@ -408,6 +410,8 @@ def _has_type(value: Any, type_: Any) -> bool:
         return True
     if isinstance(type_, UnionType):
         return any(_has_type(value, choice) for choice in get_args(type_))
+    if isinstance(type_, type) and is_dataclass(type_):
+        return isinstance(value, type_) and all(_has_type(getattr(value, f.name), f.type) for f in fields(value))
     if get_origin(type_) is list:
         of = get_args(type_)[0]
         return isinstance(value, list | tuple) and all(_has_type(item, of) for item in value)
@@ -455,7 +459,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from without_effect(config, ("run_name", "resume"), "", "find_learning_rate=true")
     if schedule.name == "constant":
         yield from without_effect(schedule, ["final_ratio"], "schedule.", "schedule.name=constant")
-    if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])\d+:\d\d:\d\d:\d\d", trainer.max_time):
+    if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])[0-9]{1,6}(:[0-9]{2}){3}", trainer.max_time):
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if trainer.limit_val_batches == 0:
         no_validation = ("check_val_every_n_epoch", "val_check_interval", "patience")

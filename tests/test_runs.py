@@ -96,7 +96,7 @@ class TestRunFolder:
 
     @pytest.mark.parametrize("kind", [ImdbConfig, TextConfig, PoemConfig])
     def test_the_fields_of_the_data_settings_choose_their_class(self, tmp_path, kind):
-        data = kind(batch_size=7)
+        data = kind(batch_size=7, **({"path": "my.txt"} if kind is TextConfig else {}))
         settings = {"model": {"vocab_size": 9}, "data": dataclasses.asdict(data)}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
         assert runs.read_data_settings(tmp_path) == (data, 9)

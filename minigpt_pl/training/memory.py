@@ -14,6 +14,8 @@ from minigpt_pl.training.trainer import processes
 
 log = logging.getLogger(__name__)
 
+CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # those of this process, and their limits
+
 
 def check_memory(config: TrainConfig, vocab_size: int) -> None:
     """Warn if one process needs more than half of the memory.
@@ -74,17 +76,13 @@ def machine_bytes() -> int | None:
     if not hasattr(os, "sysconf"):
         return None
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    groups = Path("/proc/self/cgroup")  # lines such as 0::/user.slice (version 2) and 4:memory:/job (version 1)
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            root, name = "/sys/fs/cgroup", "memory.max"
-        elif controllers == "memory":
-            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        folder = Path(root + group)
-        files = [place / name for place in (folder, *folder.parents)]  # a limit of a parent counts too
-        values = [file.read_text().strip() for file in files if file.is_file()]
-        limits += [int(value) for value in values if value.isdecimal()]  # no limit is "max"
+    process_file, root = CONTROL_GROUPS
+    for line in process_file.read_text().splitlines() if process_file.is_file() else ():
+        _, controllers, group = line.split(":", 2)  # 0::/user.slice (version 2) or 4:memory:/job (version 1)
+        if controllers in ("", "memory"):
+            folder = root / controllers / group.lstrip("/")
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            files = [place / name for place in (folder, *folder.parents)]  # a parent's limit counts too
+            values = [file.read_text().strip() for file in files if file.is_file()]
+            limits += [int(value) for value in values if value.isdecimal()]  # no limit is "max"
     return min(limits)
