@@ -160,7 +160,7 @@ class TestFormats:
                     changed.setattr(stream, "isatty", lambda: True, raising=False)
                 shown = sample(*options, *more)
             assert shown.out.startswith("the \ufffd[2J\tcat\u00a0and \ufffd1m") and "\x1b" not in shown.out
-            assert "not in the vocabulary: \ufffd[2J" in shown.err and "\x1b" not in shown.err
+            assert "not in the vocabulary: \ufffd [2J" in shown.err and "\x1b" not in shown.err
 
     def test_control_characters_of_new_words_do_not_reach_a_terminal(self, model, monkeypatch):
         record = replace(minigpt_pl.generate(model, "the cat", 1, top_k=5)[0], tokens=[" \x1b[2J"], probabilities=[0.9])
