@@ -1,6 +1,7 @@
 """Checkpoints: find the file that a user means, check that it is not damaged, and read it."""
 
 import logging
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"checkpoint={path}: cannot be read ({error.strerror}); give another checkpoint") from error
     except Exception as error:  # zip, pickle or runtime errors, depending on the damage
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = textwrap.shorten(str(error) or type(error).__name__, 120, placeholder=" ...")
         remedy = "it is damaged, or not a checkpoint; give another one"
         raise DamagedError(f"checkpoint={path}: cannot be read ({reason}); {remedy}") from error
     settings = contents.get("hyper_parameters") if isinstance(contents, dict) else None

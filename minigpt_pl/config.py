@@ -16,6 +16,8 @@ from minigpt_pl.errors import InputError
 
 IMDB_SPLITS = ("train", "test", "unsupervised")
 REQUIRED = "???"  # OmegaConf's value for a required setting
+MAX_INTEGER = 2**63 - 1  # of PyTorch, NumPy and itertools
+MAX_TOKENS, MAX_SAMPLES = 1_000_000, 100_000  # new tokens per text, texts per prompt
 
 _LIMITS = {
     "at least": lambda value, limit: value >= limit,
@@ -211,17 +213,23 @@ class NumberControls:
     token ids, `WordControls` adds words, `ExploreConfig` takes several values of each.
     """
 
-    num_tokens: int = setting(60, "number of new tokens; fewer only if the model ends the text", minimum=1)
+    num_tokens: int = setting(
+        60, "number of new tokens; fewer only if the model ends the text", minimum=1, maximum=MAX_TOKENS
+    )
     min_tokens: int = setting(0, "the text does not end before this many new tokens", minimum=0)
     temperature: float = setting(0.8, "randomness; 0 means always the likeliest token (greedy)", minimum=0)
     top_k: int | None = setting(20, "draw from the k likeliest tokens; null means from all", minimum=1)
     top_p: float = setting(1.0, "draw from the likeliest tokens with this total probability", above=0, maximum=1)
     min_p: float = setting(0.0, "draw from tokens with at least min_p * highest probability", minimum=0, maximum=1)
     typical_p: float = setting(1.0, "draw from typical tokens with this total probability", above=0, maximum=1)
-    repetition_penalty: float = setting(1.0, "above 1, tokens of the text so far become less likely; 1 is off", above=0)
+    repetition_penalty: float = setting(
+        1.0, "above 1, tokens of the text so far become less likely; 1 is off", above=0.001, maximum=1000
+    )
     no_repeat_ngram_size: int = setting(0, "no n-gram of this size occurs twice; 0 means no limit", minimum=0)
     num_beams: int = setting(1, "beam search with this many beams; needs temperature=0", minimum=1)
-    length_penalty: float = setting(1.0, "for beam search: above 0 favours longer texts, below 0 shorter ones")
+    length_penalty: float = setting(
+        1.0, "for beam search: above 0 favours longer texts, below 0 shorter ones", minimum=-10, maximum=10
+    )
 
 
 @dataclass
@@ -294,7 +302,7 @@ class SampleConfig(WordControls):
     output_dir: str = setting("outputs", "folder of the run folders")
     run: str | None = setting(None, "a run folder or its name; null means the newest finished run")
     checkpoint: str | None = setting(None, "path of a checkpoint; null means the run's best, else its last")
-    num_samples: int = setting(1, "texts per prompt", minimum=1)
+    num_samples: int = setting(1, "texts per prompt", minimum=1, maximum=MAX_SAMPLES)
     seed: int | None = setting(None, "random seed; null means a new one each time", minimum=0, maximum=2**31 - 1)
     format: str = setting("text", "output format; jsonl includes probabilities", choices=("text", "jsonl", "markdown"))
     show: str | None = setting(None, "show each word's probability, in colour if possible", choices=("probabilities",))
@@ -323,7 +331,7 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
     source: str | None = setting(None, "path of the run's text, if it has moved")
     prompts: str | None = setting(None, "YAML file of prompts by kind; null means the 14 prompts of conf/prompts.yaml")
     num_tokens: int = _control("num_tokens")
-    num_seeds: int = setting(4, "texts per prompt and combination", minimum=1)
+    num_seeds: int = setting(4, "texts per prompt and combination", minimum=1, maximum=MAX_SAMPLES)
     seed: int = setting(0, "random seed of the first text; each next text adds 1", minimum=0, maximum=2**31 - 1)
     banned_words: list[str] = setting([], "words that are never generated; [UNK] is always banned")
     confirm: bool = setting(False, "allow more than 10,000 texts")
@@ -362,21 +370,26 @@ def check(config: Any) -> None:
     Raises:
         InputError: one line per problem, with the setting, its value and the remedy.
     """
-    rules = _RULES.get(type(config), lambda _: ())
-    if problems := [*range_problems(config), *rules(config)]:
+    problems = [*range_problems(config)]
+    if _has_type(config, type(config)):  # the rules compute with the values
+        problems += _RULES.get(type(config), lambda _: ())(config)
+    if problems:
         raise InputError(*problems)
 
 
 def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
     """Wrong types, values out of range, and unknown choices: one line per setting."""
     for setting_ in fields(config):
-        value, name = getattr(config, setting_.name), f"{prefix}{setting_.name}"
-        if is_dataclass(value):
-            yield from range_problems(value, f"{name}.")
+        value, name, type_ = getattr(config, setting_.name), f"{prefix}{setting_.name}", setting_.type
+        if isinstance(type_, type) and is_dataclass(type_):
+            if isinstance(value, type_):
+                yield from range_problems(value, f"{name}.")
+            else:
+                yield f"{name}={value!r}: must be of class {type_.__name__}"
         elif "doc" not in setting_.metadata:
             continue
-        elif not _has_type(value, setting_.type):
-            yield f"{name}={value!r}: must be {type_words(setting_.type)}"
+        elif not _has_type(value, type_):
+            yield f"{name}={value!r}: must be {type_words(type_)}"
         elif problem := _field_problem(value, setting_):
             yield f"{name}={value}: {problem}"
 
@@ -390,12 +403,16 @@ def _field_problem(value: Any, setting_: Any) -> str | None:
     if value == "" and setting_.type is not Any:
         return f"must not be empty ({doc})"
     values = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+    if setting_.type is not Any and any(isinstance(item, str) and "\0" in item for item in values):
+        return "must not contain a null character"
     if choices and not set(values) <= set(choices):
         return f"must be one of {', '.join(choices)}"
     if any(isinstance(item, float) and not math.isfinite(item) for item in values):
         return "must be a finite number"
     if any(not _LIMITS[words](item, limit) for item in values for words, limit in limits.items()):
         return f"must be {' and '.join(f'{words} {limit}' for words, limit in limits.items())} ({doc})"
+    if any(isinstance(item, numbers.Integral) and abs(int(item)) > MAX_INTEGER for item in values):
+        return f"must be at most {MAX_INTEGER} ({doc})"
     return None
 
 
@@ -404,6 +421,8 @@ def _has_type(value: Any, type_: Any) -> bool:
         return True
     if isinstance(type_, UnionType):
         return any(_has_type(value, choice) for choice in get_args(type_))
+    if isinstance(type_, type) and is_dataclass(type_):
+        return isinstance(value, type_) and all(_has_type(getattr(value, f.name), f.type) for f in fields(value))
     if get_origin(type_) is list:
         of = get_args(type_)[0]
         return isinstance(value, list | tuple) and all(_has_type(item, of) for item in value)
@@ -442,6 +461,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     yield from _run_name_problems(config.run_name)
     if data.cut == "pack" and not data.end_token:
         yield "data.end_token=false: data.cut=pack needs [END] to separate documents; set data.end_token=true"
+    if data.max_sequences is not None and data.max_sequences < data.batch_size:
+        yield f"data.max_sequences={data.max_sequences}: must be at least data.batch_size={data.batch_size}; lower that"
     if isinstance(data, TextConfig) and data.validation_path is not None:
         yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
     yield from optimizer_problems(optimizer, config.model)
@@ -449,7 +470,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from without_effect(config, ("run_name", "resume"), "", "find_learning_rate=true")
     if schedule.name == "constant":
         yield from without_effect(schedule, ["final_ratio"], "schedule.", "schedule.name=constant")
-    if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])\d+:\d\d:\d\d:\d\d", trainer.max_time):
+    if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])[0-9]{1,6}(:[0-9]{2}){3}", trainer.max_time):
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if trainer.limit_val_batches == 0:
         no_validation = ("check_val_every_n_epoch", "val_check_interval", "patience")
@@ -465,7 +486,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
 def forced_words_problems(words: Any) -> Iterator[str]:
     """One line if the control is neither None nor words by position."""
     entries = words.items() if isinstance(words, Mapping) else [(words, words)] if words is not None else []
-    if not all(isinstance(position, int) and isinstance(word, str) for position, word in entries):
+    if not all(type(position) is int and isinstance(word, str) for position, word in entries):
         yield f"forced_words={words}: must be words by position, as {{0: 'a', 5: 'film'}}"
 
 
@@ -503,12 +524,15 @@ def _convert_problems(config: ConvertConfig) -> Iterator[str]:
     elif config.to_keras is not None:
         if not config.to_keras.endswith(".weights.h5"):
             yield f"to_keras={config.to_keras}: must end in .weights.h5; Keras's load_weights needs this ending"
+        if config.vocabulary == config.to_keras:
+            yield f"vocabulary={config.vocabulary}: to_keras writes the same file; give another name"
         yield from without_effect(config, ["run_name"], "", "to_keras")
 
 
 def _run_name_problems(run_name: str | None) -> Iterator[str]:
-    if run_name and (set(run_name) & set("/\\") or run_name[0] == "." or not run_name.strip() or len(run_name) > 200):
-        yield f"run_name={run_name}: must be a plain folder name of at most 200 characters"
+    name = run_name or "null"
+    if set(name) & set("/\\") or name[0] == "." or name != name.strip() or not name.isprintable() or len(name) > 200:
+        yield f"run_name={run_name}: must be a plain folder name of at most 200 printable characters"
 
 
 _RULES: dict[type, Any] = {

@@ -10,7 +10,7 @@ from minigpt_pl import runs
 from minigpt_pl.cli import app
 from minigpt_pl.config import ConvertConfig, TrainConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import atomic_write, write_text
+from minigpt_pl.files import atomic_write, read_text, write_text
 from minigpt_pl.tokenizer import END, PADDING, UNKNOWN, build_tokenizer, fingerprint, list_vocabulary, split_words
 
 log = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ def read_vocabulary(path: Path, size: int) -> list[str]:
     """
     remedy = "write vectorize_layer.get_vocabulary() of this model to it, one word per line"
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"vocabulary={path}: cannot be read ({error}); {remedy}, in UTF-8") from error
     # Not splitlines(): it also splits at U+0085 and U+2028, which the notebook keeps inside words.
-    words = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    words = text.removesuffix("\n").split("\n")
     if words[:2] != [PADDING, UNKNOWN]:
         raise InputError(
             f"vocabulary={path}: must begin with an empty line (padding) and {UNKNOWN}, not {words[:2]}; {remedy}"

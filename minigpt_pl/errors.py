@@ -1,6 +1,6 @@
 """The exception for bad input."""
 
-DIVERGED = "the network's values are NaN or infinite; its training has diverged"  # message of a ValueError
+DIVERGED = "the network's values are NaN or infinite, so its training has diverged; choose another checkpoint"
 
 
 class InputError(ValueError):

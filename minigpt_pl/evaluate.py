@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> None:
     _print(result, MODELS)
     parts = ["evaluation", config.text and Path(config.text).stem, config.num_documents]
     name = "-".join(str(part) for part in parts if part is not None)
-    write_text(run_folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_text(run_folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     try:
         write_figure(run_folder / f"{name}.png", _draw(result, MODELS))
     except ImportError:
@@ -82,7 +82,8 @@ def _print(result: dict[str, Any], models: Sequence[str]) -> None:
         for name in models:
             row = means[name]
             last = f"{row['bits_per_byte']:15.4f}" if part == "whole" else ""
-            print(f"{name:9}{row['loss']:8.4f}{row['perplexity']:13,.2f}{row['word_perplexity']:11,.2f}{last}")
+            per_word = "-" if row["word_perplexity"] is None else f"{row['word_perplexity']:,.2f}"
+            print(f"{name:9}{row['loss']:8.4f}{row['perplexity']:13,.2f}{per_word:>11}{last}")
     spelling, unknown = result["spelling_bits_per_byte"], result["unknown_words"]
     print(f"\n({spelling:.4f} of the bits per byte spell {unknown:,} unknown words)")
     for part, heading in BANDS.items():

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minigpt_pl.errors import InputError
 
 log = logging.getLogger(__name__)
+
+MAX_TEXT_LENGTH = 10_000_000  # of prompts and vocabularies, in characters
 
 
 @contextmanager
@@ -139,3 +141,18 @@ def complete_lines(path: Path) -> list[str]:
     if rest:
         log.warning("%s: its last line is incomplete, and is left out.", path)
     return [line.decode() + "\n" for line in lines]
+
+
+def read_text(path: Path | TextIO) -> str:
+    """Read a small UTF-8 text: a file, with or without a byte-order mark, or an open stream.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is larger than `MAX_TEXT_LENGTH`, or is not UTF-8.
+    """
+    if isinstance(path, Path):
+        with path.open(encoding="utf-8-sig") as file:
+            return read_text(file)
+    text = path.read(MAX_TEXT_LENGTH + 1)
+    if len(text) > MAX_TEXT_LENGTH:
+        raise ValueError(f"longer than {MAX_TEXT_LENGTH:,} characters")
+    return text

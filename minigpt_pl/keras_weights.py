@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import textwrap
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from minigpt_pl.errors import InputError
 from minigpt_pl.files import atomic_write
 from minigpt_pl.model import MiniGPT
 
+_MAX_RATIO = 100  # of the sizes of unpacked and packed weights; random numbers hardly shrink
 _REMEDY = "give the notebook's model, saved by Keras 3 as .keras or .weights.h5"
 
 Arrays = Mapping[str, tuple[str, str]]
@@ -160,18 +162,24 @@ def _read_layers(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             layer, _, place = name.partition("/")
+            check_size(item.nbytes)
             layers.setdefault(layer, {})[place] = item[()]
+
+    def check_size(size: int) -> None:  # before reading; a small file can claim to hold terabytes
+        if size > _MAX_RATIO * path.stat().st_size:
+            raise ValueError(f"it would become {size / 1e9:,.1f} GB in memory, over {_MAX_RATIO} times its size")
 
     try:
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as archive:
+                check_size(sum(archive.getinfo(name).file_size for name in ("config.json", "model.weights.h5")))
                 config = json.loads(archive.read("config.json"))
                 weights = io.BytesIO(archive.read("model.weights.h5"))
         with h5py.File(weights) as file:
             if "layers" in file:
                 file["layers"].visititems(visit)
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = textwrap.shorten(str(error), 120, placeholder=" ...")
         raise InputError(f"from_keras={path}: cannot be read ({reason}); {_REMEDY}") from error
     return layers, config
 

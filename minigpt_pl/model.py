@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt_pl.config import ModelConfig, range_problems
 from minigpt_pl.cpu.dropout import Dropout
+from minigpt_pl.errors import InputError
 
 LAYER_NORM_EPSILON = 1e-6  # as in the notebook; PyTorch's default is 1e-5
 EMBEDDING_RANGE = 0.05  # default of Keras's Embedding: uniform in +-0.05
@@ -34,6 +36,9 @@ class MiniGPT(nn.Module):
         dropout: probability of dropout after attention and feed-forward layers, in [0, 1).
         tie_embeddings: use the token embedding as the output layer's weight (arXiv 1608.05859).
 
+    Raises:
+        InputError: one line per argument of a wrong type or out of range.
+
     Weights are initialized as in Keras: embeddings uniform in +-0.05, other matrices Glorot uniform, biases zero.
     """
 
@@ -50,12 +55,15 @@ class MiniGPT(nn.Module):
         tie_embeddings: bool = False,
     ):
         super().__init__()
+        sizes = (vocab_size, max_length, embed_dim, num_heads, head_dim, feed_forward_dim, num_blocks)
+        if problems := [*range_problems(ModelConfig(*sizes, dropout, tie_embeddings))]:
+            raise InputError(*problems)
         head_dim = embed_dim if head_dim is None else head_dim
         self.vocab_size, self.max_length = vocab_size, max_length
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_length, embed_dim)
-        sizes = (embed_dim, num_heads, head_dim, feed_forward_dim)
-        blocks = nn.ModuleList(TransformerBlock(*sizes, dropout) for _ in range(num_blocks))
+        block_sizes = (embed_dim, num_heads, head_dim, feed_forward_dim)
+        blocks = nn.ModuleList(TransformerBlock(*block_sizes, dropout) for _ in range(num_blocks))
         self.blocks = cast(Sequence[TransformerBlock], blocks)
         self.output = nn.Linear(embed_dim, vocab_size)
         self.apply(_initialize_as_keras)

@@ -9,6 +9,7 @@ outputs/<run name>/
     evaluation.json  evaluation.png  explore/
 """
 
+import errno
 import json
 import logging
 import time
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from minigpt_pl.config import DataConfig
+from minigpt_pl.config import DataConfig, ModelConfig, range_problems
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import atomic_write, make_folder, write_text
 
@@ -50,10 +51,9 @@ def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, **recor
             return folder
         except OSError as error:
             if not folder.exists():
-                raise InputError(
-                    f"run_name={folder.name}: cannot create {folder} ({error.strerror}); choose another name or"
-                    " output_dir"
-                ) from error
+                unnameable = error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+                setting = f"run_name={folder.name}" if unnameable else f"output_dir={output_dir}"
+                raise InputError(f"{setting}: cannot create {folder} ({error.strerror}); give another") from error
             if run_name is not None:
                 raise InputError(
                     f"run_name={run_name}: {folder} exists; add resume=auto to continue it, or choose another name"
@@ -121,7 +121,11 @@ def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
         data: dict[str, Any] = settings["data"]
         kinds = [kind for kind in DataConfig.__subclasses__() if data.keys() <= {field.name for field in fields(kind)}]
         kind = min(kinds, key=lambda kind: len(fields(kind)))  # several if an old run has only the common settings
-        return kind(**data), settings["model"]["vocab_size"]
+        model = ModelConfig(vocab_size=settings["model"]["vocab_size"])
+        data_config = kind(**data)
+        if problems := [*range_problems(model, "model."), *range_problems(data_config, "data.")]:
+            raise ValueError(*problems)
+        return data_config, model.vocab_size
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{folder}/config.yaml: not the settings of a run; restore it, or train again") from error
 

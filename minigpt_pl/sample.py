@@ -9,6 +9,7 @@ from typing import Any
 from minigpt_pl.cli import app
 from minigpt_pl.config import SampleConfig
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import read_text
 
 
 def main() -> None:
@@ -81,8 +82,8 @@ def _prompts(config: SampleConfig) -> list[str]:
     try:
         if file == "-" and sys.stdin is None:
             raise OSError("standard input is closed")
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(sys.stdin if file == "-" else Path(file))
+    except (OSError, ValueError) as error:
         raise InputError(
             f"prompts_file={file}: cannot be read ({error}); give a UTF-8 file, or - for standard input"
         ) from error

@@ -46,6 +46,8 @@ def load(path: str | Path) -> TextModel:
     Raises:
         InputError: there is no checkpoint, or it is not one of this project.
     """
+    if not isinstance(path, str | Path):
+        raise InputError(f"path={path!r}: must be a run folder or a checkpoint, as in load('outputs/quick-001')")
     checkpoint = find_checkpoint(path)
     network, end_id, trained_with = load_network(checkpoint)
     file = checkpoint.parent.parent / "tokenizer.json"

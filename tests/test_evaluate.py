@@ -69,6 +69,14 @@ class TestLosses:
         assert len(document_losses(network, [np.array([3, 4, 5, 6])])) == 3
 
 
+def test_a_summary_without_a_known_word_is_valid_json():
+    losses = {"a": np.array([1.0, 2.0], np.float32)}
+    summary = summarize_losses(losses, [np.array([4, 1, 5])], max_length=1, end_id=None)
+    assert summary["beginning"]["a"]["word_loss"] is None and summary["beginning"]["a"]["word_perplexity"] is None
+    assert summary["whole"]["a"]["word_loss"] == 2
+    json.dumps(summary, allow_nan=False)
+
+
 def test_summary_computed_by_hand():
     # One token is [UNK] (1), two are [END] (9); L = 2.
     documents = [np.array([4, 11, 1, 12, 9]), np.array([3, 9])]

@@ -135,7 +135,7 @@ class TestText:
 
     @pytest.mark.parametrize("num_samples", [0, 10**9])
     def test_so_many_samples(self, model, num_samples):
-        with pytest.raises(InputError, match=f"num_samples={num_samples}: must be 1 to 100,000"):
+        with pytest.raises(InputError, match=f"num_samples={num_samples}: must be at least 1 and at most 100000"):
             generate_texts(model, ["the"], top_k=5, num_samples=num_samples)
 
     def test_the_prompt_stays_as_typed_and_the_rest_reads_well(self, model):
@@ -320,7 +320,7 @@ class TestText:
 
     @pytest.mark.parametrize("seed", [-1, 2**31])
     def test_seeds_out_of_range(self, model, seed):
-        with pytest.raises(InputError, match=f"seed={seed}: must be 0 to 2147483647"):
+        with pytest.raises(InputError, match=f"seed={seed}: must be at least 0 and at most 2147483647"):
             generate_text(model, "the", top_k=5, seed=seed)
         with pytest.raises(InputError, match="seed=2147483647: must be 0 to 2147483646"):
             generate(model, "the", top_k=5, seed=2**31 - 1, num_samples=2)

@@ -88,7 +88,7 @@ class TestRunFolder:
 
     @pytest.mark.parametrize("kind", [ImdbConfig, TextConfig, PoemConfig])
     def test_the_fields_of_the_data_settings_choose_their_class(self, tmp_path, kind):
-        data = kind(batch_size=7)
+        data = kind(batch_size=7, **({"path": "my.txt"} if kind is TextConfig else {}))
         settings = {"model": {"vocab_size": 9}, "data": dataclasses.asdict(data)}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
         assert runs.read_data_settings(tmp_path) == (data, 9)
@@ -194,7 +194,14 @@ MiniGPTModule.training_step = with_signal
 train.main()
 """
         (tmp_path / "signalled.py").write_text(code)
-        command = [sys.executable, "signalled.py", *options, "run_name=two", "trainer.strategy=ddp", "trainer.devices=2"]
+        command = [
+            sys.executable,
+            "signalled.py",
+            *options,
+            "run_name=two",
+            "trainer.strategy=ddp",
+            "trainer.devices=2",
+        ]
         two = subprocess.run(
             command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import run_module
@@ -155,9 +156,18 @@ class TestFormats:
         for more in ([], ["num_samples=2"]):
             assert sample(*options, *more).out.startswith(prompt)
             with monkeypatch.context() as changed:
-                changed.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-                shown = sample(*options, *more).out
-            assert shown.startswith("the \ufffd[2J\tcat\u00a0and \ufffd1m") and "\x1b" not in shown
+                for stream in (sys.stdout, sys.stderr):
+                    changed.setattr(stream, "isatty", lambda: True, raising=False)
+                shown = sample(*options, *more)
+            assert shown.out.startswith("the \ufffd[2J\tcat\u00a0and \ufffd1m") and "\x1b" not in shown.out
+            assert "not in the vocabulary: \ufffd [2J" in shown.err and "\x1b" not in shown.err
+
+    def test_control_characters_of_new_words_do_not_reach_a_terminal(self, model, monkeypatch):
+        record = replace(minigpt_pl.generate(model, "the cat", 1, top_k=5)[0], tokens=[" \x1b[2J"], probabilities=[0.9])
+        assert display.as_text(record, False) == "the cat \x1b[2J"
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        assert display.as_text(record, False) == "the cat \ufffd[2J"
+        assert "\ufffd[2J" in display.as_text(record, True) and "\x1b[2J" not in display.as_text(record, True)
 
     def test_words_on_the_command_line(self, sample):
         options = ["prompt=the cat", "num_tokens=40", "seed=1", "min_tokens=4"]

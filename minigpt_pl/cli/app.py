@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt_pl import config
-from minigpt_pl.cli.errors import exit_with, explain, one_line_errors, problem_of
+from minigpt_pl.cli.errors import exit_with, explain, one_line_errors, print_problem, problem_of
 from minigpt_pl.cli.help import each_setting, print_help
 from minigpt_pl.errors import InputError
 
@@ -85,7 +86,7 @@ def run(
                 show_help, args.help, args.multirun = True, False, False
             if args.info is None:  # --info prints its own log
                 _start_logging()
-            if wrong := [o for o in args.overrides if re.fullmatch(rf"\+*({_GROUPS}|)=([\d.[\]]*|null)", o)]:
+            if wrong := [o for o in args.overrides if re.fullmatch(rf"\+*({_GROUPS}|hydra|)=([\d.[\]]*|null)", o)]:
                 raise InputError(*(f"{override}: is not a choice; --help lists them" for override in wrong))
             # Users write +experiment=mine. Hydra refuses a + in front of a group that is already in the defaults list.
             args.overrides = prepare([re.sub(r"^\+(?=(experiment|debug)=)", "", o) for o in args.overrides])
@@ -100,6 +101,7 @@ def _start_logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     for library in ("httpx", "matplotlib"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.showwarning = lambda message, *_, **__: print_problem("warning", message)
 
 
 def to_settings(composed: DictConfig) -> Any:

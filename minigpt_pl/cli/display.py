@@ -50,7 +50,7 @@ def print_texts(
     for number, prompt in enumerate(prompts, 1):
         if unknown := unknown_words(model.tokenizer, prompt):
             where = f" (prompt {number})" if len(prompts) > 1 else ""
-            print(f"not in the vocabulary: {' '.join(unknown)}{where}", file=sys.stderr)
+            print(f"not in the vocabulary: {printable(' '.join(unknown), sys.stderr)}{where}", file=sys.stderr)
     show = config.show is not None
     if len(prompts) == config.num_samples == 1 and config.format == "text" and config.compare is None:
         return print_words(model, prompts[0], show, seed=config.seed, **config.arguments())
@@ -75,11 +75,12 @@ def print_texts(
                 values = asdict(record)
                 if measures:  # JSON has no NaN, so write null
                     values["measures"] = {name: None if math.isnan(v) else v for name, v in measures[-1].items()}
-                print(json.dumps(values, ensure_ascii=False))
+                print(printable(json.dumps(values, ensure_ascii=False), sys.stdout))
                 continue
             title = f"[{settings_text(settings)}]\n" if settings else ""
-            text = as_markdown(record) if config.format == "markdown" else as_text(record, show)
-            print(separator + title + text)
+            markdown = config.format == "markdown"
+            text = printable(as_markdown(record), sys.stdout) if markdown else as_text(record, show)
+            print(separator + printable(title, sys.stdout) + text)
             separator = "\n"
     if config.compare is not None and config.format != "jsonl":
         print()
@@ -115,9 +116,8 @@ def print_words(model: TextModel, prompt: str, show_probabilities: bool, **contr
         controls: arguments of `generate_text`. An error comes before any output.
     """
     words = stream_words(model, prompt, with_probabilities=show_probabilities, **controls)
-    new = ((word, word if p is None else with_probability(word, p)) for word, p in words)
     try:
-        for text in _wrap(itertools.chain(_printable_words(prompt), new)):
+        for text in _wrap(itertools.chain(_words_of(prompt), words)):
             print(text, end="", flush=True)
     finally:  # also after Ctrl-C
         print(flush=True)
@@ -125,9 +125,9 @@ def print_words(model: TextModel, prompt: str, show_probabilities: bool, **contr
 
 def as_text(record: Record, show_probabilities: bool) -> str:
     """The text. With `show_probabilities`, each new word has its probability."""
-    shown = map(with_probability, record.tokens, record.probabilities) if show_probabilities else record.tokens
-    new = zip(record.tokens, shown, strict=True)
-    return "".join(_wrap(itertools.chain(_printable_words(record.prompt), new)))
+    probabilities = record.probabilities if show_probabilities else [None] * len(record.tokens)
+    new = zip(record.tokens, probabilities, strict=True)
+    return "".join(_wrap(itertools.chain(_words_of(record.prompt), new)))
 
 
 def as_markdown(record: Record) -> str:
@@ -149,22 +149,26 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={setting_text(value)}" for name, value in settings.items())
 
 
-def _printable_words(prompt: str) -> Iterator[tuple[str, str]]:
-    """(word, word) pairs for `_wrap`. In a terminal, marks replace control characters, which could move the cursor."""
-    if sys.stdout.isatty():
-        prompt = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", prompt)
-    return ((word, word) for word in re.findall(r"\s*\S+", prompt))
+def printable(text: str, stream: TextIO) -> str:
+    """The text. In a terminal, marks replace control characters, which could move the cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if stream.isatty() else text
 
 
-def _wrap(words: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _words_of(prompt: str) -> Iterator[tuple[str, None]]:
+    return ((word, None) for word in re.findall(r"\s*\S+", prompt))
+
+
+def _wrap(words: Iterable[tuple[str, float | None]]) -> Iterator[str]:
     """Start a new line before a word that does not fit. A terminal would break the line inside the word.
 
     Args:
-        words: each word with the space before it, first plain, then with its colour or probability.
+        words: each word with the space before it, and the probability to show, if any.
     """
     columns = shutil.get_terminal_size().columns - 3 if sys.stdout.isatty() else math.inf  # 3 for marks after the word
     column = 0
-    for plain, shown in words:
+    for word, probability in words:
+        plain = printable(word, sys.stdout)
+        shown = plain if probability is None else with_probability(plain, probability)
         width = len(shown) if shown.endswith(")") else len(plain)  # a colour code has no width
         if plain.startswith(" ") and column + width > columns:
             yield "\n"

@@ -6,10 +6,19 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import ListConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    ConfigTypeError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from minigpt_pl.cli.help import choices_of
 from minigpt_pl.config import type_words
@@ -19,8 +28,15 @@ from minigpt_pl.errors import InputError
 def exit_with(*problems: str) -> NoReturn:
     """Print `error: <problem>` for each problem and exit with code 2."""
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print_problem("error", problem)
     sys.exit(2)
+
+
+def print_problem(kind: str, problem: object) -> None:
+    """Print one short line to standard error. Escapes control characters, which could move a terminal's cursor."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], str(problem))
+    line = line if len(line) < 1000 else f"{line[:300]} ... {line[-300:]}"
+    print(f"{kind}: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -54,9 +70,13 @@ def explain(error: Exception) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = ", ".join(choices_of(error.options))
         return f"{group}={choice}: no such choice; choose from {choices}, or add your own files with --config-dir"
+    if isinstance(error, OSError) and error.filename:
+        return f"hydra: cannot create {error.filename} ({error.strerror}); give another hydra.run.dir"
+    if found := re.match("Could not delete from config. '(.*)' does not exist", text):
+        return f"~{found[1]}: has no value to delete; set one, as in {found[1]}=VALUE (--help lists the settings)"
     if found := re.match("Ambiguous value for argument '(.*)'", text):
         return f"{found[1]}: has several values; write [a,b] for a list, quote a text, or add -m to sweep"
-    cause = error.__cause__ or error.__context__ or error
+    cause = error if isinstance(error, InterpolationResolutionError) else error.__cause__ or error.__context__ or error
     if not isinstance(cause, OmegaConfBaseException):
         return " ".join(text.split())
     override = re.search(r"(?:Error merging override|append to your config use) \+*(.*)", text)
@@ -69,7 +89,20 @@ def problem_of(error: OmegaConfBaseException) -> str:
     """Problem and remedy of an error, without the setting."""
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return "no such setting; --help lists them"
-    field = getattr(error.object_type, "__dataclass_fields__", {}).get(error.key)
-    if isinstance(error, ValidationError) and field is not None and "doc" in field.metadata:
+    node: Any = error.parent_node
+    key = error.key
+    if isinstance(node, ListConfig) or (node is not None and key is None):  # of the list or group as a whole
+        node, key = node._get_parent(), node._key()
+    field = getattr(OmegaConf.get_type(node), "__dataclass_fields__", {}).get(key)
+    if "does not support deletion" in str(error):
+        return "cannot be deleted; give it another value"
+    if field is not None and is_dataclass(field.type):
+        return f"is a group of settings; set one of them, as in {key}.{fields(field.type)[0].name}=VALUE"
+    reason = str(error).splitlines()[0]
+    if isinstance(error, InterpolationResolutionError):
+        return f"{reason}; write '${{NAME}}' with the name of another setting, or a plain value"
+    if reason.startswith("Merge error"):
+        return "these choices do not fit together; choose one file of each group"
+    if isinstance(error, ValidationError | ConfigTypeError) and field is not None and "doc" in field.metadata:
         return f"must be {type_words(field.type)}"
-    return str(error).splitlines()[0]
+    return reason

@@ -7,6 +7,7 @@ from dataclasses import fields
 import yaml
 
 from minigpt_pl.cli import app, display
+from minigpt_pl.cli.errors import print_problem
 from minigpt_pl.config import CONTROLS, SampleConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.text import stream_records
@@ -57,7 +58,7 @@ class Session:
                 print(file=sys.stderr)
             except InputError as error:
                 for problem in error.problems:
-                    print(f"error: {problem}", file=sys.stderr)
+                    print_problem("error", problem)
 
     def _run_command(self, name: str = "", *words: str) -> None:
         if name == "help":

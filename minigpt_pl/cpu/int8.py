@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minigpt_pl.cpu import onednn
 from minigpt_pl.cpu.linear import pad_rows
-from minigpt_pl.errors import DIVERGED
+from minigpt_pl.errors import DIVERGED, InputError
 
 
 class Int8Linear:
@@ -27,7 +27,7 @@ class Int8Linear:
     def __init__(self, weight: Tensor):
         scales = weight.abs().amax(dim=1).clamp_(min=1e-30).div_(127)  # (out,)
         if not scales.isfinite().all():
-            raise ValueError(DIVERGED)
+            raise InputError(f"model: {DIVERGED}")
         integers = (weight / scales[:, None]).round_().char().contiguous()  # (out, in)
         packed = torch.ops.onednn.qlinear_prepack(integers, None)
         self.weight = (packed, scales, torch.zeros(len(scales), dtype=torch.int64, device="cpu"))  # last: zero points
@@ -36,7 +36,7 @@ class Int8Linear:
         """(rows, in) and (out,) -> (rows, out)."""
         largest = float(x.abs().max())
         if not math.isfinite(largest):
-            raise ValueError(DIVERGED)
+            raise InputError(f"model: {DIVERGED}")
         scale = max(largest, 1e-30) / 127
         integers = torch.add(128.5, x, alpha=1 / scale).byte()  # byte() truncates, so add 0.5; 128 is the zero point
         inputs = (pad_rows(integers), scale, 128, *self.weight, bias)

@@ -217,6 +217,11 @@ def _encode_into(
                 train.add(text)
         train.flush()
         validation.flush()
+    if not train.documents and validation.documents and source.validation is None:
+        raise InputError(
+            f"data.validation_share={validation_share}: holds out all {validation.documents} documents; give more text,"
+            " or cut it into more documents (data.document)"
+        )
     if not train.documents:
         raise InputError(f"{source.description}: no text to train on; give documents that contain words")
 

@@ -85,7 +85,7 @@ class TextDataModule(L.LightningDataModule):
         if self.num_sequences < self.data.batch_size:
             raise InputError(
                 f"data.batch_size={self.data.batch_size}: the text has only {self.num_sequences} sequences;"
-                " lower it, give more text, or set data.cut=pack to use all tokens"
+                " lower it, give more text, cut it into more documents, or set data.cut=pack to use all tokens"
             )
 
     def _cut(self, ids: Ids) -> Sequences:

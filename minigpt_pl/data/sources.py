@@ -7,7 +7,9 @@ import importlib.util
 import itertools
 import logging
 import re
+import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -196,6 +198,10 @@ def text_documents(
     if suffix == ".txt":
         options["sample_by"] = "document" if document == "file" else document
     column = "text" if suffix == ".txt" else text_column
+    name, value = ("text_column", text_column) if suffix == ".txt" else ("document", document)
+    if value != getattr(TextConfig, name):
+        group = setting[: setting.rfind(".") + 1]  # "data."; evaluate has none
+        warnings.warn(f"{group}{name}={value}: has no effect on {suffix} files; leave it out", stacklevel=2)
     documents = partial(_read_files, _READERS[suffix], _states(files), column, setting, **options)
     return documents, {"files": [_file_identity(file) for file in files], "column": column, "document": document}
 
@@ -287,7 +293,7 @@ def _read(load: Callable[[], Iterable[dict[str, Any]]], name: str, column: str, 
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 def _refuse_revision(config: DataConfig, reason: str) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm  # comes with lightning
 
 from minigpt_pl.config import GRID, ExploreConfig
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_text
+from minigpt_pl.files import read_text, write_text
 from minigpt_pl.generation.prompts import encode_prompts, unknown_words
 from minigpt_pl.generation.text import generate_texts
 from minigpt_pl.text_model import TextModel
@@ -32,8 +32,8 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     """Read (kind, prompt) from a YAML file with a list of prompts for each kind. No prompt may occur twice."""
     example = "as in short: [this movie is, the end]"
     try:
-        contents = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        contents = yaml.safe_load(read_text(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, {example}") from error
     if not isinstance(contents, dict) or not all(isinstance(group, list) for group in contents.values()):

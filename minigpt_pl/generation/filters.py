@@ -146,12 +146,12 @@ def require_a_choice(logits: Tensor, position: int) -> None:
 
     Raises:
         InputError: the controls exclude every token.
-        ValueError: the network has diverged.
+        InputError: the network has diverged.
     """
     if logits.amax(dim=-1).isfinite().all():
         return
     if logits.isnan().any() or (logits == INFINITY).any():
-        raise ValueError(DIVERGED)
+        raise InputError(f"model: {DIVERGED}")
     raise InputError(
         f"no token is left after {position} new tokens: each one is banned or would repeat an n-gram; raise"
         " no_repeat_ngram_size, or ban fewer words"

@@ -1,5 +1,6 @@
 """From words to token ids: prompts, and the controls that name words."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,8 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
     banned, stops = (
         {word: _encode(tokenizer, word) or [] for word in words} for words in (given.banned_words, given.stop_words)
     )
+    if unused := [word for word, ids in banned.items() if not ids or UNKNOWN_ID in ids]:
+        warnings.warn(f"banned_words={unused}: not in the model's vocabulary, so it has no effect", stacklevel=2)
     forced_ids: dict[int, int] = {}
     problems += _forced_problems(tokenizer, forced_words, given.num_tokens, forced_ids)
     for word, ids in stops.items():

@@ -3,12 +3,11 @@
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from minigpt_pl.config import NumberControls
+from minigpt_pl.config import NumberControls, SampleConfig, range_problems
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids, stream_ids
@@ -16,7 +15,6 @@ from minigpt_pl.generation.prompts import controls_on_ids, encode_prompts, unkno
 from minigpt_pl.text_model import TextModel
 
 BATCH_TEXTS = 256  # texts generated at once; limits the memory for many prompts
-MAX_SAMPLES = 100_000  # per prompt and call
 
 
 @dataclass(frozen=True)
@@ -166,26 +164,25 @@ def _prepare(
     if not isinstance(model, TextModel):
         text = " ".join(repr(model).split())
         raise InputError(f"model={text:.60}: must be a TextModel, such as the result of minigpt_pl.load(RUN)")
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"prompt={prompts!r}: must be a text or a list of texts")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    problems: list[str] = []
+    problems = [*range_problems(SampleConfig(num_samples=num_samples, seed=seed))]
+    if problems:
+        raise InputError(*problems)
     try:
         on_ids, settings = controls_on_ids(model, controls)
     except InputError as error:
         problems += error.problems
-    if not 1 <= num_samples <= MAX_SAMPLES:
-        problems.append(f"num_samples={num_samples}: must be 1 to {MAX_SAMPLES:,}; use other seeds for more")
-    elif num_samples > 1:
+    if num_samples > 1:
         problems += [
             f"num_samples={num_samples}: all texts are the same with {name}={value}; set num_samples=1"
             for name, value in (("temperature", 0), ("top_k", 1))
             if controls.get(name) == value
         ]
-    largest_seed = 2**31 - max(num_samples, 1)  # each sample has its own seed
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
-        problems.append(f"seed={seed!r}: must be a whole number")
-    elif seed is not None and not 0 <= seed <= largest_seed:
-        reason = f", because each of num_samples={num_samples} adds 1" if num_samples > 1 else ""
-        problems.append(f"seed={seed}: must be 0 to {largest_seed}{reason}")
+    largest_seed = 2**31 - num_samples  # each sample has its own seed
+    if seed is not None and seed > largest_seed:
+        problems.append(f"seed={seed}: must be 0 to {largest_seed}, because each of num_samples={num_samples} adds 1")
     if problems:
         raise InputError(*problems)
     first_seed = secrets.randbelow(largest_seed + 1) if seed is None else int(seed)

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm  # comes with lightning
 
 from minigpt_pl.data.corpus import Ids
-from minigpt_pl.errors import InputError
+from minigpt_pl.errors import DIVERGED, InputError
 from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.text_model import TextModel
@@ -21,6 +21,7 @@ NGRAM_ORDERS = {"unigram": 1, "bigram": 2, "5-gram": 5}  # all with modified Kne
 MODELS = (*NGRAM_ORDERS, NETWORK)
 RANKS = 10, 100, 1_000, 10_000  # the last frequency rank of each band
 SPELLING_ORDER = 5
+MAX_LOSS = 700  # nats; exp of more overflows
 
 
 def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, description: str) -> dict[str, Any]:
@@ -49,6 +50,8 @@ def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, descripti
         raise InputError(f"{description}: no document has a known word after its first word; give other text")
 
     network_losses = document_losses(model.network, documents, show_progress=True)
+    if not (network_losses < MAX_LOSS).all():  # NaN is not below
+        raise InputError(f"checkpoint={model.checkpoint}: {DIVERGED}")
     losses, first_words_nats = ngram_losses(documents, train, len(vocabulary), model.end_id)
     losses[NETWORK] = network_losses
     summary = summarize_losses(losses, documents, model.network.max_length, model.end_id)
@@ -110,6 +113,7 @@ def summarize_losses(
 
     - beginning: tokens 1 to L = max_length of each document; whole: all tokens. Each model has loss, perplexity
       (exp(loss)), word_loss and word_perplexity. The last two leave out [UNK] and [END], as val/word_perplexity does.
+      They are None if no word is left.
     - by_position: loss by the number of tokens before the token in its document. A network sees the last L of them.
     - by_frequency: loss by the frequency rank of the word in the training text. [UNK] and [END] have their own rows.
 
@@ -125,9 +129,10 @@ def summarize_losses(
     def means(part: np.ndarray) -> dict[str, Any]:
         result: dict[str, Any] = {"tokens": int(part.sum()), "words": int((part & is_word).sum())}
         for name, values in losses.items():
-            loss, word_loss = float(values[part].mean()), float(values[part & is_word].mean())
-            result[name] = {"loss": loss, "perplexity": math.exp(loss)}
-            result[name] |= {"word_loss": word_loss, "word_perplexity": math.exp(word_loss)}
+            loss, words = float(values[part].mean()), values[part & is_word]
+            word_loss = float(words.mean()) if len(words) else None  # JSON has no NaN
+            result[name] = {"loss": loss, "perplexity": math.exp(loss), "word_loss": word_loss}
+            result[name]["word_perplexity"] = None if word_loss is None else math.exp(word_loss)
         return result
 
     def rows(bands: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -32,6 +32,10 @@ def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
     elif settings.accelerator != "cpu" and torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         problems.append(f"trainer.devices={settings.devices}: this machine has only {gpus} GPUs; lower it")
+    elif settings.accelerator == "cpu" or not torch.cuda.is_available():
+        cores = max(os.cpu_count() or 2, 2)
+        if settings.devices > cores:
+            problems.append(f"trainer.devices={settings.devices}: this machine has only {cores} CPU cores; lower it")
     launched = {"MASTER_ADDR", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"} & set(os.environ)
     if settings.num_nodes > 1 and not launched:
         problems.append(f"trainer.num_nodes={settings.num_nodes}: start torchrun on each machine, or set it to 1")

@@ -19,10 +19,11 @@ from minigpt_pl.config import TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import remove_temporaries, write_figure
-from minigpt_pl.tokenizer import load_tokenizer
+from minigpt_pl.files import make_folder, remove_temporaries, write_figure
+from minigpt_pl.tokenizer import NUM_SPECIAL, load_tokenizer
 from minigpt_pl.training.checkpointing import SaveAndStop
 from minigpt_pl.training.checks import check_environment, check_resume
+from minigpt_pl.training.memory import check_memory
 from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.run_record import RunRecord, finish
@@ -59,6 +60,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     _choose_messages(config.trainer.profiler)
     keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
+    check_memory(config, NUM_SPECIAL + 1)  # for the smallest vocabulary, because encoding can take minutes
     if config.find_learning_rate:
         return _find_learning_rate(config)
     record = {"status": "running", "overrides": overrides, "command": sys.argv}
@@ -85,6 +87,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
 
 def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: Path | None) -> None:
     datamodule = _open_text(config, checkpoint)
+    check_memory(config, datamodule.vocab_size)
     module = _build_module(config, datamodule)
     check_environment(config, datamodule)
     before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
@@ -141,11 +144,15 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
 def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTModule:
     steps_per_epoch = -(-batches_per_epoch(config, datamodule) // config.trainer.accumulate_grad_batches)
     total_steps = config.trainer.max_epochs * steps_per_epoch
+    total_steps = min(total_steps, config.trainer.max_steps or total_steps)
+    if (warmup_steps := config.schedule.warmup_steps) >= total_steps:
+        problem = "the training has only %d steps, so the learning rate never reaches its full value; lower it"
+        log.warning(f"schedule.warmup_steps=%d: {problem}", warmup_steps, total_steps)
     module = MiniGPTModule(
         model=dataclasses.asdict(config.model) | {"vocab_size": datamodule.vocab_size},
         optimizer=dataclasses.asdict(config.optimizer),
         schedule=dataclasses.asdict(config.schedule),
-        total_steps=min(total_steps, config.trainer.max_steps or total_steps),
+        total_steps=total_steps,
         end_id=datamodule.end_id,
         loss_on_padding=config.data.loss_on_padding,
         seed=config.seed,
@@ -169,6 +176,7 @@ def _build_loggers(config: TrainConfig, folder: Path, steps_done: int) -> list[L
 
 
 def _find_learning_rate(config: TrainConfig) -> Path:
+    make_folder(Path(config.output_dir), "output_dir")
     datamodule = _open_text(config, None)
     module = _build_module(config, datamodule)
     check_environment(config, datamodule)
