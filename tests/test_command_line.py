@@ -207,9 +207,10 @@ class TestBadInput:
         (damaged / "outputs" / "tiny" / "tokenizer.json").unlink()
         assert_refused(sample(damaged, "prompt=the cat"), "tokenizer.json: no such file")
 
-    def test_a_broken_record(self, damaged):
+    def test_a_broken_record(self, damaged, caplog):
         (damaged / "outputs" / "tiny" / "run.json").write_text("{")
-        assert_refused(sample(damaged, "prompt=the cat"), "run.json: not JSON")
+        assert_refused(sample(damaged, "prompt=the cat"), "output_dir=outputs: holds no finished run")
+        assert "outputs/tiny: left out, because its run.json is damaged" in caplog.text
 
     @pytest.mark.parametrize(
         ("arguments", "messages"),
@@ -417,7 +418,7 @@ def test_resume_by_name_with_a_moved_text(trained, story, tmp_path):
     assert_refused(refused, "data: this is not the text that")
 
 
-def test_a_run_in_training_is_not_resumed(trained, tmp_path):
+def test_a_run_in_training_is_not_resumed(trained, tmp_path, caplog):
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     folder = tmp_path / "outputs" / "tiny"
     runs.update_record(folder, status="running")  # killed or still running: only the lock shows it
@@ -427,7 +428,7 @@ def test_a_run_in_training_is_not_resumed(trained, tmp_path):
     assert_refused(run_main("train", *options, cwd=tmp_path), "run_name=tiny: ")
     lock.release()
     done = run_main("train", "resume=auto", cwd=tmp_path)
-    assert done.returncode == 0 and "finished after" in done.stderr and "nothing is left to do" in done.stderr
+    assert done.returncode == 0 and "finished after" in caplog.text and "nothing is left to do" in caplog.text
     assert runs.read_record(folder)["status"] == "finished"
 
 
