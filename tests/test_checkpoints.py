@@ -4,6 +4,8 @@ import errno
 import json
 import shutil
 import signal
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -256,7 +258,8 @@ class TestExactness:
         train(tiny_config(*options), resume_from=newest_checkpoint(parts))
         self.assert_equal(whole, parts)
 
-    def test_tensorboard(self, tiny_config):
+    def test_tensorboard(self, tiny_config, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", ModuleType("notf"))  # do not import TensorFlow
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         options = [*self.OPTIONS, "logger=tensorboard", "checkpoint.every_n_steps=10"]

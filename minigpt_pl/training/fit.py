@@ -79,7 +79,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         try:
             _fit(config, folder, record, resume_from if resume_from and resume_from.is_file() else None)
         except InputError:
-            if resume_from is None and is_first_process() and not (folder / "config.yaml").exists():
+            is_new = resume_from is None and is_first_process()
+            if is_new and folder.exists() and not (folder / "config.yaml").exists():
                 shutil.rmtree(folder)  # the training has not started: the folder has only the record
             raise
     return folder
