@@ -100,11 +100,11 @@ class GrowingFile:
     def __init__(self, path: Path, state: dict[str, Any] | None = None):
         self.path = path
         state = state or {"size": 0, "waiting": ""}
-        self.size: int = state["size"]
-        present = path.stat().st_size if path.exists() else 0
-        if present < self.size:
-            log.warning("%s: its last lines are lost. It has %s bytes, but had %s.", path, present, self.size)
-            self.size = len("".join(complete_lines(path)).encode()) if present else 0
+        kept = path.read_bytes()[: state["size"]] if path.exists() else b""
+        self.size = kept.rfind(b"\n") + 1
+        if self.size != state["size"]:  # after a power cut, or if somebody has changed the file
+            message = "%s: lines before the checkpoint are lost. %s bytes of %s are left."
+            log.warning(message, path, self.size, state["size"])
         self._waiting = b""
         self.append(state["waiting"])
 

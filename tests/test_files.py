@@ -76,7 +76,7 @@ class TestGrowingFile:
         state = file.state()
         (tmp_path / "a.csv").write_text("one\ntw")
         GrowingFile(tmp_path / "a.csv", state).append("4\n")
-        assert "a.csv: its last lines are lost. It has 6 bytes, but had 14." in caplog.text
+        assert "a.csv: lines before the checkpoint are lost. 4 bytes of 14 are left." in caplog.text
         assert (tmp_path / "a.csv").read_text() == "one\n4\n"
 
 
