@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         >>> with atomic_write(Path("model.pt")) as temporary:
         ...     torch.save(weights, temporary)
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two machines that share the folder can have the same process id.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     remove(temporary)  # left by a killed process with the same process id
     try:
         yield temporary
@@ -40,10 +42,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes have left of their atomic writes into this folder."""
+def remove_temporaries(folder: Path, of_all_machines: bool = False) -> None:
+    """Remove what killed processes have left of their atomic writes into this folder.
+
+    Args:
+        of_all_machines: also remove temporary files of other machines and of running processes. The caller must know
+            that no other process writes into the folder.
+    """
     for temporary in folder.glob(".*.tmp"):
-        remove(temporary)
+        *_, process_id, _ = temporary.name.split(".")
+        is_ours = f".{platform.node()}.{process_id}." in temporary.name and process_id.isdecimal()
+        if of_all_machines or (is_ours and not is_running(int(process_id))):
+            remove(temporary)
+
+
+def is_running(process_id: int) -> bool:
+    """Whether another process of this machine has this id."""
+    if process_id == os.getpid() or os.name != "posix":  # on Windows, `os.kill` would end the process
+        return False
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it belongs to another user
+        return True
+    return True
 
 
 def flush(path: Path) -> None:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from minigpt_pl.config import DataConfig, ModelConfig, range_problems
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import atomic_write, make_folder, write_text
+from minigpt_pl.files import atomic_write, make_folder, remove_temporaries, write_text
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, **recor
         InputError: a run of that name exists, or the folder cannot be created.
     """
     make_folder(output_dir, "output_dir")
+    remove_temporaries(output_dir)
     number = 1
     while True:
         folder = output_dir / (run_name or f"{prefix}-{number:03d}")

@@ -212,7 +212,9 @@ class TestExactness:
         self.check(tiny_config, monkeypatch, number, places[SIGNALS.index(number) % 5], [])
 
     @pytest.mark.parametrize("options", [["trainer.accumulate_grad_batches=2"], ["trainer.ema_decay=0.9"]])
-    @pytest.mark.parametrize("place", ["step", "validation", "last validation", "texts", "last step"])
+    @pytest.mark.parametrize(
+        "place", ["step", "validation", "last validation", "very last validation", "texts", "last texts", "last step"]
+    )
     def test_a_signal_with(self, tiny_config, monkeypatch, place, options):
         self.check(tiny_config, monkeypatch, signal.SIGTERM, place, options)
 
@@ -227,7 +229,9 @@ class TestExactness:
             "last step": (module.MiniGPTModule, "training_step", 18),
             "validation": (module.MiniGPTModule, "validation_step", 1),
             "last validation": (module.MiniGPTModule, "validation_step", 3),
+            "very last validation": (module.MiniGPTModule, "validation_step", 9),
             "texts": (text_generator, "generate_texts", 2),
+            "last texts": (text_generator, "generate_texts", 3),
         }[place]
         function = getattr(owner, name)
 

@@ -1,6 +1,9 @@
 """Atomic writes."""
 
+import platform
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -87,8 +90,15 @@ def test_an_incomplete_last_line_is_left_out(tmp_path, caplog):
 
 
 def test_temporaries_of_killed_processes_are_removed(tmp_path):
-    (tmp_path / ".last.ckpt.7.tmp").write_text("half")
-    (tmp_path / ".made.7.tmp").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    here, process_id = platform.node(), process.pid
+    (tmp_path / f".last.ckpt.{here}.{process_id}.tmp").write_text("half")
+    (tmp_path / f".made.other.{process_id}.tmp").mkdir()
     (tmp_path / ".lock").touch()
     remove_temporaries(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3, "the process is running"
+    process.communicate(b"\n")
+    remove_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", f".made.other.{process_id}.tmp"}
+    remove_temporaries(tmp_path, of_all_machines=True)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]

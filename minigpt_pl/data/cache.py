@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import flush, make_folder, remove
+from minigpt_pl.files import flush, is_running, make_folder, remove
 
 log = logging.getLogger(__name__)
 
@@ -147,22 +147,9 @@ def _remove_leftovers(folder: Path) -> None:
             continue
         with suppress(FileNotFoundError, PermissionError):  # another process removes it too, or it has another owner
             if (found[1], found[2]) == (folder.name, platform.node()):
-                ended = not _is_running(int(found[3]))
+                ended = not is_running(int(found[3]))
             else:
                 ended = time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) > DAY
             if ended:
                 log.info("Removing %s, which a killed process has left.", leftover)
                 remove(leftover)
-
-
-def _is_running(process_id: int) -> bool:
-    """Whether another process has this id."""
-    if process_id == os.getpid() or os.name != "posix":  # on Windows, locks work, and `os.kill` would end the process
-        return False
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it belongs to another user
-        return True
-    return True

@@ -113,7 +113,7 @@ class SaveAndStop(Checkpoint):
         self.handlers: dict[Any, Any] = {}
 
     def state_dict(self) -> dict[str, float]:
-        return {"seconds": self._seconds(), "best": self.best}
+        return {"seconds": self._seconds(), "best": self.best, "validating": self.validating}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         self.seconds_before, self.best = state_dict["seconds"], state_dict["best"]

@@ -26,6 +26,7 @@ from minigpt_pl.training.checks import check_environment, check_resume
 from minigpt_pl.training.memory import check_memory
 from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
+from minigpt_pl.training.resume import is_interrupted
 from minigpt_pl.training.run_record import RunRecord, finish
 from minigpt_pl.training.text_generator import TextGenerator
 from minigpt_pl.training.trainer import (
@@ -74,8 +75,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     with ExitStack() as stack:
         if is_first_process():
             stack.callback(runs.lock(folder).release)
-            remove_temporaries(folder)
-            remove_temporaries(folder / "checkpoints")
+            for place in (folder, folder / "checkpoints"):
+                remove_temporaries(place, of_all_machines=True)
         try:
             _fit(config, folder, record, resume_from if resume_from and resume_from.is_file() else None)
         except InputError:
@@ -96,10 +97,11 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
     loggers = _build_loggers(config, folder, steps_done) if is_first_process() else []
     metrics = Metrics(folder, loggers, log_interval(config, datamodule))
-    callbacks = [RunRecord(folder, config, datamodule.corpus), metrics]
+    callbacks: list[L.Callback] = [metrics]
     if config.text_generator.every_n_epochs:
         callbacks.append(TextGenerator(config, datamodule.corpus, folder, loggers, stop))
-    if steps_done >= module.hparams["total_steps"]:
+    callbacks.append(RunRecord(folder, config, datamodule.corpus))
+    if steps_done >= module.hparams["total_steps"] and not is_interrupted(before):
         if is_first_process() and runs.read_record(folder)["status"] != "finished":
             finish(folder, "finished", before["epoch"] + 1, steps_done)
         log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")

@@ -20,7 +20,12 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def draw(folder: Path) -> None:
-    """Draw train/loss and val/loss against the steps: writes loss.png. Needs matplotlib, from the extra `show`."""
+    """Draw train/loss and val/loss against the steps: writes loss.png. Needs matplotlib, from the extra `show`.
+
+    Does nothing if there is no metrics.csv yet.
+    """
+    if not (folder / "metrics.csv").exists():
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:

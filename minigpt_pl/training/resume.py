@@ -10,6 +10,7 @@ from typing import Any
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import find_checkpoint, newest_checkpoint, read_checkpoint
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import remove_temporaries
 from minigpt_pl.training.run_record import finish
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def _newest_unfinished(output_dir: Path) -> Path | None:
         contents = read_checkpoint(checkpoint)
         if not _is_complete(contents):
             return checkpoint
+        remove_temporaries(folder, of_all_machines=True)
         finish(folder, "finished", contents["epoch"] + 1, contents["global_step"])  # it was killed before this entry
         nothing_left = True
     if nothing_left:
@@ -82,8 +84,15 @@ def _newest_unfinished(output_dir: Path) -> Path | None:
     return None
 
 
+def is_interrupted(contents: dict[str, Any]) -> bool:
+    """Whether a signal has interrupted a validation or texts, so that the run of this checkpoint must repeat them."""
+    states = contents.get("callbacks", {}).values()
+    return any(state.get("validating") or state.get("epoch_without_texts") for state in states)
+
+
 def _is_complete(contents: dict[str, Any]) -> bool:
-    """Whether the run of this checkpoint has done all its steps, or has stopped early."""
+    """Whether the run of this checkpoint has nothing left to do: it has done all its steps, or has stopped early."""
     states = contents.get("callbacks", {}).values()
     stopped_early = any(state.get("wait_count", 0) >= state.get("patience", inf) for state in states)
-    return stopped_early or int(contents["global_step"]) >= int(contents["hyper_parameters"]["total_steps"])
+    all_steps = int(contents["global_step"]) >= int(contents["hyper_parameters"]["total_steps"])
+    return (stopped_early or all_steps) and not is_interrupted(contents)

@@ -63,10 +63,12 @@ class RunRecord(L.Callback):
 
 
 def finish(folder: Path, status: str, epochs: int, steps: int) -> None:
-    """Write the end of a run into its record, and draw loss.png."""
+    """Draw loss.png, and write the end of a run into its record."""
+    if status == "finished":
+        loss_curve.draw(folder)  # first: if it is interrupted, resume=auto draws it
     runs.update_record(folder, status=status, epochs=epochs, steps=steps)
     log.info("Run %s: %s after %s steps.", folder, status, steps)
     if status == "interrupted":
         log.info("To continue it, add resume=%s to the command.", folder.name)
-    if (folder / "metrics.csv").exists():
-        loss_curve.draw(folder)
+    if status != "finished":
+        loss_curve.draw(folder)  # last: the scheduler may soon kill the process

@@ -63,12 +63,21 @@ class TextGenerator(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._open_file(trainer)
+        if self.epoch_without_texts is not None:
+            self._generate(trainer, pl_module, self.epoch_without_texts)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.epoch_without_texts is not None:  # only the texts were missing, so there was no training
+            self._open_file(trainer)
+            self._generate(trainer, pl_module, self.epoch_without_texts)
+
+    def _open_file(self, trainer: L.Trainer) -> None:
         if trainer.global_step and self.file_state is None and self.path.exists():  # a checkpoint of an older version
             lines = [line for line in complete_lines(self.path) if json.loads(line)["step"] <= trainer.global_step]
             self.file_state = {"size": len("".join(lines).encode()), "waiting": ""}
         self.file = GrowingFile(self.path, self.file_state)
-        if self.epoch_without_texts is not None:
-            self._generate(trainer, pl_module, self.epoch_without_texts)
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
