@@ -1,4 +1,4 @@
-"""A folder where the drill runs commands, and compares what they leave with an undisturbed run."""
+"""A folder where the drill runs commands. Its results are compared with those of an undisturbed run."""
 
 import contextlib
 import csv
