@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import logging
 import os
 import random
 import re
@@ -26,7 +27,7 @@ EVERY = 5  # steps between checkpoints
 SIZES = {"vocab_size": 200, "max_length": 16, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "feed_forward_dim": 16}
 SETTINGS = [
     *(f"model.{name}={size}" for name, size in SIZES.items()),
-    *("data=text", "data.batch_size=16", "data.validation_share=0.2", "trainer=cpu", "trainer.progress_bar=false"),
+    *("data=text", "data.batch_size=14", "data.validation_share=0.2", "trainer=cpu", "trainer.progress_bar=false"),
     *("trainer.max_epochs=3", "trainer.val_check_interval=8", "trainer.limit_train_batches=16"),
     *("trainer.log_every_n_steps=1", "schedule.warmup_steps=3", "text_generator.num_tokens=30", "run_name=drill"),
 ]
@@ -133,13 +134,11 @@ class Box:
         self.commands, self.lost = 0, list[tuple[int, float]]()  # steps and seconds that each kill has cost
 
     def run(self, command: str, *arguments: str, disturb: Any = lambda launcher: None, **how: Any) -> Ended:
+        """Run `python -m minigpt_pl.<command>`. For `disturb` see `Launcher.run`, for `how` launcher.py."""
         self.commands += 1
-        log, place = (
-            self.folder / f"{self.commands}-{command}",
-            {"cwd": str(self.folder), "temporary": str(self.temporary)},
-        )
-        how |= {"module": f"minigpt_pl.{command}", "arguments": arguments}
-        process = self.launcher.run(log, disturb, **place, **how)
+        how = {"cwd": str(self.folder), "temporary": str(self.temporary), "arguments": arguments} | how
+        log = self.folder / f"{self.commands}-{command}"
+        process = self.launcher.run(log, disturb, module=f"minigpt_pl.{command}", **how)
         check("Traceback" not in process.errors, "there is a traceback", process)
         return process
 
@@ -282,6 +281,7 @@ def events(run_folder: Path) -> list[Any]:
     sys.modules["tensorflow"] = None  # type: ignore[assignment]  # TensorBoard starts faster without it
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     board = EventAccumulator(str(run_folder)).Reload()
     found = [(name, event.step, event.value) for name in board.Tags()["scalars"] for event in board.Scalars(name)]
     found += [

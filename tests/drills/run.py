@@ -48,6 +48,8 @@ def no_fault(box: Box) -> None:
 def resume_after_kill(box: Box, process: Ended) -> None:
     check(process.code in (-signal.SIGKILL, -signal.SIGXFSZ), "the process was not killed", process)
     box.count_lost(process)
+    if box.status() == "finished":  # killed at its very end
+        return box.compare()
     box.finish()
 
 
@@ -65,7 +67,9 @@ def kill_at_random(box: Box) -> None:
 
 
 def kill_at_point(box: Box, pattern: str) -> None:
-    resume_after_kill(box, box.train(at=box.rng.choice(box.points(pattern)), number=signal.SIGKILL))
+    process = box.train(at=box.rng.choice(box.points(pattern)), number=signal.SIGKILL)
+    check(re.search(pattern, process.trace[-1]), f"killed at another point: {process.trace[-1]}")
+    resume_after_kill(box, process)
 
 
 def kill_in_write(box: Box, pattern: str, smallest: int, largest: int) -> None:
@@ -243,12 +247,13 @@ def max_steps(box: Box) -> None:
     box.run("train", *box.settings, f"trainer.max_steps={box.rng.randrange(1, box.reference.newest()[0])}")
     process = box.run("train", "resume=drill", "trainer.max_steps=null")
     check(process.code == 0, "the run does not go on", process)
-    box.compare()
+    box.compare(leave_out=("best.ckpt", "sample"))  # the validation at the end of the first part may be the best
 
 
 def bad_input(box: Box, command: str, arguments: list[str], words: str) -> None:
     process = box.run(command, *arguments, cwd=str(box.folder.with_name("bad-inputs")))
-    check(process.code == 2 and "error: " in process.errors and words in process.errors, f"not: {words}", process)
+    found = [line for line in process.errors.splitlines() if line.startswith("error: ") and words in line]
+    check(process.code == 2 and found, f"no error with exit code 2 and these words: {words}", process)
 
 
 class Case(NamedTuple):
@@ -270,7 +275,7 @@ def all_cases(references: dict[str, Box]) -> Iterator[tuple[str, str, Callable[[
     yield from [("kill: writing the cache", "plain", write)] * 4
     write = partial(kill_in_write, pattern="before save", smallest=size // 20, largest=size * 9 // 10)
     yield from [("kill: writing a checkpoint", variant, write) for variant in both] * 3
-    patterns = {"validation": "on_validation_batch", "texts": "token", "end": "on_fit_end"}
+    patterns = {"validation": "on_validation_batch", "texts": "token$", "end": "on_fit_end"}
     patterns |= {"removing a checkpoint": r"remove .*ckpt$", "syncing a file": "sync"}
     for variant, (name, pattern) in itertools.product(both, patterns.items()):
         yield f"kill: {name}", variant, partial(kill_at_point, pattern=pattern)
@@ -306,7 +311,7 @@ def all_cases(references: dict[str, Box]) -> Iterator[tuple[str, str, Callable[[
 def prepare(work: Path, launcher: Launcher) -> dict[str, Box]:
     """Train the undisturbed runs, and half of those that will be damaged."""
     rng, words = random.Random(0), ["".join(letters) for letters in itertools.product("bdlmst", "aeiou", "nr", "ao")]
-    sentences = [" ".join(["the", *rng.choices(words, k=rng.randint(8, 16))]) for _ in range(350)]
+    sentences = [" ".join(["the", *rng.choices(["cat", *words], k=rng.randint(8, 16))]) for _ in range(300)]
     (work / "story.txt").write_text("\n".join(sentences) + "\n")
     references = {variant: Box(work / f"undisturbed-{variant}", variant, launcher) for variant in VARIANTS}
     for reference in references.values():
@@ -352,8 +357,9 @@ def play_all(
             case, result = done.result()
             results[case] = result
             left = (time.time() - began) / len(results) * (len(cases) - len(results))
-            state = "FAILED" if result[0] else "passed"
-            print(f"{len(results)}/{len(cases)} cases, {left:.0f} s left: {case.name} {state}", flush=True)
+            print(
+                f"{len(results)}/{len(cases)} cases, {left:.0f} s left: {case.name} {result[0] or 'passed'}", flush=True
+            )
     return results
 
 
