@@ -213,7 +213,11 @@ class TestExactness:
 
     @pytest.mark.parametrize("options", [["trainer.accumulate_grad_batches=2"], ["trainer.ema_decay=0.9"]])
     @pytest.mark.parametrize(
-        "place", ["step", "validation", "last validation", "very last validation", "texts", "last texts", "last step"]
+        "place",
+        [
+            *("step", "step before a validation", "last step", "validation", "last validation"),
+            *("very last validation", "texts", "last texts"),
+        ],
     )
     def test_a_signal_with(self, tiny_config, monkeypatch, place, options):
         self.check(tiny_config, monkeypatch, signal.SIGTERM, place, options)
@@ -226,6 +230,7 @@ class TestExactness:
         calls = 0
         owner, name, at = {
             "step": (module.MiniGPTModule, "training_step", 20),
+            "step before a validation": (module.MiniGPTModule, "training_step", 24),
             "last step": (module.MiniGPTModule, "training_step", 18),
             "validation": (module.MiniGPTModule, "validation_step", 1),
             "last validation": (module.MiniGPTModule, "validation_step", 3),
@@ -252,13 +257,22 @@ class TestExactness:
         train(tiny_config(*self.OPTIONS, *options), resume_from=newest_checkpoint(parts))
         self.assert_equal(whole, parts)
 
-    def test_a_stop_inside_an_epoch_leaves_no_trace(self, tiny_config):
+    @pytest.mark.parametrize("steps", [21, 24])  # after step 24, there is a validation anyway
+    def test_a_stop_inside_an_epoch_leaves_no_trace(self, tiny_config, steps):
         """The last validation and the texts of a run that stops at max_steps are removed when it continues."""
         options = [*self.OPTIONS, "schedule.name=constant"]
         whole = train(tiny_config(*options))
         whole = whole.rename(whole.with_name("whole"))
-        parts = train(tiny_config(*options, "trainer.max_steps=21"))
-        assert read_metrics(parts)[-2]["val/loss"] and '"step": 21' in (parts / "samples.jsonl").read_text()
+        parts = train(tiny_config(*options, f"trainer.max_steps={steps}"))
+        assert read_metrics(parts)[-2]["val/loss"] and f'"step": {steps}' in (parts / "samples.jsonl").read_text()
+        train(tiny_config(*options), resume_from=newest_checkpoint(parts))
+        self.assert_equal(whole, parts)
+
+    def test_a_stop_in_an_epoch_without_validation(self, tiny_config):
+        options = [*self.OPTIONS, "schedule.name=constant", "trainer.check_val_every_n_epoch=2"]
+        whole = train(tiny_config(*options))
+        whole = whole.rename(whole.with_name("whole"))
+        parts = train(tiny_config(*options, "trainer.max_steps=6"))
         train(tiny_config(*options), resume_from=newest_checkpoint(parts))
         self.assert_equal(whole, parts)
 

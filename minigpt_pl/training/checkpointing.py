@@ -153,17 +153,15 @@ class SaveAndStop(Checkpoint):
         late, due, number = self._vote(trainer)
         if late or (self.max_steps is not None and trainer.global_step >= self.max_steps):
             trainer.should_stop = True
-        self.save_is_due |= bool(due)
-        if trainer.is_last_batch:
-            return  # a validation may follow, and then the end of the epoch saves
-        if number or trainer.should_stop:
+        self.save_is_due |= bool(due or number or trainer.should_stop)
+        interval: Any = trainer.val_check_batch  # batches
+        validates = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        if trainer.is_last_batch or (validates and (batch_idx + 1) % interval == 0):
+            return  # a validation follows, which a resumed run would leave out; after it, this class saves
+        if self.save_is_due:
             self._save_last(trainer)
         if number:
             raise Interrupted(number)
-        # If a validation follows, on_validation_end saves. A resumed run would leave this validation out.
-        interval: Any = trainer.val_check_batch  # batches
-        if self.save_is_due and (batch_idx + 1) % interval:
-            self._save_last(trainer)
 
     def _vote(self, trainer: L.Trainer) -> list[int]:
         """Whether the time is over, whether to save, and the signal. All processes get the same answer."""
@@ -196,7 +194,7 @@ class SaveAndStop(Checkpoint):
             before, self.best = self.best, loss
             if not self._save(trainer, "best.ckpt"):
                 self.best = before
-        if not trainer.is_last_batch and (self.save_is_due or trainer.should_stop):
+        if not trainer.is_last_batch and (self.save_is_due or trainer.should_stop):  # EarlyStopping may set should_stop
             self._save_last(trainer)
 
     # ------------------------------------------------------------------------------------------------ saving
