@@ -208,9 +208,10 @@ class Box:
             found = self.results[name]
             if name not in leave_out and not same(found, expected):
                 if isinstance(found, list):
-                    found, expected = (
-                        [x for x in a if x not in b][:3] for a, b in ((found, expected), (expected, found))
+                    first = next(
+                        (i for i, pair in enumerate(zip(found, expected, strict=False)) if not same(*pair)), len(found)
                     )
+                    found, expected = found[first : first + 2], expected[first : first + 2]
                 elif isinstance(found, dict):
                     found, expected = [key for key in found if not same(found[key], expected.get(key))], list(expected)
                 raise Failure(f"{name} differs from the undisturbed run: {found} instead of {expected}")
