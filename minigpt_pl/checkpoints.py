@@ -1,5 +1,6 @@
 """Checkpoints: find the file that a user means, check that it is not damaged, and read it."""
 
+import errno
 import logging
 import textwrap
 import zipfile
@@ -91,7 +92,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile(f"wrong checksum of {record}")
         contents: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
-        raise InputError(f"checkpoint={path}: cannot be read ({error.strerror}); give another checkpoint") from error
+        kind = DamagedError if error.errno == errno.EIO else InputError  # EIO: the disk is damaged
+        raise kind(f"checkpoint={path}: cannot be read ({error.strerror}); give another checkpoint") from error
     except Exception as error:  # zip, pickle or runtime errors, depending on the damage
         reason = textwrap.shorten(str(error) or type(error).__name__, 120, placeholder=" ...")
         remedy = "it is damaged, or not a checkpoint; give another one"

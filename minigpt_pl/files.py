@@ -118,16 +118,16 @@ class GrowingFile:
 
     Args:
         state: `state()` of an earlier process; None for a new file.
+        header: the first line of the file.
     """
 
-    def __init__(self, path: Path, state: dict[str, Any] | None = None):
-        self.path = path
+    def __init__(self, path: Path, state: dict[str, Any] | None = None, header: str = ""):
+        self.path, self.header = path, header
         state = state or {"size": 0, "waiting": ""}
         kept = path.read_bytes()[: state["size"]] if path.exists() else b""
         self.size = kept.rfind(b"\n") + 1
         if self.size != state["size"]:  # after a power cut, or if somebody has changed the file
-            message = "%s: lines before the checkpoint are lost. %s bytes of %s are left."
-            log.warning(message, path, self.size, state["size"])
+            self._warn(state["size"])
         self._waiting = b""
         self.append(state["waiting"])
 
@@ -142,6 +142,11 @@ class GrowingFile:
         self._waiting += text.encode()
         try:
             with self.path.open("r+b" if self.path.exists() else "xb") as file:
+                if (size := file.seek(0, os.SEEK_END)) < self.size:  # somebody has changed the file
+                    self.size, expected = size, self.size
+                    self._warn(expected)
+                if self.size == 0:
+                    self._waiting = self.header.encode() + self._waiting
                 file.truncate(self.size)  # removes what an earlier process or a failed write has left
                 file.seek(self.size)
                 file.write(self._waiting)
@@ -150,6 +155,9 @@ class GrowingFile:
         else:
             self.size += len(self._waiting)
             self._waiting = b""
+
+    def _warn(self, expected: int) -> None:
+        log.warning("%s: has %s bytes instead of %s. The missing lines are lost.", self.path, self.size, expected)
 
     def state(self) -> dict[str, Any]:
         """Flush the file to the disk, and return its size and the text that is not yet written."""

@@ -82,7 +82,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore it or remove the run") from error
-    if not isinstance(record, dict):
+    types = {"text": dict, "overrides": list}
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name, type_()), type_) for name, type_ in types.items()
+    ):
         raise InputError(f"{path}: not the record of a run; restore it or remove the run")
     return record
 

@@ -342,9 +342,44 @@ class TestChoice:
         assert resume.choose(tmp_path, None, "auto") is None
         assert resume.choose(tmp_path, "mine", "auto") is None
 
-    def test_all_runs_are_finished(self, run):
-        with pytest.raises(InputError, match="resume=auto: no unfinished run .*resume=NAME"):
+    def test_all_runs_are_finished(self, run, caplog):
+        caplog.set_level("INFO")
+        with pytest.raises(SystemExit) as ended:
             self.choose(run)
+        assert ended.value.code is None and "resume=auto: nothing is left to do" in caplog.text
+
+    def test_a_run_whose_checkpoints_are_damaged_does_not_stop_the_search(self, run, caplog):
+        older = shutil.copytree(run, run.with_name("older"))
+        runs.update_record(older, status="running")
+        shutil.rmtree(older / "checkpoints")
+        runs.update_record(run, status="running")
+        for path in (run / "checkpoints").iterdir():
+            damage(path, "zeros")
+        assert self.choose(run) == older and "This run is left out" in caplog.text
+        shutil.rmtree(older)
+        with pytest.raises(InputError, match="mine: all its checkpoints are damaged"):
+            self.choose(run)
+
+    @pytest.mark.parametrize("limit", ["trainer.patience=1", "trainer.max_time='00:00:00:05'"])
+    def test_a_finished_run_is_not_trained_further(self, tiny_config, monkeypatch, caplog, limit):
+        """A job script always says resume=auto run_name=NAME."""
+        seconds = iter(range(1000))
+        monkeypatch.setattr(checkpointing.SaveAndStop, "_seconds", lambda self: next(seconds))
+        options = ["trainer.max_epochs=9", "optimizer.learning_rate=1e-30", "run_name=mine", limit]
+        folder = train(tiny_config(*options))
+        before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+        caplog.set_level("INFO")
+        train(tiny_config(*options, "resume=auto"), resume_from=newest_checkpoint(folder))
+        assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+        assert "The run is finished." in caplog.text
+
+    def test_a_smaller_limit_does_not_finish_a_run(self, run, tiny_config):
+        runs.update_record(run, status="interrupted")
+        contents = checkpoint(run)
+        contents["hyper_parameters"]["total_steps"] = 100
+        torch.save(contents, run / "checkpoints" / "last.ckpt")
+        train(tiny_config("trainer.max_steps=3"), resume_from=run / "checkpoints" / "last.ckpt")
+        assert runs.read_record(run)["status"] == "interrupted"
 
     def test_a_run_that_stopped_early_is_complete(self, run):
         contents = checkpoint(run)

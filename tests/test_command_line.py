@@ -423,7 +423,9 @@ def test_a_run_in_training_is_not_resumed(trained, tmp_path, caplog):
     folder = tmp_path / "outputs" / "tiny"
     runs.update_record(folder, status="running")  # killed or still running: only the lock shows it
     lock = runs.lock(folder)
-    assert_refused(run_main("train", "resume=auto", cwd=tmp_path), "resume=auto: no unfinished run")
+    done = run_main("train", "resume=auto", cwd=tmp_path)
+    assert done.returncode == 0 and "resume=auto: nothing is left to do in outputs" in caplog.text
+    caplog.clear()
     options = ["resume=tiny", "trainer.max_epochs=3"]
     assert_refused(run_main("train", *options, cwd=tmp_path), "run_name=tiny: ")
     lock.release()

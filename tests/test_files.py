@@ -79,8 +79,17 @@ class TestGrowingFile:
         state = file.state()
         (tmp_path / "a.csv").write_text("one\ntw")
         GrowingFile(tmp_path / "a.csv", state).append("4\n")
-        assert "a.csv: lines before the checkpoint are lost. 4 bytes of 14 are left." in caplog.text
+        assert "a.csv: has 4 bytes instead of 14. The missing lines are lost." in caplog.text
         assert (tmp_path / "a.csv").read_text() == "one\n4\n"
+
+    def test_a_file_that_is_removed_meanwhile_gets_its_header_again(self, tmp_path, caplog):
+        file = GrowingFile(tmp_path / "a.csv", header="x\n")
+        file.append("1\n")
+        assert (tmp_path / "a.csv").read_text() == "x\n1\n"
+        (tmp_path / "a.csv").unlink()
+        file.append("2\n")
+        assert (tmp_path / "a.csv").read_text() == "x\n2\n"
+        assert "a.csv: has 0 bytes instead of 4. The missing lines are lost." in caplog.text
 
 
 def test_an_incomplete_last_line_is_left_out(tmp_path, caplog):

@@ -36,6 +36,7 @@ class CheckpointWriter(TorchCheckpointIO):
     def __init__(self, keep: int, max_failures: int):
         super().__init__()
         self.keep, self.max_failures, self.failures = keep, max_failures, 0
+        self.step_of_last: int | None = None  # None: not written by this process
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -45,13 +46,15 @@ class CheckpointWriter(TorchCheckpointIO):
                 self._write(checkpoint, temporary)
                 if path.name == "last.ckpt" and path.exists():
                     path.replace(path.with_name(self._name_of_old(path)))
+            if path.name == "last.ckpt":
+                self.step_of_last = checkpoint["global_step"]
             self._remove_old(path.parent)
         except OSError as error:  # for example a full disk, or a network share that is gone
             self.failures += 1
             if self.failures >= self.max_failures or not path.parent.parent.is_dir():
                 raise InputError(
-                    f"checkpoint.max_failures={self.max_failures}: {path} cannot be written ({error.strerror}); mend"
-                    f" this, and continue with resume={path.parent.parent.name}"
+                    f"checkpoint.max_failures={self.max_failures}: {path} cannot be written ({error.strerror});"
+                    f" free some space or mend the disk, and continue with resume={path.parent.parent.name}"
                 ) from error
             log.warning("%s: cannot be written (%s). The training continues, and tries again.", path, error.strerror)
         else:
@@ -65,10 +68,11 @@ class CheckpointWriter(TorchCheckpointIO):
                 raise error.__context__ or error  # noqa: B904
 
     def _name_of_old(self, last: Path) -> str:
-        """The new name of `last.ckpt`, which the next one replaces."""
+        """The new name of the previous `last.ckpt`."""
         try:
-            return f"step-{read_checkpoint(last)['global_step']:08d}.ckpt"
-        except DamagedError:  # the run continues from another one
+            step = self.step_of_last
+            return f"step-{read_checkpoint(last)['global_step'] if step is None else step:08d}.ckpt"
+        except InputError:  # it is damaged, and the run continues from another one
             return "last.ckpt.damaged"
 
     def _remove_old(self, folder: Path) -> None:
@@ -157,7 +161,7 @@ class SaveAndStop(Checkpoint):
         interval: Any = trainer.val_check_batch  # batches
         validates = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         if trainer.is_last_batch or (validates and (batch_idx + 1) % interval == 0):
-            return  # a validation follows, which a resumed run would leave out; after it, this class saves
+            return  # this class saves after the validation; a run that is resumed from here would skip it
         if self.save_is_due:
             self._save_last(trainer)
         if number:
@@ -226,7 +230,7 @@ class SaveAndStop(Checkpoint):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         signals.set_handlers(dict.fromkeys(SIGNALS, signals.exit_at_once))
-        signals.say("Stopping after this step. A second signal, or Ctrl-C, stops at once, without a checkpoint.")
+        signals.say("Stopping after this step. A second signal (or Ctrl-C again) stops at once, without a checkpoint.")
         self.signal = number
         if self.raise_at_once:
             raise Interrupted(number)

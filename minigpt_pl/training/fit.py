@@ -26,7 +26,7 @@ from minigpt_pl.training.checks import check_environment, check_resume
 from minigpt_pl.training.memory import check_memory
 from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
-from minigpt_pl.training.resume import is_interrupted
+from minigpt_pl.training.resume import is_complete, is_interrupted
 from minigpt_pl.training.run_record import RunRecord, finish
 from minigpt_pl.training.text_generator import TextGenerator
 from minigpt_pl.training.trainer import (
@@ -101,8 +101,11 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     if config.text_generator.every_n_epochs:
         callbacks.append(TextGenerator(config, datamodule.corpus, folder, loggers, stop))
     callbacks.append(RunRecord(folder, config, datamodule.corpus))
+    if checkpoint is not None and _is_finished_with(config, folder):
+        log.info("The run is finished. To train longer, change a setting, for example trainer.max_epochs.")
+        return
     if steps_done >= module.hparams["total_steps"] and not is_interrupted(before):
-        if is_first_process() and runs.read_record(folder)["status"] != "finished":
+        if is_first_process() and is_complete(before) and runs.read_record(folder)["status"] != "finished":
             finish(folder, "finished", before["epoch"] + 1, steps_done)
         log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
         return
@@ -112,6 +115,16 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
         log.info("Resuming from %s.", checkpoint)
     trainer = build_trainer(config, folder, datamodule, callbacks, stop)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+
+
+def _is_finished_with(config: TrainConfig, folder: Path) -> bool:
+    """Whether a run has finished with the same settings. It may have stopped early, or after `trainer.max_time`."""
+    record = runs.read_record(folder)
+    if record.get("status") != "finished" or not record.get("steps"):  # a run that `convert` made has no steps
+        return False
+    before = runs.read_settings(folder)
+    same = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "run_name")}
+    return all(before.get(name) == value for name, value in same.items())
 
 
 def _choose_messages(profiler: str | None) -> None:

@@ -54,9 +54,7 @@ class Metrics(L.Callback):
             return
         if trainer.global_step and self.file_state is None:
             self.file_state = self._convert_old(trainer.global_step)
-        self.file = GrowingFile(self.path, self.file_state)
-        if self.file.size == 0:
-            self.file.append(",".join(COLUMNS) + "\n")
+        self.file = GrowingFile(self.path, self.file_state, header=",".join(COLUMNS) + "\n")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.last = time.perf_counter()

@@ -29,6 +29,7 @@ def choose(output_dir: Path, run_name: str | None, resume: str) -> Path | None:
 
     Raises:
         InputError: there is no such run, or all its checkpoints are damaged.
+        SystemExit: "auto" finds runs, and all of them are finished or in training.
     """
     found: Path | None
     if resume != "auto":
@@ -58,28 +59,30 @@ def _named(output_dir: Path, resume: str) -> Path:
 def _newest_unfinished(output_dir: Path) -> Path | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes could choose different runs
         raise InputError("resume=auto: under torchrun add run_name=NAME, or give resume=PATH")
-    nothing_left = False
+    problem: InputError | None = None
     for folder in runs.runs_by_status(output_dir, "interrupted", "failed", "running"):
         try:
             runs.lock(folder).release()
         except InputError:  # in training
             continue
-        checkpoint = newest_checkpoint(folder)
+        try:
+            checkpoint = newest_checkpoint(folder)
+        except InputError as error:  # all its checkpoints are damaged
+            log.warning("%s. This run is left out.", error)
+            problem = error
+            continue
         if checkpoint is None:
             return folder
         contents = read_checkpoint(checkpoint)
-        if not _is_complete(contents):
+        if not is_complete(contents):
             return checkpoint
         remove_temporaries(folder, of_all_machines=True)
         finish(folder, "finished", contents["epoch"] + 1, contents["global_step"])  # it was killed before this entry
-        nothing_left = True
-    if nothing_left:
-        log.info("resume=auto: nothing is left to do.")
-        sys.exit()
+    if problem is not None:
+        raise problem
     if any(output_dir.glob(f"*/{runs.RECORD}")):
-        raise InputError(
-            f"resume=auto: no unfinished run in {output_dir}; give resume=NAME to train one longer, or leave it out"
-        )
+        log.info("resume=auto: nothing is left to do in %s. To train a run longer, give resume=NAME.", output_dir)
+        sys.exit()  # with 0: a job script must not try again
     log.info("resume=auto: there is no run in %s yet, so a new run starts.", output_dir)
     return None
 
@@ -90,7 +93,7 @@ def is_interrupted(contents: dict[str, Any]) -> bool:
     return any(state.get("validating") or state.get("epoch_without_texts") for state in states)
 
 
-def _is_complete(contents: dict[str, Any]) -> bool:
+def is_complete(contents: dict[str, Any]) -> bool:
     """Whether the run of this checkpoint has nothing left to do: it has done all its steps, or has stopped early."""
     states = contents.get("callbacks", {}).values()
     stopped_early = any(state.get("wait_count", 0) >= state.get("patience", inf) for state in states)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.data.corpus import Corpus
-from minigpt_pl.files import atomic_write, write_text
+from minigpt_pl.files import write_text
 from minigpt_pl.signals import Interrupted
 from minigpt_pl.training import loss_curve
 
@@ -35,8 +35,7 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with atomic_write(self.folder / "tokenizer.json") as temporary:
-            self.corpus.tokenizer.save(str(temporary))
+        write_text(self.folder / "tokenizer.json", self.corpus.tokenizer.to_str(pretty=True))
         write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
         runs.update_record(
             self.folder,
