@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import platform
 import shutil
 import sys
 import warnings
@@ -82,7 +84,10 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         except InputError:
             is_new = resume_from is None and is_first_process()
             if is_new and folder.exists() and not (folder / "config.yaml").exists():
-                shutil.rmtree(folder)  # the training has not started: the folder has only the record
+                # The training has not started: the folder has only the record. Rename it first, because another run can
+                # take its name as soon as it is empty.
+                unused = folder.replace(folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp"))
+                shutil.rmtree(unused)
             raise
     return folder
 
