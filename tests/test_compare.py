@@ -129,7 +129,7 @@ class TestCompare:
             shutil.copytree(compared / "outputs/tiny", compared / "outputs/held")
             config, record = compared / "outputs/held/config.yaml", compared / "outputs/held/run.json"
             config.write_text(config.read_text().replace("validation_share: 0.05", "validation_share: 0.2"))
-            record.write_text(json.dumps(json.loads(record.read_text()) | {"text": None}))
+            record.write_text(json.dumps(json.loads(record.read_text()) | {"text": {}}))
         done = run_module("explore", *COMPARE, *overrides, "folder=refused", cwd=compared)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
