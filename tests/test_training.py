@@ -310,7 +310,7 @@ class TestSettings:
         folder = train(tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'"))
         assert runs.read_record(folder)["status"] == "finished"
         steps = checkpoint(folder)["global_step"]
-        again = tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'")
+        again = tiny_config("trainer.max_epochs=100000", "trainer.max_time='00:00:00:01'")
         train(again, resume_from=folder / "checkpoints" / "last.ckpt")
         assert checkpoint(folder)["global_step"] == steps + 1, "the time before a resume must count"
 
