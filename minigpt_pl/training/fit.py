@@ -106,7 +106,7 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     if config.text_generator.every_n_epochs:
         callbacks.append(TextGenerator(config, datamodule.corpus, folder, loggers, stop))
     callbacks.append(RunRecord(folder, config, datamodule.corpus))
-    if checkpoint is not None and _is_finished_with(config, folder):
+    if checkpoint is not None and _is_finished_with(config, folder, steps_done):
         log.info("The run is finished. To train longer, change a setting, for example trainer.max_epochs.")
         return
     if steps_done >= module.hparams["total_steps"] and not is_interrupted(before):
@@ -122,10 +122,10 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
 
-def _is_finished_with(config: TrainConfig, folder: Path) -> bool:
-    """Whether a run has finished with the same settings. It may have stopped early, or after `trainer.max_time`."""
+def _is_finished_with(config: TrainConfig, folder: Path, steps_done: int) -> bool:
+    """Whether a run has finished with the same settings and steps. It may have stopped early, or after `trainer.max_time`."""
     record = runs.read_record(folder)
-    if record.get("status") != "finished" or not record.get("steps"):  # a run that `convert` made has no steps
+    if record.get("status") != "finished" or not steps_done == record["steps"] > 0:  # a run of `convert` has 0 steps
         return False
     before = runs.read_settings(folder)
     same = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "run_name")}
