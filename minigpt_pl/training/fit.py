@@ -123,7 +123,7 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
 
 
 def _is_finished_with(config: TrainConfig, folder: Path, steps_done: int) -> bool:
-    """Whether a run has finished with the same settings and steps. It may have stopped early, or after `trainer.max_time`."""
+    """Whether a run has finished with these settings at this step, for example by `patience` or `max_time`."""
     record = runs.read_record(folder)
     if record.get("status") != "finished" or not steps_done == record["steps"] > 0:  # a run of `convert` has 0 steps
         return False
