@@ -28,8 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         >>> with atomic_write(Path("model.pt")) as temporary:
         ...     torch.save(weights, temporary)
     """
-    # Two machines that share the folder can have the same process id.
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     remove(temporary)  # left by a killed process with the same process id
     try:
         yield temporary
@@ -40,6 +39,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         remove(temporary)
         raise
     flush(path.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name in the same folder. `remove_temporaries` removes it after the end of this process."""
+    # Two machines that share the folder can have the same process id.
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def remove_temporaries(folder: Path, of_all_machines: bool = False) -> None:
@@ -145,15 +150,14 @@ class GrowingFile:
                 if (size := file.seek(0, os.SEEK_END)) < self.size:  # somebody has changed the file
                     self.size, expected = size, self.size
                     self._warn(expected)
-                if self.size == 0:
-                    self._waiting = self.header.encode() + self._waiting
+                new = self._waiting if self.size else self.header.encode() + self._waiting
                 file.truncate(self.size)  # removes what an earlier process or a failed write has left
                 file.seek(self.size)
-                file.write(self._waiting)
+                file.write(new)
         except OSError as error:
             log.warning("%s: cannot be written (%s). The next write will try again.", self.path, error.strerror)
         else:
-            self.size += len(self._waiting)
+            self.size += len(new)
             self._waiting = b""
 
     def _warn(self, expected: int) -> None:

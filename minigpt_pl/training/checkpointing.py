@@ -61,10 +61,10 @@ class CheckpointWriter(TorchCheckpointIO):
             self.failures = 0
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        with path.open("wb") as file:  # if PyTorch opens the file, its error does not tell the cause
+        with path.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:
+            except RuntimeError as error:  # PyTorch hides the OSError of `file.write` behind "unexpected pos"
                 raise error.__context__ or error  # noqa: B904
 
     def _name_of_old(self, last: Path) -> str:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import logging
-import os
-import platform
 import shutil
 import sys
 import warnings
@@ -21,7 +19,7 @@ from minigpt_pl.config import TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import make_folder, remove_temporaries, write_figure
+from minigpt_pl.files import make_folder, remove_temporaries, temporary_path, write_figure
 from minigpt_pl.tokenizer import NUM_SPECIAL, load_tokenizer
 from minigpt_pl.training.checkpointing import SaveAndStop
 from minigpt_pl.training.checks import check_environment, check_resume
@@ -84,10 +82,9 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         except InputError:
             is_new = resume_from is None and is_first_process()
             if is_new and folder.exists() and not (folder / "config.yaml").exists():
-                # The training has not started: the folder has only the record. Rename it first, because another run can
-                # take its name as soon as it is empty.
-                unused = folder.replace(folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp"))
-                shutil.rmtree(unused)
+                # The training has not started: the folder has only the record. Another run takes the name of an empty
+                # folder, so give it another name first.
+                shutil.rmtree(folder.replace(temporary_path(folder)))
             raise
     return folder
 
