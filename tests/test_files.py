@@ -83,14 +83,19 @@ class TestGrowingFile:
         assert (tmp_path / "a.csv").read_text() == "one\n4\n"
 
     def test_the_header_is_written_once_after_a_failed_write(self, tmp_path):
-        file = GrowingFile(tmp_path / "a.csv", header="x\n")
-        (tmp_path / "a.csv").unlink()
-        (tmp_path / "a.csv").mkdir()  # so the write fails
-        file.append("1\n")
-        state = file.state()
-        (tmp_path / "a.csv").rmdir()
+        resource = pytest.importorskip("resource")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        try:
+            file = GrowingFile(tmp_path / "a.csv", header="x\n")
+            file.append("1\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert file.state() == {"size": 0, "waiting": "1\n"}
         file.append("2\n")
-        assert (tmp_path / "a.csv").read_text() == "x\n1\n2\n" and state["waiting"] == "1\n"
+        assert (tmp_path / "a.csv").read_text() == "x\n1\n2\n"
 
     def test_a_file_that_is_removed_meanwhile_gets_its_header_again(self, tmp_path, caplog):
         file = GrowingFile(tmp_path / "a.csv", header="x\n")
