@@ -5,6 +5,7 @@
 The weights are random, because the cost does not depend on them. No text ends early. In each round all contenders
 continue the same prompts in turn, so a busy machine slows all of them. The first round is not counted. Prints median
 times, and the median over the rounds of each time divided by the engine's. OMP_NUM_THREADS sets the threads.
+In each round, the engine then repeats its turn while other processes keep one core busy, then all cores.
 As in the notebook, Keras's loop calls `model.predict` for each token of one text. Without Keras it is left out.
 """
 
@@ -18,6 +19,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from busy import busy_processes
 
 PROMPT, TEMPERATURE, TOP_K = 40, 0.8, 20
 CASES = {"one": (1, 60), "one-long": (1, 500), "many": (64, 60), "many-long": (64, 200)}  # texts, new tokens
@@ -132,12 +135,15 @@ def main() -> None:
         count, num_tokens = CASES[case]
         contenders = loops | (for_one_text if count == 1 else {})
         prompts = torch.randint(2, SIZES["vocab_size"], (count, PROMPT), generator=torch.Generator()).tolist()
-        rounds = [
-            {name: write(prompts, num_tokens) for name, write in contenders.items()}
-            for _ in range(arguments.rounds + 1)
-        ][1:]
+        rounds = []
+        for _ in range(arguments.rounds + 1):
+            rounds.append({name: write(prompts, num_tokens) for name, write in contenders.items()})
+            for busy in sorted({1, os.cpu_count()}):
+                with busy_processes(busy):
+                    rounds[-1][f"engine, {busy} busy"] = engine(prompts, num_tokens)
+        rounds = rounds[1:]
         result["cases"][case] = {"texts": count, "new_tokens": num_tokens, "rounds": rounds, "table": {}}
-        for name in contenders:
+        for name in rounds[0]:
             seconds = statistics.median(row[name] for row in rounds)
             ratio = statistics.median(row[name] / row["engine"] for row in rounds)
             result["cases"][case]["table"][name] = {

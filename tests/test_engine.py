@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from minigpt_pl import InputError, MiniGPT
 from minigpt_pl.cpu import int8
+from minigpt_pl.cpu.threads import FreeCores
 from minigpt_pl.generation import decoders, engine, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import draw, generate_ids, stream_ids
@@ -115,15 +116,15 @@ class TestEngine:
         assert generate_ids(model, prompts, controls, seeds) == expected
 
     @pytest.mark.parametrize(
-        ("num_blocks", "num_heads", "threads", "width", "length"),
+        ("num_blocks", "num_heads", "number", "width", "length"),
         [(1, 2, 1, 256, WINDOW), (1, 6, 2, 256, WINDOW), (1, 3, 2, 50, 9), (1, 2, 1, 102, 80), (2, 2, 2, 256, WINDOW)],
     )
-    def test_a_text_does_not_depend_on_its_batch(self, num_blocks, num_heads, threads, width, length):
+    def test_a_text_does_not_depend_on_its_batch(self, num_blocks, num_heads, number, width, length):
         """Hidden states and logits are equal up to rounding."""
         sizes = {"embed_dim": width, "num_heads": num_heads, "head_dim": width, "feed_forward_dim": 5 * width}
         model = InferenceModel(network(num_blocks, max_length=length, **sizes))
         prompts = random_prompts(*(1 + i % (2 * WINDOW) for i in range(30)))
-        torch.set_num_threads(threads)
+        torch.set_num_threads(number)
         try:
             with torch.inference_mode():
                 alone = torch.cat([self._states(model, [prompt]) for prompt in prompts])
@@ -368,6 +369,43 @@ class TestEngine:
     def test_an_inference_model_is_in_eval_mode(self):
         model = network(dropout=0.5).train()
         assert not any(module.training for module in InferenceModel(model).network.modules()) and model.training
+
+
+class TestThreads:
+    @pytest.fixture(autouse=True)
+    def three_threads(self):
+        torch.set_num_threads(3)
+        yield
+        torch.set_num_threads(1)
+
+    @pytest.mark.parametrize("changes", [{}, {"top_k": None, "temperature": 2.0}, {"repetition_penalty": 1.3}], ids=str)
+    @pytest.mark.parametrize("num_blocks", [1, 2])
+    def test_their_number_changes_no_text(self, num_blocks, changes, monkeypatch):
+        model, controls = InferenceModel(network(num_blocks)), Controls(vocab_size=SIZE, num_tokens=15, **changes)
+        prompts, texts = random_prompts(*range(1, 31, 3)), []
+        for number in (1, 2, 3):
+            monkeypatch.setattr(FreeCores, "_free_cores", lambda self, enough, number=number: number)
+            alone = [generate_ids(model, [prompt], controls, [seed])[0] for seed, prompt in enumerate(prompts)]
+            texts += [alone, generate_ids(model, prompts, controls, range(10))]
+        assert all(each == texts[0] for each in texts)
+
+    @pytest.mark.parametrize("write", [generate_ids, lambda *inputs: list(stream_ids(*inputs))])
+    def test_one_while_all_cores_are_busy(self, write, monkeypatch):
+        used, last_hidden = [], decoders.OneBlockDecoder.last_hidden
+
+        def watched(self):
+            used.append(torch.get_num_threads())
+            return last_hidden(self)
+
+        monkeypatch.setattr(decoders.OneBlockDecoder, "last_hidden", watched)
+        monkeypatch.setattr(FreeCores, "_free_cores", lambda self, enough: 1)
+        write(network(), [[5]], Controls(vocab_size=SIZE, num_tokens=4), [0])
+        assert used == [1] * 4 and torch.get_num_threads() == 3
+
+    def test_the_caller_of_a_stream_has_all(self, monkeypatch):
+        monkeypatch.setattr(FreeCores, "_free_cores", lambda self, enough: 1)
+        for _ in stream_ids(network(), [[5]], Controls(vocab_size=SIZE, num_tokens=4), [0]):
+            assert torch.get_num_threads() == 3
 
 
 class TestBeams:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt_pl.cpu.linear import inference_without_autocast
+from minigpt_pl.cpu.threads import FreeCores
 from minigpt_pl.generation import beam_search, decoders, filters
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.inference import InferenceModel, num_candidates
@@ -17,6 +18,7 @@ from minigpt_pl.model import MiniGPT
 
 MAX_PRESELECTED_SHARE = 1 / 20  # of the vocabulary; a larger top_k does not use the 8-bit pre-selection
 GROUP_SIZE = 20  # tokens in a group of `_top_indices`
+_CORES = FreeCores()
 
 Model = MiniGPT | InferenceModel
 Prompts = Sequence[Sequence[int]]
@@ -48,7 +50,7 @@ def generate_ids(model: Model, prompts: Prompts, controls: Controls, seeds: Sequ
     new_ids: list[list[int]] = [[] for _ in prompts]
     model = _prepared(model)
     with inference_without_autocast(model.network):
-        for step in _steps(model, prompts, controls, seeds):
+        for step in _on_free_cores(_steps(model, prompts, controls, seeds)):
             for text, id_ in zip(step.texts, step.ids, strict=True):
                 if id_ != controls.end_id:
                     new_ids[text].append(id_)
@@ -62,7 +64,7 @@ def stream_ids(
 
     A text depends only on its own prompt and seed, up to rounding. A larger `num_tokens` only makes the text longer.
     The batch size changes the order of additions. This changes probabilities by about 1e-6, and in rare cases a word.
-    Other hardware and other numbers of threads have the same effect.
+    Other hardware and other numbers of threads have the same effect. Each step uses the free cores (cpu/threads.py).
 
     Args:
         model: an `InferenceModel` or a network. Dropout is off. The weights must not change before the last step.
@@ -78,7 +80,7 @@ def stream_ids(
         InputError: `no_repeat_ngram_size` and the banned tokens exclude every token.
     """
     model = _prepared(model)
-    steps = _steps(model, prompts, controls, seeds, with_probabilities)
+    steps = _on_free_cores(_steps(model, prompts, controls, seeds, with_probabilities))
     while True:
         with inference_without_autocast(model.network):  # leave inference mode before `yield`
             step = next(steps, None)
@@ -89,6 +91,15 @@ def stream_ids(
 
 def _prepared(model: Model) -> InferenceModel:
     return InferenceModel(model) if isinstance(model, MiniGPT) else model
+
+
+def _on_free_cores(steps: Iterator[Step]) -> Iterator[Step]:
+    while True:
+        with _CORES.step():  # the caller of this generator has all threads
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 def _steps(
