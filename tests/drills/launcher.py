@@ -8,6 +8,7 @@ process id at the start, and the exit code at the end.
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -31,6 +32,7 @@ def serve() -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # the collector of a child would copy the memory of all these objects
     print("ready", flush=True)
     for line in sys.stdin:
         assert len(os.listdir("/proc/self/task")) == 1, "a fork with several threads can hang"
