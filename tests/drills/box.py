@@ -68,7 +68,11 @@ class Launcher:
     code: int | None  # exit code; None while it runs
 
     def __init__(self) -> None:
-        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[1])}
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[1])}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
+        }  # no threads at a fork
         self.server: Any = subprocess.Popen(
             [sys.executable, str(HERE / "launcher.py")],
             stdin=subprocess.PIPE,

@@ -1,13 +1,14 @@
 """Starts commands of the package for the drill, each in its own process, and stops them at a chosen point.
 
-The imports of PyTorch and Lightning take 4 s. So this process imports them once, and forks for each command. The child
-imports the package itself. With `fresh`, the child starts a new Python instead, as `python -m` in a shell does.
+The imports of PyTorch, Lightning and datasets take 5 s. So this process imports them once, and forks for each command.
+The child imports the package itself. With `fresh`, it starts a new Python instead, as `python -m` in a shell does.
 
 A request is one line of JSON on standard input: the arguments of `run`. The answer is two lines on standard output: the
 process id at the start, and the exit code at the end.
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PRELOADED = ("torch.utils.tensorboard", "lightning.pytorch.trainer.call", "hydra", "tokenizers", "matplotlib.pyplot")
+PRELOADED = ("torch.utils.tensorboard", "lightning.pytorch.trainer.call", "hydra", "matplotlib.pyplot", "datasets")
 
 
 def serve() -> dict[str, Any]:
@@ -31,6 +32,7 @@ def serve() -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # the collector of a child would copy the memory of all these objects
     print("ready", flush=True)
     for line in sys.stdin:
         assert len(os.listdir("/proc/self/task")) == 1, "a fork with several threads can hang"

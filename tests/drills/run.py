@@ -360,7 +360,8 @@ def play_all(
         finally:
             free.put(launcher)
 
-    with ThreadPoolExecutor(len(launchers)) as pool:
+    pool = ThreadPoolExecutor(len(launchers))
+    try:
         for done in as_completed([pool.submit(play_one, case) for case in cases]):
             case, result = done.result()
             results[case] = result
@@ -368,6 +369,8 @@ def play_all(
             print(
                 f"{len(results)}/{len(cases)} cases, {left:.0f} s left: {case.name} {result[0] or 'passed'}", flush=True
             )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C, no other case starts
     return results
 
 
@@ -390,6 +393,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: unmount, and end all processes
     print(f"seed {options.seed}; training the undisturbed runs", flush=True)
     began, work = time.time(), Path(tempfile.mkdtemp(prefix="drill-"))
     launchers = [Launcher(), Launcher()]
