@@ -284,13 +284,13 @@ def rows(run_folder: Path) -> list[dict[str, str]]:
 def events(run_folder: Path) -> list[Any]:
     """TensorBoard's numbers and texts: (name, step, value)."""
     sys.modules["tensorflow"] = None  # type: ignore[assignment]  # TensorBoard starts faster without it
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    # As TensorBoard itself reads them. The older event_accumulator keeps texts that a resumed run has written again.
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     board = EventAccumulator(str(run_folder)).Reload()
-    found = [(name, event.step, event.value) for name in board.Tags()["scalars"] for event in board.Scalars(name)]
-    found += [
-        (name, event.step, str(event.tensor_proto)) for name in board.Tags()["tensors"] for event in board.Tensors(name)
+    found = [
+        (tag, event.step, str(event.tensor_proto)) for tag in board.Tags()["tensors"] for event in board.Tensors(tag)
     ]
     return [event for event in found if "second" not in event[0]]
 
