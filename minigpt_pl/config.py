@@ -149,8 +149,10 @@ class TrainerConfig:
     """Length of the training, hardware, precision. Most settings go to `lightning.Trainer` under the same name."""
 
     accelerator: str = setting("auto", "hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
-    devices: int = setting(1, "processes per node, one per device; under torchrun, its number is used", minimum=1)
-    num_nodes: int = setting(1, "number of nodes", minimum=1)
+    devices: int | None = setting(
+        None, "processes per node, one per device; null means those of srun or torchrun, else 1", minimum=1
+    )
+    num_nodes: int | None = setting(None, "number of nodes; null means those of srun or torchrun, else 1", minimum=1)
     strategy: str = setting("auto", "how several processes train together", choices=("auto", "ddp"))
     precision: str = setting(
         "auto",
@@ -184,6 +186,15 @@ class CheckpointConfig:
     every_minutes: float | None = setting(5.0, "also save after this many minutes; null means never", above=0)
     keep: int = setting(2, "number of newest checkpoints to keep, besides best.ckpt", minimum=1)
     max_failures: int = setting(3, "stop after this many checkpoints in a row that cannot be written", minimum=1)
+
+
+@dataclass
+class ClusterConfig:
+    """What a job of a cluster does when a signal ends it."""
+
+    requeue: bool | None = setting(
+        None, "put the SLURM job into the queue again: null: after SIGUSR1 and SIGUSR2; true: after every signal"
+    )
 
 
 @dataclass
@@ -286,6 +297,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     text_generator: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
 

@@ -152,9 +152,7 @@ class TestCommand:
         one = run_module("train", *options, "run_name=one", cwd=tmp_path)
         assert one.returncode == 0, one.stderr
         if launcher == "lightning":
-            two = run_module(
-                "train", *options, "trainer.strategy=ddp", "trainer.devices=2", "run_name=two", cwd=tmp_path
-            )
+            two = run_module("train", *options, "trainer.devices=2", "run_name=two", cwd=tmp_path)
         else:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minigpt_pl.train"]
             two = subprocess.run(
@@ -199,7 +197,6 @@ train.main()
             "signalled.py",
             *options,
             "run_name=two",
-            "trainer.strategy=ddp",
             "trainer.devices=2",
         ]
         two = subprocess.run(
@@ -214,6 +211,6 @@ train.main()
         assert a == pytest.approx(b, rel=1e-4)
 
     def test_a_sweep_of_several_processes_is_refused(self, story, tmp_path):
-        arguments = [*TINY_RUN, f"data.path={story}", "trainer.strategy=ddp", "trainer.devices=2", "-m", "seed=1,2"]
+        arguments = [*TINY_RUN, f"data.path={story}", "trainer.devices=2", "-m", "seed=1,2"]
         done = run_module("train", *arguments, cwd=tmp_path)
         assert done.returncode == 2 and "trainer.devices=2: each process would start the whole sweep" in done.stderr

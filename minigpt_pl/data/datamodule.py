@@ -51,7 +51,7 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.max_vocab_size, self.max_length, self.seed = data, max_vocab_size, max_length, seed
         self._given_tokenizer = tokenizer
-        self._encoded: tuple[Path, str] | None = None
+        self.encoded: tuple[Path, str] | None = None
         self._train_loader: BatchLoader | None = None
         self._resumed_state: dict[str, Any] = {}
 
@@ -61,8 +61,8 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: the text cannot be found or read.
         """
-        if self._encoded is None:
-            self._encoded = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
+        if self.encoded is None:
+            self.encoded = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
         """Memory-map the encoded text. Lightning calls this in every process.
@@ -73,8 +73,8 @@ class TextDataModule(L.LightningDataModule):
         if hasattr(self, "corpus"):
             return
         self.prepare_data()  # in the other processes, the text is already in the cache
-        assert self._encoded is not None
-        self.corpus = read_corpus(*self._encoded)
+        assert self.encoded is not None
+        self.corpus = read_corpus(*self.encoded)
         self.tokenizer, self.vocab_size = self.corpus.tokenizer, self.corpus.tokenizer.get_vocab_size()
         self.end_id = self.tokenizer.token_to_id(END) if self.data.end_token else None
         self._train_sequences = self._cut(self.corpus.train)

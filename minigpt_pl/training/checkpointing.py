@@ -23,6 +23,8 @@ from minigpt_pl.signals import SIGNALS, Interrupted
 
 log = logging.getLogger(__name__)
 
+VOTE_SECONDS = 2
+
 
 class CheckpointWriter(TorchCheckpointIO):
     """Writes checkpoints atomically. Keeps the older files of `last.ckpt` as `step-<step>.ckpt`.
@@ -112,6 +114,8 @@ class SaveAndStop(Checkpoint):
         self.save_is_due = False
         self.seconds_before = 0.0
         self.signal = 0  # the signal that this process has got
+        self.calls, self.next_vote = 0, 1  # of `_vote`: since the last vote, and until the next one
+        self.vote_time = 0.0
         self.raise_at_once = False  # in the signal handler
         self.validating = False
         self.handlers: dict[Any, Any] = {}
@@ -132,7 +136,7 @@ class SaveAndStop(Checkpoint):
     # ---------------------------------------------------------------------------------------- after a step
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start = self.saved_time = time.monotonic()
+        self.start = self.saved_time = self.vote_time = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # A run that was killed after a validation continues from before it. The best.ckpt of this validation stays.
@@ -155,6 +159,8 @@ class SaveAndStop(Checkpoint):
         if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # inside an optimizer step
         late, due, number = self._vote(trainer)
+        if self.settings.every_n_steps is not None:
+            due |= trainer.global_step % self.settings.every_n_steps == 0
         if late or (self.max_steps is not None and trainer.global_step >= self.max_steps):
             trainer.should_stop = True
         self.save_is_due |= bool(due or number or trainer.should_stop)
@@ -167,27 +173,40 @@ class SaveAndStop(Checkpoint):
         if number:
             raise Interrupted(number)
 
-    def _vote(self, trainer: L.Trainer) -> list[int]:
-        """Whether the time is over, whether to save, and the signal. All processes get the same answer."""
-        steps, minutes = self.settings.every_n_steps, self.settings.every_minutes
+    def _vote(self, trainer: L.Trainer, now: bool = False) -> list[int]:
+        """Whether the time is over, whether to save, and the signal. All processes get the same answer.
+
+        Several processes vote every two seconds, because a vote is a device synchronisation. They count calls of this
+        function instead of seconds, because all of them must vote after the same step.
+
+        Args:
+            now: do not wait for the next vote.
+        """
+        minutes, time_ = self.settings.every_minutes, time.monotonic()
         late = self.max_time is not None and self._seconds() >= self.max_time
-        due = (steps is not None and trainer.global_step % steps == 0) or (
-            minutes is not None and time.monotonic() - self.saved_time >= 60 * minutes
-        )
+        due = minutes is not None and time_ - self.saved_time >= 60 * minutes
         if trainer.world_size == 1:
             return [late, due, self.signal]
-        votes = torch.tensor([late, due, self.signal], device=trainer.strategy.root_device)
-        return [int(vote) for vote in trainer.strategy.reduce(votes, reduce_op="max")]
+        self.calls += 1
+        if self.calls < self.next_vote and not now:
+            return [0, 0, 0]
+        calls = int(VOTE_SECONDS * self.calls / max(time_ - self.vote_time, 1e-3))
+        votes = torch.tensor([late, due, self.signal, -max(calls, 1)], device=trainer.strategy.root_device)
+        *answer, calls = trainer.strategy.reduce(votes, reduce_op="max").tolist()
+        self.calls, self.next_vote, self.vote_time = 0, -calls, time.monotonic()
+        return answer
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save_last(trainer)
+        if trainer.world_size > 1 and (number := self._vote(trainer, now=True)[2]):
+            raise Interrupted(number)  # one process alone stops after the next step
 
     # -------------------------------------------------------------------------------------------- validation
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.validating = True
-        if self.signal and trainer.world_size == 1:  # several processes can only stop together, after a step
-            raise Interrupted(self.signal)
+        if number := self._vote(trainer)[2]:
+            raise Interrupted(number)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validating = False
@@ -239,11 +258,11 @@ class SaveAndStop(Checkpoint):
     def interruptible(self, trainer: L.Trainer) -> Iterator[None]:
         """Inside, a signal raises `Interrupted` at once, and this class saves a checkpoint. For slow work after a step.
 
-        With several processes it has no effect, because all of them must stop at the same step.
+        Several processes must stop at the same step. So for them the caller catches `Interrupted`, and continues.
         """
-        self.raise_at_once = trainer.world_size == 1
+        self.raise_at_once = True
         try:
-            if self.signal and self.raise_at_once:
+            if self.signal:
                 raise Interrupted(self.signal)
             yield
         finally:

@@ -17,10 +17,12 @@ from lightning.pytorch.tuner.tuning import Tuner
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
+from minigpt_pl.data import cache
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder, remove_temporaries, temporary_path, write_figure
 from minigpt_pl.tokenizer import NUM_SPECIAL, load_tokenizer
+from minigpt_pl.training import cluster
 from minigpt_pl.training.checkpointing import SaveAndStop
 from minigpt_pl.training.checks import check_environment, check_resume
 from minigpt_pl.training.memory import check_memory
@@ -32,7 +34,6 @@ from minigpt_pl.training.text_generator import TextGenerator
 from minigpt_pl.training.trainer import (
     batches_per_epoch,
     build_trainer,
-    is_first_process,
     log_interval,
     max_seconds,
     precision,
@@ -61,26 +62,30 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     _choose_messages(config.trainer.profiler)
     keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
+    group = cluster.join()
+    group.check(config.trainer)
     check_memory(config, NUM_SPECIAL + 1)  # for the smallest vocabulary, because encoding can take minutes
     if config.find_learning_rate:
         return _find_learning_rate(config)
     record = {"status": "running", "overrides": overrides, "command": sys.argv}
-    if resume_from is not None:
-        folder = resume_from.parent.parent if resume_from.is_file() else resume_from
-    elif is_first_process():
+
+    def choose_folder() -> str:
+        if resume_from is not None:
+            return str(resume_from.parent.parent if resume_from.is_file() else resume_from)
         # Before the text is encoded, so that resume=auto finds a run that is killed meanwhile.
-        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record)
-    else:
-        folder = Path(config.output_dir)  # only the first process writes into the run folder
+        return str(runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record))
+
+    folder = Path(group.decide("run folder", choose_folder))
+    group.launch(config.trainer.devices or 1)
     with ExitStack() as stack:
-        if is_first_process():
+        if group.is_first:
             stack.callback(runs.lock(folder).release)
             for place in (folder, folder / "checkpoints"):
                 remove_temporaries(place, of_all_machines=True)
         try:
             _fit(config, folder, record, resume_from if resume_from and resume_from.is_file() else None)
         except InputError:
-            is_new = resume_from is None and is_first_process()
+            is_new = resume_from is None and group.is_first
             if is_new and folder.exists() and not (folder / "config.yaml").exists():
                 # The training has not started: the folder has only the record. Another run takes the name of an empty
                 # folder, so give it another name first.
@@ -97,7 +102,7 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
     steps_done = before.get("global_step", 0)
     stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
-    loggers = _build_loggers(config, folder, steps_done) if is_first_process() else []
+    loggers = _build_loggers(config, folder, steps_done) if cluster.join().is_first else []
     metrics = Metrics(folder, loggers, log_interval(config, datamodule))
     callbacks: list[L.Callback] = [metrics]
     if config.text_generator.every_n_epochs:
@@ -107,14 +112,15 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
         log.info("The run is finished. To train longer, change a setting, for example trainer.max_epochs.")
         return
     if steps_done >= module.hparams["total_steps"] and not is_interrupted(before):
-        if is_first_process() and is_complete(before) and runs.read_record(folder)["status"] != "finished":
+        if cluster.join().is_first and is_complete(before) and runs.read_record(folder)["status"] != "finished":
             finish(folder, "finished", before["epoch"] + 1, steps_done)
         log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
         return
-    if is_first_process():
+    if cluster.join().is_first:
         runs.update_record(folder, **record)
     if checkpoint is not None:
         log.info("Resuming from %s.", checkpoint)
+    cluster.join().init_process_group()
     trainer = build_trainer(config, folder, datamodule, callbacks, stop)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
@@ -135,12 +141,13 @@ def _choose_messages(profiler: str | None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO if profiler else logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").handlers.clear()  # otherwise each line appears twice
-    if not is_first_process():
+    if not cluster.join().is_first:
         logging.getLogger().setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")
     for message in (
         "Be aware that when using `ckpt_path`, callbacks used to create",  # checkpoints of older versions
         "You're resuming from a checkpoint that ended before the epoch ended",  # our loader continues exactly
-        ".*srun. command is available",
+        ".*srun. command is available",  # `cluster.numbers` refuses jobs that need srun
         ".*LeafSpec.* is deprecated",
     ):
         warnings.filterwarnings("ignore", message)
@@ -152,8 +159,24 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
         tokenizer = load_tokenizer(resume_from.parent.parent / "tokenizer.json")  # has the Keras model's words
     model = config.model
     datamodule = TextDataModule(config.data, model.vocab_size, model.max_length, config.seed, tokenizer)
-    datamodule.prepare_data()
+
+    def encode() -> list[str]:
+        datamodule.prepare_data()
+        assert datamodule.encoded is not None
+        return [str(part) for part in datamodule.encoded]
+
+    def encode_on_this_node() -> list[str]:
+        """Nodes without a shared disk encode their own copy."""
+        is_here = group.is_first or cache.find_damage(Path(of_first[0])) is None
+        return of_first if is_here else encode()
+
+    group = cluster.join()
+    of_first: list[str] = group.decide("text", encode)
+    place, description = group.decide("text of the node", encode_on_this_node, of_node=True)
+    datamodule.encoded = Path(place), description
     datamodule.setup("fit")
+    different = "data: the processes read different texts; give all nodes the same files"
+    group.must_agree("content", datamodule.corpus.record["content"], different)
     if datamodule.vocab_size < model.vocab_size:
         log.info("The text has few different words, so the vocabulary size is only %s.", f"{datamodule.vocab_size:,}")
     return datamodule

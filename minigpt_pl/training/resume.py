@@ -1,7 +1,6 @@
 """Chooses the run that `resume` continues, and its checkpoint."""
 
 import logging
-import os
 import sys
 from math import inf
 from pathlib import Path
@@ -57,8 +56,6 @@ def _named(output_dir: Path, resume: str) -> Path:
 
 
 def _newest_unfinished(output_dir: Path) -> Path | None:
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes could choose different runs
-        raise InputError("resume=auto: under torchrun add run_name=NAME, or give resume=PATH")
     problem: InputError | None = None
     for folder in runs.runs_by_status(output_dir, "interrupted", "failed", "running"):
         try:

@@ -16,6 +16,7 @@ from minigpt_pl.errors import InputError
 from minigpt_pl.files import GrowingFile, complete_lines
 from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.generation.text import generate_texts
+from minigpt_pl.signals import Interrupted
 from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import END, UNKNOWN_ID
 from minigpt_pl.training.checkpointing import SaveAndStop
@@ -92,9 +93,15 @@ class TextGenerator(L.Callback):
                 network = callback._average_model.module.model
         network.eval()
         model = TextModel(network, self.tokenizer, pl_module.end_id)
-        with self.stop.interruptible(trainer):
-            texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **self.controls)]
-        network.train()
+        try:
+            with self.stop.interruptible(trainer):
+                texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **self.controls)]
+        except Interrupted:
+            if trainer.world_size == 1:
+                raise
+            return  # all processes stop together, at the end of the epoch
+        finally:
+            network.train()
         lines = []
         for prompt, text in zip(self.prompts, texts, strict=True):
             record = {"epoch": epoch, "step": trainer.global_step, "prompt": prompt, **self.controls}
