@@ -234,16 +234,16 @@ class SaveAndStop(Checkpoint):
         return trainer.strategy.broadcast(self.writer.failures) == 0
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, Interrupted):
-            return
-        if self.validating:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback.on_validation_epoch_end(trainer, pl_module)  # puts the weights of the training back
-            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()  # a resumed run repeats the whole validation
-            progress.total.ready = progress.total.started = 1
-        self._save_last(trainer)
+        if isinstance(exception, Interrupted):
+            if self.validating:
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, WeightAveraging):
+                        callback.on_validation_epoch_end(trainer, pl_module)  # puts the weights of the training back
+                progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+                progress.reset()  # a resumed run repeats the whole validation
+                progress.total.ready = progress.total.started = 1
+            self._save_last(trainer)
+        self.teardown(trainer, pl_module, "fit")  # Lightning does not call it after an exception
 
     # ----------------------------------------------------------------------------------------------- signals
 

@@ -296,7 +296,7 @@ class Cluster:
     def _host(self, rank: int) -> str:
         return str(self.store.get(f"host/{rank}").decode())
 
-    def init_process_group(self) -> None:
+    def init_process_group(self, backend: str) -> None:
         """Start `torch.distributed`, before Lightning would do it with a second store."""
         import torch.distributed as dist
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -304,7 +304,7 @@ class Cluster:
         if self.store is not None:
             # No time limit: `_watch` notices lost processes, and the first process may generate texts for long.
             options: dict[str, Any] = {"rank": self.rank, "world_size": self.world_size, "timeout": timedelta(days=365)}
-            dist.init_process_group(store=PrefixStore("group", self.store), **options)
+            dist.init_process_group(backend, store=PrefixStore("group", self.store), **options)
 
     # ------------------------------------------------------------------------------------------------- ending
 

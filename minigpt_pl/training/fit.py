@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
@@ -120,7 +121,8 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
         runs.update_record(folder, **record)
     if checkpoint is not None:
         log.info("Resuming from %s.", checkpoint)
-    cluster.join().init_process_group()
+    uses_gpus = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    cluster.join().init_process_group("nccl" if uses_gpus else "gloo")
     trainer = build_trainer(config, folder, datamodule, callbacks, stop)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
