@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import imdb_config, text_config
 
-from minigpt_pl.data import corpus as corpus_module
+from minigpt_pl.data import encoding
 from minigpt_pl.data.corpus import open_corpus
 from minigpt_pl.data.sources import Source
 from minigpt_pl.errors import InputError
@@ -67,7 +67,7 @@ def test_duplicates_of_validation_documents_are_not_trained_on(config, tmp_path)
 
 def test_a_second_start_encodes_nothing(config, monkeypatch):
     first = open_corpus(config, 200)
-    monkeypatch.setattr(corpus_module, "_encode_into", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("encoded again"))
     second = open_corpus(config, 200)
     assert isinstance(second.train.tokens, np.memmap) and second.train.tokens.dtype == np.uint16
     assert np.array_equal(first.train.tokens, second.train.tokens)
@@ -114,21 +114,22 @@ def test_a_small_text_gives_a_warning(config, caplog):
 
 @pytest.mark.parametrize("piece", [1, 7, 2**20])
 def test_the_ids_do_not_depend_on_the_size_of_the_pieces(config, monkeypatch, piece):
-    monkeypatch.setattr(corpus_module, "PIECE", piece)
+    monkeypatch.setattr(encoding, "PIECE", piece)
     corpus = open_corpus(config, 200)
     assert corpus.record["content"] == "b9d7111c8a356d6b"  # the ids of version 0.1.0
     assert (len(corpus.train.tokens), len(corpus.validation.tokens)) == (3150 + 225, 1050 + 75)
 
 
 def test_the_memory_does_not_depend_on_the_length_of_the_text(story, monkeypatch, tmp_path):
-    monkeypatch.setattr(corpus_module, "PIECE", 1_000)
+    for name, size in {"PIECE": 10_000, "BATCH_CHARACTERS": 100_000, "SHARD_TOKENS": 40_000}.items():
+        monkeypatch.setattr(encoding, name, size)
     lines = story.read_text().splitlines()
     peaks = []
-    for times in (10, 100):
+    for times in (30, 150):
         documents = partial(itertools.chain.from_iterable, itertools.repeat(lines, times))
         (tmp_path / str(times)).mkdir()
         tracemalloc.start()
-        corpus_module._encode_into(tmp_path / str(times), Source("story", {}, documents, None), 0.2, 200, None)
+        encoding.encode(tmp_path / str(times), Source("story", {}, documents, None), 0.2, 200, None)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
@@ -138,14 +139,14 @@ def test_a_text_that_grows_while_it_is_read(config, story, monkeypatch, tmp_path
     copy = tmp_path / "copy.txt"
     shutil.copy(story, copy)
     config.path = str(copy)
-    encode = corpus_module._encode_into
+    encode = encoding.encode
 
     def grow_and_encode(*arguments):
         with copy.open("a") as file:
             file.write("One more line.\n")
         return encode(*arguments)
 
-    monkeypatch.setattr(corpus_module, "_encode_into", grow_and_encode)
+    monkeypatch.setattr(encoding, "encode", grow_and_encode)
     with pytest.raises(InputError, match="data.path=.*copy.txt: has changed while it was read; start again"):
         open_corpus(config, 200)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -160,5 +161,5 @@ def test_ids_equal_the_tokenizers_on_real_reviews(imdb, imdb_texts, tmp_path):
     texts = imdb_texts("unsupervised")
     encoded = corpus.tokenizer.encode_batch(texts)
     assert corpus.record["train_tokens"] == sum(len(split_words(text)) for text in texts)
-    for i, encoding in enumerate(encoded):
-        assert corpus.train.tokens[corpus.train.offsets[i] : corpus.train.offsets[i + 1] - 1].tolist() == encoding.ids
+    for i, expected in enumerate(encoded):
+        assert corpus.train.tokens[corpus.train.offsets[i] : corpus.train.offsets[i + 1] - 1].tolist() == expected.ids

@@ -51,7 +51,7 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.max_vocab_size, self.max_length, self.seed = data, max_vocab_size, max_length, seed
         self._given_tokenizer = tokenizer
-        self._encoded: tuple[Path, str] | None = None
+        self._folder: Path | None = None
         self._train_loader: BatchLoader | None = None
         self._resumed_state: dict[str, Any] = {}
 
@@ -61,11 +61,11 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: the text cannot be found or read.
         """
-        if self._encoded is None:
-            self._encoded = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
+        if self._folder is None:
+            self._folder = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
-        """Memory-map the encoded text. Lightning calls this in every process.
+        """Open the encoded text. Lightning calls this in every process.
 
         Raises:
             InputError: the text is too small for one batch.
@@ -73,8 +73,8 @@ class TextDataModule(L.LightningDataModule):
         if hasattr(self, "corpus"):
             return
         self.prepare_data()  # in the other processes, the text is already in the cache
-        assert self._encoded is not None
-        self.corpus = read_corpus(*self._encoded)
+        assert self._folder is not None
+        self.corpus = read_corpus(self._folder)
         self.tokenizer, self.vocab_size = self.corpus.tokenizer, self.corpus.tokenizer.get_vocab_size()
         self.end_id = self.tokenizer.token_to_id(END) if self.data.end_token else None
         self._train_sequences = self._cut(self.corpus.train)
@@ -120,8 +120,7 @@ class TextDataModule(L.LightningDataModule):
     def _on_device(self, sequences: Sequences) -> Sequences:
         """Copy the text to the GPU if it is smaller than MAX_GPU_TEXT_BYTES. Then the GPU also builds the batches."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        fits = sequences.tokens.nbytes < MAX_GPU_TEXT_BYTES
-        return sequences.to(device) if device.type == "cuda" and fits else sequences
+        return sequences.to(device) if device.type == "cuda" and sequences.nbytes < MAX_GPU_TEXT_BYTES else sequences
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, the settings that determine the order, and the fingerprint of the tokenizer."""
@@ -141,7 +140,7 @@ class TextDataModule(L.LightningDataModule):
 
     def target_shares(self) -> Tensor:
         """Share of each token id among the training targets, (V,), estimated from at most 50,000 sequences."""
-        rows = torch.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
+        rows = np.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
         targets = self._train_sequences[rows][:, 1:].numpy()
         if not self.data.loss_on_padding:
             targets = targets[targets != PADDING_ID]

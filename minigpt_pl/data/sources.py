@@ -5,10 +5,12 @@ import glob
 import hashlib
 import importlib.util
 import itertools
+import json
 import logging
 import re
 import textwrap
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,11 +20,15 @@ from typing import Any
 
 from minigpt_pl.config import IMDB_SPLITS, DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import make_folder, write_text
 
 log = logging.getLogger(__name__)
 
 IMDB_HUB_ID = "stanfordnlp/imdb"
 PACKAGED_CSV_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+HASHES = "hashes.json"  # in the folder of the cache
+REMEMBERED_BYTES = 2**24  # a smaller text is hashed at each start
+MAX_HASHES = 100_000
 HUB_SECONDS = 10  # without this limit, `datasets` waits 23 s
 _READERS = {".txt": "text", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -37,12 +43,14 @@ class Source:
     Attributes:
         description: one line for messages and for the run's record.
         validation: None if the source has no validation documents.
+        size: about the number of bytes of all documents; None if it is unknown.
     """
 
     description: str
     identity: Identity
     train: Documents
     validation: Documents | None
+    size: int | None = None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -96,7 +104,8 @@ def _open_imdb(config: ImdbConfig) -> Source:
             split: partial(_read_files, "parquet", _states(paths), "text", "data.source")
             for split, paths in files.items()
         }
-        identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
+        paths = [path for _, paths in sorted(files.items()) for path in paths]
+        identity = {"files": _identities(_states(paths), Path(config.cache_dir))}
 
     present = [split for split in config.train_splits if split in splits]
     if not present:
@@ -141,28 +150,38 @@ def _open_text(config: TextConfig) -> Source:
     options = (config.text_column, config.document)
     if Path(config.path).exists():
         _refuse_revision(config, f"data.path={config.path}")
-    train, identity = text_documents("data.path", config.path, *options, config.revision)
+    cache_dir = Path(config.cache_dir)
+    train, identity, size = text_documents("data.path", config.path, *options, config.revision, cache_dir)
     name = Path(config.path).resolve().name if Path(config.path).exists() else config.path
     if config.validation_path is None:
-        return Source(name, {"train": identity}, train, None)
-    validation, validation_identity = text_documents("data.validation_path", config.validation_path, *options)
+        return Source(name, {"train": identity}, train, None, size)
+    validation, validation_identity, validation_size = text_documents(
+        "data.validation_path", config.validation_path, *options, cache_dir=cache_dir
+    )
     if validation_identity == identity:
         raise InputError(
             f"data.validation_path={config.validation_path}: is the same text as data.path; give another text, or null"
             " to hold out a share of data.path"
         )
-    return Source(name, {"train": identity, "validation": validation_identity}, train, validation)
+    size = None if size is None or validation_size is None else size + validation_size
+    return Source(name, {"train": identity, "validation": validation_identity}, train, validation, size)
 
 
 def text_documents(
-    setting: str, given: str, text_column: str, document: str, revision: str | None = None
-) -> tuple[Documents, Identity]:
-    """Open a text of the user. Returns its documents and its identity.
+    setting: str,
+    given: str,
+    text_column: str,
+    document: str,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+) -> tuple[Documents, Identity, int | None]:
+    """Open a text of the user. Returns its documents, its identity, and about its size in bytes, if it is known.
 
     Args:
         setting: name of the setting, for error messages.
         given: a file, a folder or a hub id.
         text_column, document, revision: as in `TextConfig`.
+        cache_dir: folder that remembers the hashes of large files.
 
     Raises:
         InputError: the text cannot be found or reached, or its format is unknown.
@@ -178,7 +197,7 @@ def text_documents(
                 f"{setting}={given}: no such file, and the hub does not have it ({error}); give a file or a folder"
             ) from error
         documents = partial(_read_hub, given, commit, "train", text_column, setting)
-        return documents, {"hub": given, "revision": commit, "column": text_column}
+        return documents, {"hub": given, "revision": commit, "column": text_column}, None
 
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS) if path.is_dir() else [path]
     suffixes = sorted({file.suffix.lower() for file in files})
@@ -202,8 +221,11 @@ def text_documents(
     if value != getattr(TextConfig, name):
         group = setting[: setting.rfind(".") + 1]  # "data."; evaluate has none
         warnings.warn(f"{group}{name}={value}: has no effect on {suffix} files; leave it out", stacklevel=2)
-    documents = partial(_read_files, _READERS[suffix], _states(files), column, setting, **options)
-    return documents, {"files": [_file_identity(file) for file in files], "column": column, "document": document}
+    states = _states(files)
+    documents = partial(_read_files, _READERS[suffix], states, column, setting, **options)
+    # Parquet files are compressed.
+    size = None if suffix == ".parquet" else sum(file_size for file_size, *_ in states.values())
+    return documents, {"files": _identities(states, cache_dir), "column": column, "document": document}, size
 
 
 def _file_identity(path: Path) -> str:
@@ -212,15 +234,43 @@ def _file_identity(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _identities(files: "dict[Path, _State]", cache_dir: Path | None) -> list[str]:
+    """Return the sha256 of each file. Those of a large text are remembered in `cache_dir`, until the files change."""
+    if cache_dir is None or sum(size for size, *_ in files.values()) < REMEMBERED_BYTES:
+        return [_file_identity(file) for file in files]
+    store, known = cache_dir / HASHES, {}
+    if store.exists():
+        try:
+            known = dict(json.loads(store.read_bytes()))
+        except (ValueError, TypeError, OSError) as error:
+            log.info("%s: cannot be read (%s), so all files are read.", store, _one_line(error))
+    now, identities, new = time.time_ns(), [], {}
+    for file, state in files.items():
+        name = str(file.resolve())
+        entry = known.get(name)
+        if not isinstance(entry, list) or entry[:-1] != [*state]:
+            entry = [*state, _file_identity(file)]
+            if now - max(state[1:]) > 10**10:  # a later change within the same tick of the clock would not be seen
+                new[name] = entry
+        identities.append(entry[-1])
+    if new:
+        make_folder(cache_dir, "data.cache_dir")
+        try:
+            write_text(store, json.dumps(dict([*(known | new).items()][-MAX_HASHES:])))
+        except OSError as error:
+            log.info("%s: cannot be written (%s), so the next start reads the text again.", store, error.strerror)
+    return identities
+
+
 # ----------------------------------------------------------------------------------------------- reading
 
 
-_State = tuple[int, int]  # size, and time of the last change in ns
+_State = tuple[int, int, int]  # size, and times of the last change of the content and of the inode, in ns
 
 
 def _states(files: list[Path]) -> dict[Path, _State]:
     """Take them before `_file_identity`: the text that is read must be the text that was hashed."""
-    return {file: ((status := file.stat()).st_size, status.st_mtime_ns) for file in files}
+    return {file: ((status := file.stat()).st_size, status.st_mtime_ns, status.st_ctime_ns) for file in files}
 
 
 def _read_files(reader: str, files: dict[Path, _State], column: str, setting: str, **options: str) -> Iterator[str]:
@@ -237,7 +287,7 @@ def _read_files(reader: str, files: dict[Path, _State], column: str, setting: st
 
 def _refuse_changes(files: dict[Path, _State], setting: str) -> None:
     for file, state in files.items():
-        if not file.exists() or _states([file])[file] != state:
+        if not file.exists() or _states([file])[file][:2] != state[:2]:
             raise InputError(f"{setting}={file}: has changed while it was read; start again when it is complete")
 
 
