@@ -134,6 +134,40 @@ def test_the_manifest_says_which_text_it_is(encoded):
     assert json.loads((encoded / "manifest.json").read_text())["source"] == "story.txt"
 
 
+class TestLargeText:
+    """A start checks only the lengths. Each shard is checked before its first use."""
+
+    @pytest.fixture(autouse=True)
+    def everything_is_large(self, monkeypatch):
+        monkeypatch.setattr(cache, "CHECKED_AT_START", 0)
+
+    @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".npy")])
+    def test_a_damaged_shard_is_named_before_its_use(self, config, encoded, name):
+        flip_one_bit(encoded / name)
+        corpus = open_corpus(config, 200)
+        ids = corpus.train if name.startswith("train") else corpus.validation
+        problem = rf"data.cache_dir=.*: {encoded / name} does not have its checksum; run python -m minigpt_pl.prepare"
+        with pytest.raises(InputError, match=problem):
+            ids.shard(0)
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 300)], ids=["missing", "shorter"])
+    def test_a_shard_that_vanishes_later_is_named(self, config, encoded, damage):
+        corpus = open_corpus(config, 200)
+        damage(encoded / "train-00000.tokens.npy")
+        with pytest.raises(InputError, match=r"train-00000.tokens.npy (cannot be read \(No such|has not [\d,]+ bytes)"):
+            corpus.train.shard(0)
+
+    def test_prepare_makes_a_damaged_text_again(self, config, encoded, tmp_path, caplog):
+        before = content(config)
+        flip_one_bit(encoded / "train-00000.tokens.npy")
+        arguments = ["data=text", f"data.path={config.path}", "data.validation_share=0.2", "model.vocab_size=200"]
+        arguments += [f"data.cache_dir={config.cache_dir}", "processes=1"]
+        done = run_main("prepare", *arguments, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout == f"{encoded}: 3,150 training tokens, 26 words in the vocabulary\n"
+        assert "train-00000.tokens.npy: does not have its checksum" in caplog.text
+        assert open_corpus(config, 200).train.shard(0) and content(config) == before
+
+
 def test_a_complete_cache_is_only_read(config, encoded, monkeypatch):
     """So a cluster can share a read-only cache."""
     monkeypatch.setattr(filelock, "FileLock", lambda path: pytest.fail("a lock file was written"))

@@ -242,7 +242,7 @@ def _identities(files: "dict[Path, _State]", cache_dir: Path | None) -> list[str
     if store.exists():
         try:
             known = dict(json.loads(store.read_bytes()))
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, RecursionError) as error:
             log.info("%s: cannot be read (%s), so all files are read.", store, _one_line(error))
     now, identities, new = time.time_ns(), [], {}
     for file, state in files.items():
