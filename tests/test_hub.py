@@ -174,7 +174,7 @@ def test_train_from_the_hub(hub, tmp_path):
     code, shown = train_in_a_terminal(tmp_path, environment, *OPTIONS)
     assert code == 0, shown
     assert "imdb from the hub, revision aaaaaaaa (train + test)" in shown
-    assert re.search(r"Encoding: \d+ documents", shown), "no progress"
+    assert re.search(r"Encoding: [\d.]+k?B", shown), "no progress"
     for noise in ("HTTP Request", "TensorFlow", "Warning", "GET"):
         assert noise not in shown
     reads = [path for method, path, status in hub.requests if method == "GET" and path.endswith(".parquet")]

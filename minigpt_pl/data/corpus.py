@@ -18,13 +18,15 @@ from minigpt_pl import runs
 from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.data import cache, encoding
 from minigpt_pl.data.encoding import content_hash, is_held_out
-from minigpt_pl.data.sources import open_source
+from minigpt_pl.data.parquet import Chunk
+from minigpt_pl.data.sources import Source, Stream, open_source
 from minigpt_pl.errors import InputError
 from minigpt_pl.tokenizer import list_vocabulary, load_tokenizer, split_words
 
 log = logging.getLogger(__name__)
 
 FORMAT = 3  # version of the cache files; increase it when their meaning changes
+HELD_OUT = "held_out.npy"
 FEW_TOKENS = 1_000_000  # the notebook: "make sure your corpus has at least 1 million words"
 
 
@@ -81,12 +83,16 @@ class Corpus:
     Attributes:
         validation: the held-out text; None if nothing is held out.
         record: values for the run's record: source, fingerprint, counts.
+        stream: with streaming, the whole training text. `train` then has its first documents only.
+        held_out: with streaming, the hashes of the source's validation documents, if it has any.
     """
 
     tokenizer: Tokenizer
     train: Ids
     validation: Ids | None
     record: dict[str, Any]
+    stream: Stream | None = None
+    held_out: frozenset[int] | None = None
 
 
 def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -119,6 +125,11 @@ def encode_text(
     """
     source = open_source(config)
     log.info("Text: %s", source.description)
+    if tokenizer is None and config.tokenizer is not None:
+        try:
+            tokenizer = load_tokenizer(Path(config.tokenizer))
+        except InputError as error:
+            raise InputError(*(f"data.tokenizer={problem}" for problem in error.problems)) from error
     wanted = {
         "format": FORMAT,
         "source": source.identity,
@@ -132,10 +143,31 @@ def encode_text(
     folder = Path(config.cache_dir) / fingerprint
 
     def write(temporary: Path) -> dict[str, Any]:
-        return encoding.encode(temporary, source, config.validation_share, vocab_size, vocabulary, processes)
+        values = encoding.encode(temporary, source, config.validation_share, vocab_size, vocabulary, processes)
+        if source.stream is not None:
+            values["stream"] = source.stream._asdict()
+            _finish_sample(temporary, source, config, vocab_size if vocabulary is None else None, values)
+        return values
 
     cache.fill(folder, write, "data.cache_dir", check_all)
     return folder
+
+
+def _finish_sample(
+    folder: Path, source: Source, config: DataConfig, vocab_size: int | None, values: dict[str, Any]
+) -> None:
+    """Add what the stream needs to the encoded sample of a streamed text: its number of rows, and held-out hashes."""
+    assert source.stream is not None
+    counts, rows = values["counts"], sum(chunk.rows for chunk in source.stream.chunks)
+    counts["streamed_rows"] = rows
+    if vocab_size is not None and counts["vocab_size"] < vocab_size and config.sample_documents < rows:
+        raise InputError(
+            f"data.sample_documents={config.sample_documents}: they have only {counts['vocab_size']:,} different words;"
+            " raise it, lower model.vocab_size, or give data.tokenizer"
+        )
+    if source.validation is not None:
+        hashes = {content_hash(text.encode()) for text in source.validation()}
+        np.save(folder / HELD_OUT, np.array(sorted(hashes), dtype=np.uint64))
 
 
 def read_corpus(folder: Path) -> Corpus:
@@ -159,11 +191,17 @@ def read_corpus(folder: Path) -> Corpus:
         split: Ids([ShardSize(*size) for size in sizes], partial(open_shard, split))
         for split, sizes in manifest["shards"].items()
     }
+    stream = manifest.get("stream")
+    if stream is not None:
+        stream = Stream(**stream | {"chunks": [Chunk(*chunk) for chunk in stream["chunks"]]})
+    held_out = frozenset(np.load(folder / HELD_OUT).tolist()) if HELD_OUT in manifest["files"] else None
     return Corpus(
         load_tokenizer(folder / "tokenizer.json"),
         splits["train"],
         splits["validation"] if counts["validation_documents"] else None,
         {"source": manifest["source"], "fingerprint": folder.name, **counts},
+        stream,
+        held_out,
     )
 
 

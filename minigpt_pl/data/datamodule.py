@@ -12,6 +12,7 @@ from torch import Tensor
 from minigpt_pl.config import DataConfig, ModelConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, Ids, encode_text, read_corpus
+from minigpt_pl.data.streaming import StreamLoader
 from minigpt_pl.errors import InputError
 from minigpt_pl.tokenizer import END, PADDING_ID, fingerprint
 
@@ -80,8 +81,7 @@ class TextDataModule(L.LightningDataModule):
         self._train_sequences = self._cut(self.corpus.train)
         self._val_sequences = None if self.corpus.validation is None else self._cut(self.corpus.validation)
         self.has_validation = bool(self._val_sequences)
-        available = len(self._train_sequences)
-        self.num_sequences = min(available, self.data.max_sequences or available)
+        self.num_sequences = self._build_train_loader(self._train_sequences).num_sequences
         if self.num_sequences < self.data.batch_size:
             raise InputError(
                 f"data.batch_size={self.data.batch_size}: the text has only {self.num_sequences} sequences;"
@@ -108,6 +108,9 @@ class TextDataModule(L.LightningDataModule):
         return self._train_loader
 
     def _build_train_loader(self, sequences: Sequences, **options: Any) -> BatchLoader:
+        if self.data.streaming:
+            share = self.data.validation_share
+            return StreamLoader(self.corpus, self._train_sequences, share, self.data.batch_size, self.seed, **options)
         max_sequences = self.data.max_sequences
         return BatchLoader(sequences, self.data.batch_size, self.seed, max_sequences=max_sequences, **options)
 

@@ -12,13 +12,14 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minigpt_pl.config import IMDB_SPLITS, DataConfig, ImdbConfig, TextConfig
+from minigpt_pl.data.parquet import Chunk, list_chunks, read_chunk
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder, write_text
 
@@ -44,6 +45,7 @@ class Source:
         description: one line for messages and for the run's record.
         validation: None if the source has no validation documents.
         size: about the number of bytes of all documents; None if it is unknown.
+        stream: with streaming, the whole training text. `train` then has its first documents only.
     """
 
     description: str
@@ -51,6 +53,7 @@ class Source:
     train: Documents
     validation: Documents | None
     size: int | None = None
+    stream: "Stream | None" = None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -59,6 +62,8 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         InputError: the text cannot be found or reached.
     """
+    if config.streaming:
+        return _open_streamed(config)
     if isinstance(config, ImdbConfig):
         return _open_imdb(config)
     if isinstance(config, TextConfig):
@@ -190,12 +195,7 @@ def text_documents(
     if not path.exists():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) or path.suffix in _READERS:
             raise InputError(f"{setting}={given}: no such file or folder; give a path, or a hub id such as owner/name")
-        try:
-            commit = hub_revision(given, revision)
-        except OSError as error:
-            raise InputError(
-                f"{setting}={given}: no such file, and the hub does not have it ({error}); give a file or a folder"
-            ) from error
+        commit = _commit(setting, given, revision)
         documents = partial(_read_hub, given, commit, "train", text_column, setting)
         return documents, {"hub": given, "revision": commit, "column": text_column}, None
 
@@ -226,6 +226,15 @@ def text_documents(
     # Parquet files are compressed.
     size = None if suffix == ".parquet" else sum(file_size for file_size, *_ in states.values())
     return documents, {"files": _identities(states, cache_dir), "column": column, "document": document}, size
+
+
+def _commit(setting: str, dataset_id: str, revision: str | None) -> str:
+    try:
+        return hub_revision(dataset_id, revision)
+    except OSError as error:
+        raise InputError(
+            f"{setting}={dataset_id}: no such file, and the hub does not have it ({error}); give a file or a folder"
+        ) from error
 
 
 def _file_identity(path: Path) -> str:
@@ -260,6 +269,100 @@ def _identities(files: "dict[Path, _State]", cache_dir: Path | None) -> list[str
         except OSError as error:
             log.info("%s: cannot be written (%s), so the next start reads the text again.", store, error.strerror)
     return identities
+
+
+# --------------------------------------------------------------------------------------------- streaming
+
+
+class Stream(NamedTuple):
+    """The chunks of Parquet files: how a streamed text is read.
+
+    Attributes:
+        root: a folder or a file; the hub's files do not need it.
+        column: column of the text.
+        setting: name of the setting that gives the text, for error messages.
+    """
+
+    root: str
+    column: str
+    setting: str
+    chunks: list[Chunk]
+
+    def read(self, chunk: Chunk) -> Iterator[str]:
+        """Yield the documents of a chunk."""
+        return read_chunk(self.root, chunk, self.column, self.setting)
+
+    def documents(self) -> Iterator[str]:
+        """Yield all documents in the order of the files."""
+        return itertools.chain.from_iterable(map(self.read, self.chunks))
+
+
+def _open_streamed(config: DataConfig) -> Source:
+    """Open the first documents of Parquet files, and list the chunks of all files."""
+    if isinstance(config, ImdbConfig):
+        setting, column, splits = "data.source", "text", config.train_splits
+        given = IMDB_HUB_ID if config.source in ("auto", "hub") else config.source
+        patterns = {split: f"plain_text/{split}-*.parquet" for split in IMDB_SPLITS}
+    elif isinstance(config, TextConfig):
+        setting, given, column, splits = "data.path", config.path, config.text_column, ["train"]
+        patterns = {"train": "**/*.parquet"}
+    else:
+        raise TypeError(f"no source for {type(config).__name__}")
+    path, identity = Path(given), Identity(column=column, sample=config.sample_documents)
+    if path.exists():
+        _refuse_revision(config, f"{setting}={given}")
+        files = {split: [str(file.relative_to(path)) for file in sorted(path.glob(p))] for split, p in patterns.items()}
+        if path.suffix.lower() == ".parquet":
+            files = {"train": [""]}
+    elif "/" in given:
+        identity["hub"], identity["revision"] = given, _commit(setting, given, config.revision)
+        files = _hub_files(setting, given, identity["revision"])
+    else:
+        files = {}
+    present = [split for split in splits if files.get(split)]
+    if not present or not all(file.endswith(".parquet") for split in present for file in files[split] if file):
+        raise InputError(
+            f"data.streaming=true: {setting}={given} has no Parquet files to train on; convert the text to Parquet, or"
+            " leave data.streaming out"
+        )
+
+    def stream(splits: Sequence[str]) -> tuple[Stream, list[str]]:
+        root = str(path.resolve()) if path.exists() else given
+        chunks, footers = list_chunks(root, [file for split in splits for file in files[split]], column, setting)
+        return Stream(root, column, setting, chunks), footers
+
+    train, footers = stream(present)
+    if path.exists():
+        identity |= {"root": train.root, "footers": footers}
+    validation: Documents | None = None
+    if isinstance(config, TextConfig) and config.validation_path is not None:
+        validation, identity["validation"], _ = text_documents(
+            "data.validation_path", config.validation_path, column, config.document, cache_dir=Path(config.cache_dir)
+        )
+    elif isinstance(config, ImdbConfig) and (split := config.validation_split or "") in {*files} - {*present}:
+        held_out, footers = stream([split])
+        identity["validation"] = [split, config.validation_documents, footers]
+        validation = partial(_first, held_out, config.validation_documents)
+    name = path.resolve().name if path.exists() else given
+    sample = partial(_first, train, config.sample_documents)
+    return Source(f"{name} (streamed)", {"streamed": identity}, sample, validation, None, train)
+
+
+def _first(stream: Stream, number: int) -> Iterator[str]:
+    return itertools.islice(stream.documents(), number)
+
+
+def _hub_files(setting: str, dataset_id: str, revision: str) -> dict[str, list[str]]:
+    """The addresses of the files of each split."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(dataset_id, revision=revision).config.data_files or {}
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise InputError(
+            f"{setting}={dataset_id}: cannot be read ({_one_line(error)}); give another data set"
+        ) from error
+    return {str(split): [str(file) for file in files] for split, files in found.items()}
 
 
 # ----------------------------------------------------------------------------------------------- reading
