@@ -229,7 +229,7 @@ def test_bad_settings(folder, changes, message):
 
 def test_a_broken_file_is_named(folder):
     (folder / "1.parquet").write_bytes((folder / "1.parquet").read_bytes()[:300])
-    with pytest.raises(InputError, match=r"data.path=1.parquet: is not a complete Parquet file"):
+    with pytest.raises(InputError, match=r"data.path=1.parquet: cannot be read .*; give complete Parquet files"):
         make(folder)
 
 

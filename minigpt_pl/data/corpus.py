@@ -145,7 +145,7 @@ def encode_text(
     def write(temporary: Path) -> dict[str, Any]:
         values = encoding.encode(temporary, source, config.validation_share, vocab_size, vocabulary, processes)
         if source.stream is not None:
-            values["stream"] = source.stream._asdict()
+            values["stream"] = source.stream()._asdict()
             _finish_sample(temporary, source, config, vocab_size if vocabulary is None else None, values)
         return values
 
@@ -157,8 +157,7 @@ def _finish_sample(
     folder: Path, source: Source, config: DataConfig, vocab_size: int | None, values: dict[str, Any]
 ) -> None:
     """Add what the stream needs to the encoded sample of a streamed text: its number of rows, and held-out hashes."""
-    assert source.stream is not None
-    counts, rows = values["counts"], sum(chunk.rows for chunk in source.stream.chunks)
+    counts, rows = values["counts"], sum(chunk.rows for chunk in values["stream"]["chunks"])
     counts["streamed_rows"] = rows
     if vocab_size is not None and counts["vocab_size"] < vocab_size and config.sample_documents < rows:
         raise InputError(

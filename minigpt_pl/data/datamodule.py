@@ -102,7 +102,8 @@ class TextDataModule(L.LightningDataModule):
             options["accumulate"] = trainer.accumulate_grad_batches
             if isinstance(trainer.limit_train_batches, int):  # Lightning itself applies a fraction
                 options["max_batches"] = trainer.limit_train_batches
-        self._train_loader = self._build_train_loader(self._on_device(self._train_sequences), **options)
+        sequences = self._train_sequences if self.data.streaming else self._on_device(self._train_sequences)
+        self._train_loader = self._build_train_loader(sequences, **options)
         if self._resumed_state:
             self._train_loader.restore(self._resumed_state)
         return self._train_loader

@@ -4,6 +4,8 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -37,30 +39,38 @@ def list_chunks(root: str, files: list[str], column: str, setting: str) -> tuple
     Raises:
         InputError: a file is not a Parquet file with this column of text.
     """
+    chunks, footers = [], []
+    with ThreadPoolExecutor(16) as pool:  # on the hub, each file takes several requests
+        found = pool.map(partial(_read_footer, root, column, setting), files)
+        for file, (group_rows, footer) in zip(files, found, strict=True):
+            footers.append(footer)
+            first, rows = 0, 0
+            for group, more in enumerate(group_rows, start=1):
+                rows += more
+                if rows >= CHUNK_ROWS or group == len(group_rows):
+                    chunks.append(Chunk(file, first, group, rows))
+                    first, rows = group, 0
+    return chunks, footers
+
+
+def _read_footer(root: str, column: str, setting: str, file: str) -> tuple[list[int], str]:
+    """Return the number of rows of each row group, and a hash of the footer."""
     import pyarrow
 
-    chunks, footers = [], []
-    for file in files:
-        try:
-            with _open(root, file) as stream:
-                parquet = _parquet_file(stream)
-                stream.seek(-8, 2)
-                stream.seek(-8 - int.from_bytes(stream.read(4), "little"), 2)
-                footers.append(hashlib.sha256(stream.read()).hexdigest())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{setting}={file or root}: is not a complete Parquet file ({error})") from error
-        names = parquet.schema_arrow.names
-        if column not in names:
-            raise InputError(f"data.text_column={column}: {file} has no such column; it has {', '.join(names)}")
-        if (kind := parquet.schema_arrow.field(column).type) not in (pyarrow.string(), pyarrow.large_string()):
-            raise InputError(f"data.text_column={column}: contains {kind}, not text; give another column")
-        first, rows = 0, 0
-        for group in range(parquet.num_row_groups):
-            rows += parquet.metadata.row_group(group).num_rows
-            if rows >= CHUNK_ROWS or group + 1 == parquet.num_row_groups:
-                chunks.append(Chunk(file, first, group + 1, rows))
-                first, rows = group + 1, 0
-    return chunks, footers
+    try:
+        with _open(root, file) as stream:
+            parquet = _parquet_file(stream)
+            stream.seek(-8, 2)
+            stream.seek(-8 - int.from_bytes(stream.read(4), "little"), 2)
+            footer = hashlib.sha256(stream.read()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{setting}={file or root}: cannot be read ({error}); give complete Parquet files") from error
+    names = parquet.schema_arrow.names
+    if column not in names:
+        raise InputError(f"data.text_column={column}: {file or root} has no such column; it has {', '.join(names)}")
+    if (kind := parquet.schema_arrow.field(column).type) not in (pyarrow.string(), pyarrow.large_string()):
+        raise InputError(f"data.text_column={column}: contains {kind}, not text; give another column")
+    return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)], footer
 
 
 def read_chunk(root: str, chunk: Chunk, column: str, setting: str) -> Iterator[str]:

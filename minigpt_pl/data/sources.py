@@ -45,7 +45,7 @@ class Source:
         description: one line for messages and for the run's record.
         validation: None if the source has no validation documents.
         size: about the number of bytes of all documents; None if it is unknown.
-        stream: with streaming, the whole training text. `train` then has its first documents only.
+        stream: with streaming, opens the whole training text. `train` then has its first documents only.
     """
 
     description: str
@@ -53,7 +53,7 @@ class Source:
     train: Documents
     validation: Documents | None
     size: int | None = None
-    stream: "Stream | None" = None
+    stream: "Callable[[], Stream] | None" = None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -326,30 +326,35 @@ def _open_streamed(config: DataConfig) -> Source:
             " leave data.streaming out"
         )
 
-    def stream(splits: Sequence[str]) -> tuple[Stream, list[str]]:
-        root = str(path.resolve()) if path.exists() else given
+    root = str(path.resolve()) if path.exists() else given
+
+    @cache  # for a data set of the hub, only if the cache does not have its sample
+    def read_footers(*splits: str) -> tuple[Stream, list[str]]:
         chunks, footers = list_chunks(root, [file for split in splits for file in files[split]], column, setting)
         return Stream(root, column, setting, chunks), footers
 
-    train, footers = stream(present)
-    if path.exists():
-        identity |= {"root": train.root, "footers": footers}
-    validation: Documents | None = None
+    def first(splits: Sequence[str], number: int) -> Iterator[str]:
+        yield from itertools.islice(read_footers(*splits)[0].documents(), number)
+
+    held_out: Documents | None = None
     if isinstance(config, TextConfig) and config.validation_path is not None:
-        validation, identity["validation"], _ = text_documents(
+        held_out, identity["validation"], _ = text_documents(
             "data.validation_path", config.validation_path, column, config.document, cache_dir=Path(config.cache_dir)
         )
     elif isinstance(config, ImdbConfig) and (split := config.validation_split or "") in {*files} - {*present}:
-        held_out, footers = stream([split])
-        identity["validation"] = [split, config.validation_documents, footers]
-        validation = partial(_first, held_out, config.validation_documents)
-    name = path.resolve().name if path.exists() else given
-    sample = partial(_first, train, config.sample_documents)
-    return Source(f"{name} (streamed)", {"streamed": identity}, sample, validation, None, train)
-
-
-def _first(stream: Stream, number: int) -> Iterator[str]:
-    return itertools.islice(stream.documents(), number)
+        held_out = partial(first, [split], config.validation_documents)
+        identity["validation"] = [split, config.validation_documents]
+        if path.exists():
+            identity["validation"] += read_footers(split)[1]
+    if path.exists():
+        identity |= {"root": root, "footers": read_footers(*present)[1]}
+    return Source(
+        f"{path.resolve().name if path.exists() else given} (streamed)",
+        {"streamed": identity | {"splits": present}},
+        partial(first, present, config.sample_documents),
+        held_out,
+        stream=lambda: read_footers(*present)[0],
+    )
 
 
 def _hub_files(setting: str, dataset_id: str, revision: str) -> dict[str, list[str]]:
@@ -414,6 +419,8 @@ def _hub_splits(dataset_id: str, revision: str) -> Any:
 def _load_dataset(name: str, **options: Any) -> Any:
     import datasets
 
+    if "data_files" in options:  # local files: without a network, the request that counts downloads takes a minute
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets.load_dataset(name, streaming=True, **options)
 
 
