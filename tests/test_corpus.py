@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,7 @@ from minigpt_pl.data import encoding
 from minigpt_pl.data.corpus import encode_text, open_corpus
 from minigpt_pl.data.sources import Source
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import is_running
 from minigpt_pl.tokenizer import split_words
 
 
@@ -220,6 +222,8 @@ def _encode_and_die(config, moment: str, processes: int) -> None:
 
     def finish_and_die(path, text):
         if path.name == "shard-00002" and moment == "in the third shard":
+            workers = [child.pid for child in multiprocessing.active_children()]
+            Path(config.cache_dir, "workers.json").write_text(json.dumps(workers))
             os.kill(os.getpid(), signal.SIGKILL)
         finish(path, text)
 
@@ -240,6 +244,14 @@ def test_a_killed_encoding_continues(config, many_shards, monkeypatch, caplog, m
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    workers = Path(config.cache_dir, "workers.json")
+    running = json.loads(workers.read_text()) if workers.exists() else []
+    assert len(running) == (2 if processes == 2 else 0)
+    for _ in range(600):
+        running = [process_id for process_id in running if is_running(process_id)]
+        if running:
+            time.sleep(0.1)
+    assert not running, "they wait for a killed process"
     (leftover,) = (path for path in Path(config.cache_dir).iterdir() if path.is_dir())
     finished = len([*leftover.glob("shard-*")])
     assert finished == 2 if moment == "in the third shard" else finished > 3

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from conftest import imdb_config, text_config
 from huggingface_hub import constants
@@ -296,6 +297,14 @@ class TestText:
             (tmp_path / name).write_bytes(contents)
         with pytest.raises(InputError, match=f"data.path=.*{name}.*{message}"):
             list(sources.open_source(text_config(tmp_path / name)).train())
+
+    def test_a_local_file_sends_no_request_that_counts_downloads(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+        monkeypatch.setattr(datasets.load, "get_session", lambda: pytest.fail("a request"))
+        (tmp_path / "a.txt").write_text("one\n")
+        assert list(sources.open_source(text_config(tmp_path / "a.txt")).train()) == ["one"]
+        assert not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
     @pytest.mark.parametrize(
         ("name", "change"),

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -196,6 +197,26 @@ def test_errors_of_the_disk_are_tried_again(folder, monkeypatch, caplog):
     monkeypatch.setattr(parquet_module, "_rows", fail_in_the_middle)
     assert take(make(folder), 20) == whole and len(failures) == 5
     assert caplog.text.count("cannot be read (OSError). Trying again in 0 s.") == 5
+
+
+@pytest.mark.parametrize(
+    ("named", "seconds"), [("30", 30), ("3", 5), ("99999", 600), ("Wed, 21 Oct 2015 07:28:00 GMT", 5)]
+)
+def test_the_time_of_retry_after_is_waited(folder, monkeypatch, named, seconds):
+    """Older versions of huggingface_hub do not wait so long."""
+    datamodule, rows, errors, waits = make(folder), parquet_module._rows, [OSError("busy")], []
+    errors[0].response = SimpleNamespace(status_code=429, headers={"Retry-After": named})
+
+    def fail_once(*arguments):
+        if errors:
+            raise errors.pop()
+        return rows(*arguments)
+
+    monkeypatch.setattr(parquet_module, "_rows", fail_once)
+    monkeypatch.setattr(parquet_module, "WAITS", (5,))
+    monkeypatch.setattr(parquet_module.time, "sleep", waits.append)
+    take(datamodule, 1)
+    assert waits == [seconds]
 
 
 def test_memory_holds_two_windows(folder):

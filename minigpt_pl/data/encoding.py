@@ -45,7 +45,7 @@ _WAITING = 3  # batches in memory for each process
 
 
 class _Read(NamedTuple):
-    """Position of the reader: what it has read so far."""
+    """The position of the reader."""
 
     documents: int
     duplicates: int  # left out, because the validation documents of the source contain them
