@@ -299,8 +299,11 @@ class TestStreaming:
             self.rows(loader)
         assert not waits and sum(status == "404" for *_, status in hub.requests) == 1
 
-    def test_words_and_row_groups_are_read_once(self, hub, waits, tmp_path):
+    def test_words_and_row_groups_are_read_once(self, hub, waits, tmp_path, monkeypatch):
+        listed, list_chunks = [], sources.list_chunks
+        monkeypatch.setattr(sources, "list_chunks", lambda *a: listed.append(a[1]) or list_chunks(*a))
         self.loader(tmp_path)
+        assert sorted(map(len, listed)) == [1, 2]
         hub.requests.clear()
         self.loader(tmp_path)
         assert not [path for _, path, _ in hub.requests if path.endswith(".parquet")]

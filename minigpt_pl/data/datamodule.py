@@ -52,7 +52,7 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.max_vocab_size, self.max_length, self.seed = data, max_vocab_size, max_length, seed
         self._given_tokenizer = tokenizer
-        self._folder: Path | None = None
+        self.folder: Path | None = None  # of the encoded text; who knows it may set it, and `prepare_data` does nothing
         self._train_loader: BatchLoader | None = None
         self._resumed_state: dict[str, Any] = {}
 
@@ -62,8 +62,8 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: the text cannot be found or read.
         """
-        if self._folder is None:
-            self._folder = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
+        if self.folder is None:
+            self.folder = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the encoded text. Lightning calls this in every process.
@@ -74,8 +74,8 @@ class TextDataModule(L.LightningDataModule):
         if hasattr(self, "corpus"):
             return
         self.prepare_data()  # in the other processes, the text is already in the cache
-        assert self._folder is not None
-        self.corpus = read_corpus(self._folder)
+        assert self.folder is not None
+        self.corpus = read_corpus(self.folder)
         self.tokenizer, self.vocab_size = self.corpus.tokenizer, self.corpus.tokenizer.get_vocab_size()
         self.end_id = self.tokenizer.token_to_id(END) if self.data.end_token else None
         self._train_sequences = self._cut(self.corpus.train)
