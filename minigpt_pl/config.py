@@ -89,6 +89,13 @@ class DataConfig:
     max_sequences: int | None = setting(None, "train on this many random sequences; null means all", minimum=1)
     cache_dir: str = setting("outputs/cache", "folder for the encoded text")
     revision: str | None = setting(None, "commit, tag or branch of a data set on the hub; null means the newest")
+    tokenizer: str | None = setting(
+        None, "tokenizer.json of a run, whose words are used; null means the most frequent words of the text"
+    )
+    streaming: bool = setting(False, "read Parquet files while training, without a local copy of the text")
+    sample_documents: int = setting(
+        100_000, "with streaming, the number of first documents that give words and held-out documents", minimum=1
+    )
 
 
 @dataclass
@@ -262,10 +269,10 @@ CONTROLS = tuple(control.name for control in fields(WordControls))
 GRID = tuple(name for name in NUMBER_CONTROLS if name not in ("num_tokens", "num_beams", "length_penalty"))
 
 
-def _control(name: str, default: Any = MISSING) -> Any:
-    """The field of a sampling control, with another default if one is given."""
-    control = NumberControls.__dataclass_fields__[name]
-    return field(default=control.default if default is MISSING else default, metadata=control.metadata)
+def _field_of(owner: Any, name: str, default: Any = MISSING) -> Any:
+    """A field of another class, with another default if one is given."""
+    known = owner.__dataclass_fields__[name]
+    return field(default=known.default if default is MISSING else default, metadata=known.metadata)
 
 
 @dataclass
@@ -274,9 +281,9 @@ class TextGeneratorConfig:
 
     prompts: list[str] | None = setting(None, "prompts; null means 'this movie is' for IMDB, else the first words")
     every_n_epochs: int = setting(1, "epochs between texts; 0 means no texts", minimum=0)
-    num_tokens: int = _control("num_tokens", 40)
-    temperature: float = _control("temperature", 1.0)
-    top_k: int | None = _control("top_k", 10)
+    num_tokens: int = _field_of(NumberControls, "num_tokens", 40)
+    temperature: float = _field_of(NumberControls, "temperature", 1.0)
+    top_k: int | None = _field_of(NumberControls, "top_k", 10)
 
 
 @dataclass
@@ -303,6 +310,23 @@ class TrainConfig:
 
 
 # -------------------------------------------------------------------------------------- other entry points
+
+
+@dataclass
+class VocabularyConfig:
+    """The setting of the model that changes the encoded text."""
+
+    vocab_size: int = _field_of(ModelConfig, "vocab_size")
+
+
+@dataclass
+class PrepareConfig:
+    """Settings of `python -m minigpt_pl.prepare`. With the same `data` and `model`, `train` finds the encoded text."""
+
+    output_dir: str = setting("outputs", "folder of the run folders; the encoded text goes to its folder cache")
+    processes: int | None = setting(None, "processes that encode; null means one per core", minimum=1, maximum=1024)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: VocabularyConfig = field(default_factory=VocabularyConfig)
 
 
 @dataclass
@@ -342,7 +366,7 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
     folder: str | None = setting(None, "folder of the report; null means RUN/explore, or compare/ in output_dir")
     source: str | None = setting(None, "path of the run's text, if it has moved")
     prompts: str | None = setting(None, "YAML file of prompts by kind; null means the 14 prompts of conf/prompts.yaml")
-    num_tokens: int = _control("num_tokens")
+    num_tokens: int = _field_of(NumberControls, "num_tokens")
     num_seeds: int = setting(4, "texts per prompt and combination", minimum=1, maximum=MAX_SAMPLES)
     seed: int = setting(0, "random seed of the first text; each next text adds 1", minimum=0, maximum=2**31 - 1)
     banned_words: list[str] = setting([], "words that are never generated; [UNK] is always banned")
@@ -468,15 +492,27 @@ def optimizer_problems(optimizer: OptimizerConfig, model: ModelConfig) -> Iterat
         yield "optimizer.second_moment=by_occurrence: needs model.tie_embeddings=false; leave it out"
 
 
-def _train_problems(config: TrainConfig) -> Iterator[str]:
-    data, trainer, optimizer, schedule = config.data, config.trainer, config.optimizer, config.schedule
-    yield from _run_name_problems(config.run_name)
+def _prepare_problems(config: PrepareConfig) -> Iterator[str]:
+    yield from _data_problems(config.data)
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
     if data.cut == "pack" and not data.end_token:
         yield "data.end_token=false: data.cut=pack needs [END] to separate documents; set data.end_token=true"
     if data.max_sequences is not None and data.max_sequences < data.batch_size:
         yield f"data.max_sequences={data.max_sequences}: must be at least data.batch_size={data.batch_size}; lower that"
     if isinstance(data, TextConfig) and data.validation_path is not None:
         yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
+    if data.streaming and data.max_sequences is not None:
+        yield f"data.max_sequences={data.max_sequences}: has no effect with data.streaming=true; leave it out"
+    if not data.streaming:
+        yield from without_effect(data, ["sample_documents"], "data.", "data.streaming=false")
+
+
+def _train_problems(config: TrainConfig) -> Iterator[str]:
+    trainer, optimizer, schedule = config.trainer, config.optimizer, config.schedule
+    yield from _run_name_problems(config.run_name)
+    yield from _data_problems(config.data)
     yield from optimizer_problems(optimizer, config.model)
     if config.find_learning_rate:
         yield from without_effect(config, ("run_name", "resume"), "", "find_learning_rate=true")
@@ -548,6 +584,7 @@ def _run_name_problems(run_name: str | None) -> Iterator[str]:
 
 
 _RULES: dict[type, Any] = {
+    PrepareConfig: _prepare_problems,
     TrainConfig: _train_problems,
     SampleConfig: _sample_problems,
     ExploreConfig: _explore_problems,

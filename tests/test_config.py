@@ -7,7 +7,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from minigpt_pl.cli import app
-from minigpt_pl.config import ConvertConfig, ExploreConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
+from minigpt_pl.config import (
+    ConvertConfig,
+    ExploreConfig,
+    ImdbConfig,
+    PrepareConfig,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+    check,
+)
 from minigpt_pl.errors import InputError
 
 CONF = Path(app.CONFIG_DIR)
@@ -24,7 +33,9 @@ def test_every_file_of_conf_composes_to_valid_settings(choice):
     assert isinstance(settings(choice, *extra), TrainConfig)
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, ExploreConfig, ConvertConfig, ImdbConfig, TextConfig])
+@pytest.mark.parametrize(
+    "schema", [TrainConfig, SampleConfig, ExploreConfig, ConvertConfig, PrepareConfig, ImdbConfig, TextConfig]
+)
 def test_every_setting_is_documented(schema):
     for field in fields(schema):
         if is_dataclass(field.type):

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from minigpt_pl import signals
 from minigpt_pl.checkpoints import DamagedError, read_checkpoint
 from minigpt_pl.config import CheckpointConfig
-from minigpt_pl.errors import InputError
+from minigpt_pl.errors import InputError, TextLostError
 from minigpt_pl.files import atomic_write
 from minigpt_pl.runs import checkpoints_of
 from minigpt_pl.signals import SIGNALS, Interrupted
@@ -234,7 +234,9 @@ class SaveAndStop(Checkpoint):
         return trainer.strategy.broadcast(self.writer.failures) == 0
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Interrupted):
+        # If one of several processes has lost the text, the others cannot take part in saving.
+        is_alone_without_text = isinstance(exception, TextLostError) and trainer.world_size == 1
+        if isinstance(exception, Interrupted) or is_alone_without_text:
             if self.validating:
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, WeightAveraging):

@@ -162,20 +162,18 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
     model = config.model
     datamodule = TextDataModule(config.data, model.vocab_size, model.max_length, config.seed, tokenizer)
 
-    def encode() -> list[str]:
+    def encode() -> str:
         datamodule.prepare_data()
-        assert datamodule.encoded is not None
-        return [str(part) for part in datamodule.encoded]
+        return str(datamodule.folder)
 
-    def encode_on_this_node() -> list[str]:
-        """Nodes without a shared disk encode their own copy."""
-        is_here = group.is_first or cache.find_damage(Path(of_first[0])) is None
+    def encode_on_this_node() -> str:
+        """A node without a shared disk encodes its own copy."""
+        is_here = group.is_first or cache.find_damage(Path(of_first)) is None
         return of_first if is_here else encode()
 
     group = cluster.join()
-    of_first: list[str] = group.decide("text", encode)
-    place, description = group.decide("text of the node", encode_on_this_node, of_node=True)
-    datamodule.encoded = Path(place), description
+    of_first: str = group.decide("text", encode)
+    datamodule.folder = Path(group.decide("text of the node", encode_on_this_node, of_node=True))
     datamodule.setup("fit")
     different = "data: the processes read different texts; give all nodes the same files"
     group.must_agree("content", datamodule.corpus.record["content"], different)
