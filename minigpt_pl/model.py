@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minigpt_pl.config import ModelConfig, range_problems
 from minigpt_pl.cpu.dropout import Dropout
 from minigpt_pl.errors import InputError
+from minigpt_pl.loss import linear_cross_entropy, token_losses
 
 LAYER_NORM_EPSILON = 1e-6  # as in the notebook; PyTorch's default is 1e-5
 EMBEDDING_RANGE = 0.05  # default of Keras's Embedding: uniform in +-0.05
@@ -81,6 +82,26 @@ class MiniGPT(nn.Module):
         """
         hidden = self.hidden_states(ids)  # (B, L, D)
         return self.output(hidden), hidden
+
+    def loss(self, ids: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
+        """The training loss: the sum over all targets of the negative log probability, in nats.
+
+        It equals `F.cross_entropy(logits, targets, reduction="sum")`, and never stores all logits.
+
+        Args:
+            ids: (B, L) token ids, L <= max_length.
+            targets: (B, L), the next token at every position.
+            ignore_index: targets with this id do not count; None if all count.
+
+        Returns:
+            A scalar with derivatives.
+        """
+        hidden = self.hidden_states(ids)  # (B, L, D)
+        return linear_cross_entropy(hidden, self.output.weight, self.output.bias, targets, ignore_index)
+
+    def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each target in nats, without derivatives: (B, L), (B, L) -> (B, L) in fp32."""
+        return token_losses(self.hidden_states(ids), self.output.weight, self.output.bias, targets)
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """Ids (B, L) -> the last block's output (B, L, D). Position i depends only on ids 0 to i."""

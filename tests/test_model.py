@@ -38,6 +38,16 @@ def test_returns_logits_and_hidden_states(ids):
     assert_close(logits, hidden @ model.output.weight.T + model.output.bias)
 
 
+def test_losses_are_those_of_the_logits(ids):
+    model, targets = MiniGPT(**SMALL).eval(), ids.roll(-1, dims=1)
+    logits, _ = model(ids)
+    options = [{"ignore_index": 3}, {}]
+    losses = [torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), **o) for o in options]
+    assert_close(model.loss(ids, targets, 3), losses[0] * (targets != 3).sum())
+    assert_close(model.loss(ids, targets), losses[1] * 36)
+    assert_close(model.token_losses(ids, targets).sum(), losses[1].detach() * 36)
+
+
 def test_embeddings_of_tokens_and_positions_are_added(ids):
     model = MiniGPT(**SMALL)
     assert_close(model.embed(ids), model.token_embedding.weight[ids] + model.position_embedding.weight)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from minigpt_pl.config import ModelConfig, OptimizerConfig, ScheduleConfig, optimizer_problems
 from minigpt_pl.data.batches import Batch
 from minigpt_pl.errors import InputError
-from minigpt_pl.loss import linear_cross_entropy, token_losses
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
 from minigpt_pl.training.optimizers import SquaresByOccurrence, build_optimizer, learning_rate_factor
@@ -65,17 +64,14 @@ class MiniGPTModule(L.LightningModule):
         self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss and number of targets in this epoch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        hidden = self.model.hidden_states(batch.inputs)  # (B, L, D)
-        output = self.model.output
-        total = linear_cross_entropy(hidden, output.weight, output.bias, batch.targets, self.ignore_index)
+        total = self.model.loss(batch.inputs, batch.targets, self.ignore_index)
         self._log_training_loss(total.detach(), batch.num_targets)
         # Lightning averages over batches and processes. This average must be the mean over all targets of the step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return total / (batch.step_targets / shares)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        hidden = self.model.hidden_states(batch.inputs)  # (B, L, D)
-        losses = token_losses(hidden, self.model.output.weight, self.model.output.bias, batch.targets)  # (B, L)
+        losses = self.model.token_losses(batch.inputs, batch.targets)  # (B, L)
         counted = batch.targets != (-1 if self.ignore_index is None else self.ignore_index)
         words = (batch.targets != PADDING_ID) & (batch.targets != UNKNOWN_ID)
         if self.end_id is not None:
