@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minigpt_pl.config import ModelConfig, range_problems
 from minigpt_pl.cpu.dropout import Dropout
@@ -36,6 +37,10 @@ class MiniGPT(nn.Module):
         num_blocks: number of Transformer blocks; the notebook has one.
         dropout: probability of dropout after attention and feed-forward layers, in [0, 1).
         tie_embeddings: use the token embedding as the output layer's weight (arXiv 1608.05859).
+
+    Attributes:
+        activation_checkpointing: keep only the input of each block for the backward pass, which runs the block again
+            (arXiv 1604.06174). False at first.
 
     Raises:
         InputError: one line per argument of a wrong type or out of range.
@@ -67,6 +72,7 @@ class MiniGPT(nn.Module):
         blocks = nn.ModuleList(TransformerBlock(*block_sizes, dropout) for _ in range(num_blocks))
         self.blocks = cast(Sequence[TransformerBlock], blocks)
         self.output = nn.Linear(embed_dim, vocab_size)
+        self.activation_checkpointing = False
         self.apply(_initialize_as_keras)
         if tie_embeddings:
             self.output.weight = self.token_embedding.weight
@@ -106,8 +112,9 @@ class MiniGPT(nn.Module):
     def hidden_states(self, ids: Tensor) -> Tensor:
         """Ids (B, L) -> the last block's output (B, L, D). Position i depends only on ids 0 to i."""
         x = self.embed(ids)  # (B, L, D)
+        saves_memory = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x)  # (B, L, D)
+            x = checkpoint(block, x, use_reentrant=False) if saves_memory else block(x)  # (B, L, D)
         return x
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from minigpt_pl.files import atomic_write, make_folder, remove_temporaries, writ
 log = logging.getLogger(__name__)
 
 RECORD = "run.json"
+META = "meta.pt"  # file in a checkpoint of trainer.strategy=fsdp2, which is a folder (`sharded_checkpoints`)
 IMPORTED_FROM = "imported_from"  # key in the record of a run that `convert` made: the Keras file
 
 
@@ -66,7 +67,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints of a run: the newest first, best.ckpt last."""
     older = sorted(folder.glob("checkpoints/step-*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
     named = [folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
-    return [path for path in (named[0], *older, named[1]) if path.is_file()]
+    return [path for path in (named[0], *older, named[1]) if path.exists()]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

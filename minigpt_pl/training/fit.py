@@ -66,7 +66,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         return _find_learning_rate(config)
     record = {"status": "running", "overrides": overrides, "command": sys.argv}
     if resume_from is not None:
-        folder = resume_from.parent.parent if resume_from.is_file() else resume_from
+        folder = resume_from if (resume_from / runs.RECORD).is_file() else resume_from.parent.parent
     elif is_first_process():
         # Before the text is encoded, so that resume=auto finds a run that is killed meanwhile.
         folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record)
@@ -78,7 +78,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
             for place in (folder, folder / "checkpoints"):
                 remove_temporaries(place, of_all_machines=True)
         try:
-            _fit(config, folder, record, resume_from if resume_from and resume_from.is_file() else None)
+            _fit(config, folder, record, resume_from if resume_from != folder else None)
         except InputError:
             is_new = resume_from is None and is_first_process()
             if is_new and folder.exists() and not (folder / "config.yaml").exists():
@@ -142,6 +142,7 @@ def _choose_messages(profiler: str | None) -> None:
         "You're resuming from a checkpoint that ended before the epoch ended",  # our loader continues exactly
         ".*srun. command is available",
         ".*LeafSpec.* is deprecated",
+        "You're using the WeightAveraging callback with a model that overrides",  # ours shards only with fsdp2
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -166,9 +167,11 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     if (warmup_steps := config.schedule.warmup_steps) >= total_steps:
         problem = "the training has only %d steps, so the learning rate never reaches its full value; lower it"
         log.warning(f"schedule.warmup_steps=%d: {problem}", warmup_steps, total_steps)
+    # By occurrence, it needs the whole gradient of the embedding.
+    second_moment = {"second_moment": "dense"} if config.trainer.strategy == "fsdp2" else {}
     module = MiniGPTModule(
         model=dataclasses.asdict(config.model) | {"vocab_size": datamodule.vocab_size},
-        optimizer=dataclasses.asdict(config.optimizer),
+        optimizer=dataclasses.asdict(config.optimizer) | second_moment,
         schedule=dataclasses.asdict(config.schedule),
         total_steps=total_steps,
         end_id=datamodule.end_id,
@@ -180,6 +183,7 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     if config.trainer.compile:
         for block in module.model.blocks:
             block.compile()  # in place: the names in checkpoints do not change
+    module.model.activation_checkpointing = config.trainer.activation_checkpointing
     return module
 
 

@@ -57,6 +57,8 @@ def training_bytes(config: TrainConfig) -> int:
     per_block = 2 * model.embed_dim + 4 * model.num_heads * head_dim + model.feed_forward_dim
     tokens = batch_size * model.max_length
     weights = copies * num_parameters(model) * max(number_bytes, 4)  # bf16-mixed keeps the weights in fp32
+    if config.trainer.strategy == "fsdp2":
+        weights //= options["devices"] * options["num_nodes"]
     return int(weights + tokens * (model.embed_dim + model.num_blocks * per_block) * number_bytes)
 
 

@@ -7,6 +7,8 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from minigpt_pl.config import ModelConfig, OptimizerConfig, ScheduleConfig, optimizer_problems
 from minigpt_pl.data.batches import Batch
@@ -78,6 +80,27 @@ class MiniGPTModule(L.LightningModule):
             words &= batch.targets != self.end_id
         sums = [losses[counted].sum(), counted.sum(), losses[words].sum(), words.sum()]
         self.validation_sums += torch.stack([value.double() for value in sums]).cpu()
+
+    def configure_model(self) -> None:
+        """Shard the model if the strategy is Lightning's `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        for method in ("loss", "token_losses"):  # they gather the weights, as `forward` does
+            register_fsdp_forward_method(self.model, method)
+
+    def whole_network(self) -> MiniGPT:
+        """The network with all its weights. All processes must call it; with FSDP2, only the first gets the weights."""
+        if not isinstance(self.model, FSDPModule):
+            return self.model
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        with torch.device("meta"):
+            network = MiniGPT(**self.hparams["model"])
+        network.load_state_dict(weights, strict=self.global_rank == 0, assign=True)
+        return network
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = replace(self.optimizer_config, learning_rate=self.learning_rate)
