@@ -541,8 +541,9 @@ def _explore_problems(config: ExploreConfig) -> Iterator[str]:
 
 def _convert_problems(config: ConvertConfig) -> Iterator[str]:
     yield from _run_name_problems(config.run_name)
-    if (config.from_keras is None) == (config.to_keras is None):
-        yield f"from_keras={config.from_keras}: give from_keras=FILE to import, or to_keras=FILE to export"
+    if [config.from_keras, config.to_keras, config.to_torch].count(None) != 2:
+        remedy = "give from_keras=FILE to import, or to_keras=FILE or to_torch=FILE to export"
+        yield f"from_keras={config.from_keras}: {remedy}"
     if config.from_keras is not None:
         if config.vocabulary is None:
             yield "vocabulary=null: from_keras needs it; save vectorize_layer.get_vocabulary(), one word per line"
@@ -553,6 +554,10 @@ def _convert_problems(config: ConvertConfig) -> Iterator[str]:
         if config.vocabulary == config.to_keras:
             yield f"vocabulary={config.vocabulary}: to_keras writes the same file; give another name"
         yield from without_effect(config, ["run_name"], "", "to_keras")
+    elif config.to_torch is not None:
+        if not config.to_torch.endswith(".ckpt"):
+            yield f"to_torch={config.to_torch}: must end in .ckpt"
+        yield from without_effect(config, ["run_name", "vocabulary"], "", "to_torch")
 
 
 def _run_name_problems(run_name: str | None) -> Iterator[str]:

@@ -144,6 +144,28 @@ def test_dropout_rate_and_mean(p):
     assert torch.equal(dropout(x), first)
 
 
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(ids):
+    """With dropout: the backward pass must draw the same values again."""
+    gradients, sizes = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, kept = MiniGPT(**SMALL, num_blocks=3, dropout=0.3), {}
+        model.activation_checkpointing = checkpointing
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(ids, ids)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        sizes.append(sum(size for storage, size in kept.items() if storage not in weights))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sizes[1] < sizes[0] / 4
+
+
 def test_tied_embeddings_share_one_weight():
     model = MiniGPT(**SMALL, tie_embeddings=True)
     assert model.output.weight is model.token_embedding.weight
