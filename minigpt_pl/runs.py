@@ -5,6 +5,7 @@ outputs/<run name>/
     config.yaml      all settings.
     tokenizer.json   the vocabulary.
     checkpoints/     last.ckpt: the newest; step-00000391.ckpt: an older one; best.ckpt: the lowest val/loss.
+                     Those of trainer.strategy=fsdp2 are folders (`sharded_checkpoints`).
     metrics.csv  samples.jsonl  loss.png
     evaluation.json  evaluation.png  explore/
 """
@@ -27,7 +28,7 @@ from minigpt_pl.files import atomic_write, make_folder, remove_temporaries, writ
 log = logging.getLogger(__name__)
 
 RECORD = "run.json"
-META = "meta.pt"  # file in a checkpoint of trainer.strategy=fsdp2, which is a folder (`sharded_checkpoints`)
+META = "meta.pt"  # in a checkpoint that is a folder
 IMPORTED_FROM = "imported_from"  # key in the record of a run that `convert` made: the Keras file
 
 

@@ -1,9 +1,9 @@
 """Sharded checkpoints: each process of `trainer.strategy=fsdp2` writes its part of every weight and of every moment.
 
 last.ckpt/
-    __0_0.distcp  __1_0.distcp   the parts, a file per process, written by `torch.distributed.checkpoint`
-    .metadata                    which file has which part
-    meta.pt                      the other contents of a checkpoint; size and CRC-32 of the files above
+    __0_0.distcp  __1_0.distcp   The parts, a file per process. `torch.distributed.checkpoint` writes them.
+    .metadata                    Which file has which part.
+    meta.pt                      The other contents of a checkpoint; size and CRC-32 of the files above.
 
 Any number of processes can read them. A tensor's name is `weight/NAME`, or `INDEX/exp_avg` for a moment of the
 parameter with this index in the optimizer.

@@ -177,6 +177,19 @@ class TestOneProcess:
             "best.ckpt.replaced/old",
         ]
 
+    def test_an_older_checkpoint_of_the_same_step_is_replaced(self, tmp_path):
+        """As after `resume` from an older checkpoint."""
+        checkpoints = tmp_path / "checkpoints"
+        for name in ("last.ckpt", "step-00000007.ckpt"):
+            (checkpoints / name).mkdir(parents=True)
+            (checkpoints / name / name).touch()
+        writer = CheckpointWriter(keep=2, max_failures=3)
+        writer.step_of_last = 7
+        with writer._new_checkpoint(checkpoints / "last.ckpt", 9) as new:
+            new.mkdir()
+        found = sorted(path.relative_to(checkpoints).as_posix() for path in checkpoints.rglob("*"))
+        assert found == ["last.ckpt", "step-00000007.ckpt", "step-00000007.ckpt/last.ckpt"]
+
     def test_a_full_disk(self, tiny_config, one_process, monkeypatch, caplog):
         """A real limit of file sizes. The training continues until the third failure, and nothing is left."""
         resource = pytest.importorskip("resource")

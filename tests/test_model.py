@@ -163,7 +163,7 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(ids):
         loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert sizes[1] < sizes[0] / 4
+    assert sizes[1] < sizes[0] / 2
 
 
 def test_tied_embeddings_share_one_weight():

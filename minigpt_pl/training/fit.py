@@ -59,7 +59,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         Interrupted: a signal has stopped the training, after the checkpoint was written.
     """
     _choose_messages(config.trainer.profiler)
-    keep_freed_memory()
+    if config.trainer.strategy != "fsdp2":  # which frees gathered weights; keeping them takes a third more memory
+        keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
     check_memory(config, NUM_SPECIAL + 1)  # for the smallest vocabulary, because encoding can take minutes
     if config.find_learning_rate:
