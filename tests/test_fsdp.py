@@ -18,7 +18,9 @@ from minigpt_pl import generate_text, load, runs, sharded_checkpoints
 from minigpt_pl.checkpoints import DamagedError, newest_checkpoint, read_checkpoint, read_whole_checkpoint
 from minigpt_pl.errors import InputError
 from minigpt_pl.sharded_checkpoints import ShardReader
-from minigpt_pl.training.checkpointing import CheckpointWriter
+from minigpt_pl.signals import Interrupted
+from minigpt_pl.training.checkpointing import CheckpointWriter, StopAtNaN
+from minigpt_pl.training.module import MiniGPTModule
 
 FSDP2 = "trainer.strategy=fsdp2"
 OPTIONS = [
@@ -156,6 +158,26 @@ class TestOneProcess:
             == "dense"
         )
 
+    def test_an_interrupted_validation_is_repeated_before_the_training(self, tiny_config, one_process, monkeypatch):
+        # As on GPUs. With gloo, Lightning never uses inference mode, in which FSDP2 fails.
+        monkeypatch.setattr("lightning.pytorch.loops.utilities._distributed_is_initialized", lambda: False)
+        start, signals = MiniGPTModule.on_validation_epoch_start, [signal.SIGTERM]
+
+        def with_signal(module):
+            start(module)
+            if signals:
+                signal.raise_signal(signals.pop())
+
+        monkeypatch.setattr(MiniGPTModule, "on_validation_epoch_start", with_signal)
+        config = tiny_config(FSDP2, "trainer.max_epochs=2", "run_name=mine", "trainer.val_check_interval=6")
+        with pytest.raises(Interrupted):
+            train(config)
+        folder = runs.Path(config.output_dir) / "mine"
+        assert read_checkpoint(newest_checkpoint(folder))["global_step"] == 6
+        dist.destroy_process_group()
+        train(config, resume_from=newest_checkpoint(folder))
+        assert [*losses(folder, "val/loss")] == [5, 11, 17, 23, 29, 35]
+
     def test_a_kill_between_the_renames_leaves_the_old_best(self, tmp_path, monkeypatch):
         best, rename = tmp_path / "checkpoints" / "best.ckpt", runs.Path.replace
         best.mkdir(parents=True)
@@ -217,9 +239,6 @@ class TestOneProcess:
         assert [*(folder / "checkpoints").iterdir()] == [], "a part of a checkpoint is left"
 
     def test_a_diverged_training_writes_no_checkpoint(self, tiny_config, one_process, monkeypatch):
-        from minigpt_pl.training.checkpointing import StopAtNaN
-        from minigpt_pl.training.module import MiniGPTModule
-
         step = MiniGPTModule.training_step
         monkeypatch.setattr(MiniGPTModule, "training_step", lambda *args: step(*args) * torch.nan)
         monkeypatch.setattr(StopAtNaN, "on_train_batch_end", lambda *args: None)  # the loss itself is finite

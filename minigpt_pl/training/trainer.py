@@ -55,7 +55,7 @@ def build_trainer(
         options["strategy"] = FSDP2Strategy(options["devices"] * options["num_nodes"])
     return L.Trainer(
         **options,
-        inference_mode=not fsdp2,  # FSDP2 uses the gathered weights of a validation in the next backward pass
+        inference_mode=not fsdp2,  # FSDP2 keeps its buffers of a validation for the training
         precision=precision(settings.precision, settings.accelerator),
         **{name: getattr(settings, name) for name in UNCHANGED},
         limit_val_batches=settings.limit_val_batches if validates else 0,
