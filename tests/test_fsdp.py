@@ -159,8 +159,6 @@ class TestOneProcess:
         )
 
     def test_an_interrupted_validation_is_repeated_before_the_training(self, tiny_config, one_process, monkeypatch):
-        # As on GPUs. With gloo, Lightning never uses inference mode, in which FSDP2 fails.
-        monkeypatch.setattr("lightning.pytorch.loops.utilities._distributed_is_initialized", lambda: False)
         start, signals = MiniGPTModule.on_validation_epoch_start, [signal.SIGTERM]
 
         def with_signal(module):

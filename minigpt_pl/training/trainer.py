@@ -50,12 +50,11 @@ def build_trainer(
     # Both come after EMAWeightAveraging: it updates the average before SaveAndStop saves, and it puts the average into
     # the checkpoint before StopAtNaN checks the weights.
     callbacks += [StopAtNaN(log_interval(config, datamodule)), stop]
-    options, fsdp2 = processes(settings), settings.strategy == "fsdp2"
-    if fsdp2:
+    options = processes(settings)
+    if settings.strategy == "fsdp2":
         options["strategy"] = FSDP2Strategy(options["devices"] * options["num_nodes"])
     return L.Trainer(
         **options,
-        inference_mode=not fsdp2,  # FSDP2 keeps its buffers of a validation for the training
         precision=precision(settings.precision, settings.accelerator),
         **{name: getattr(settings, name) for name in UNCHANGED},
         limit_val_batches=settings.limit_val_batches if validates else 0,
