@@ -160,7 +160,12 @@ class TrainerConfig:
         None, "processes per node, one per device; null means those of srun or torchrun, else 1", minimum=1
     )
     num_nodes: int | None = setting(None, "number of nodes; null means those of srun or torchrun, else 1", minimum=1)
-    strategy: str = setting("auto", "how several processes train together", choices=("auto", "ddp"))
+    strategy: str = setting(
+        "auto",
+        "how several processes train together: auto or ddp: each has all weights | fsdp2: each has a share of the"
+        " weights, the gradients and the optimizer's state, for models that do not fit one GPU",
+        choices=("auto", "ddp", "fsdp2"),
+    )
     precision: str = setting(
         "auto",
         "auto: bf16-mixed if the hardware has bf16 matrix units, else 32-true",
@@ -179,7 +184,13 @@ class TrainerConfig:
     patience: int | None = setting(None, "stop after this many validations without a lower val/loss", minimum=1)
     ema_decay: float | None = setting(None, "use a moving average of the weights with this decay", above=0, below=1)
     profiler: str | None = setting(None, "print a profile at the end", choices=("simple", "advanced", "pytorch"))
-    compile: bool = setting(False, "torch.compile the blocks: takes a minute, then saves kernel launches on a GPU")
+    compile: bool = setting(
+        False, "torch.compile the blocks, not embeddings and loss: takes a minute, then saves kernel launches on a GPU"
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "save memory: keep only the inputs of the blocks, and run them again in the backward pass (arXiv 1604.06174)",
+    )
     deterministic: bool = setting(False, "use only deterministic algorithms")
     detect_anomaly: bool = setting(False, "stop at the first NaN of a backward pass (slow)")
     progress_bar: bool = setting(True, "show progress")
@@ -391,6 +402,7 @@ class ConvertConfig:
 
     from_keras: str | None = setting(None, "the notebook's model, saved as .keras or .weights.h5; becomes a run folder")
     to_keras: str | None = setting(None, "a new .weights.h5 file for load_weights of the notebook's Keras model")
+    to_torch: str | None = setting(None, "a new .ckpt file: the checkpoint of the run, joined to one file")
     vocabulary: str | None = setting(None, "word list, one word per line: from_keras reads it, to_keras writes it")
     output_dir: str = setting("outputs", "folder of the run folders")
     run_name: str | None = setting(None, "name of the new run folder; null means a new name, which is printed")
@@ -520,6 +532,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from without_effect(schedule, ["final_ratio"], "schedule.", "schedule.name=constant")
     if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])[0-9]{1,6}(:[0-9]{2}){3}", trainer.max_time):
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
+    if trainer.strategy == "fsdp2":
+        yield from _fsdp2_problems(config)
     if trainer.limit_val_batches == 0:
         no_validation = ("check_val_every_n_epoch", "val_check_interval", "patience")
         yield from without_effect(trainer, no_validation, "trainer.", "trainer.limit_val_batches=0")
@@ -529,6 +543,18 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from without_effect(texts, names, "text_generator.", "text_generator.every_n_epochs=0")
     elif texts.prompts == []:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
+
+
+def _fsdp2_problems(config: TrainConfig) -> Iterator[str]:
+    """One line for each setting that needs all weights in one process."""
+    if config.optimizer.second_moment == "by_occurrence":
+        yield "optimizer.second_moment=by_occurrence: trainer.strategy=fsdp2 needs dense; leave it out"
+    if config.trainer.ema_decay is not None:
+        yield f"trainer.ema_decay={config.trainer.ema_decay}: does not work with trainer.strategy=fsdp2; use ddp"
+    if config.trainer.precision == "64-true":
+        yield "trainer.precision=64-true: does not work with trainer.strategy=fsdp2; use 32-true, or ddp"
+    if config.find_learning_rate:
+        yield "find_learning_rate=true: does not work with trainer.strategy=fsdp2; use ddp"
 
 
 def forced_words_problems(words: Any) -> Iterator[str]:
@@ -563,8 +589,9 @@ def _explore_problems(config: ExploreConfig) -> Iterator[str]:
 
 def _convert_problems(config: ConvertConfig) -> Iterator[str]:
     yield from _run_name_problems(config.run_name)
-    if (config.from_keras is None) == (config.to_keras is None):
-        yield f"from_keras={config.from_keras}: give from_keras=FILE to import, or to_keras=FILE to export"
+    if [config.from_keras, config.to_keras, config.to_torch].count(None) != 2:
+        remedy = "give from_keras=FILE to import, or to_keras=FILE or to_torch=FILE to export"
+        yield f"from_keras={config.from_keras}: {remedy}"
     if config.from_keras is not None:
         if config.vocabulary is None:
             yield "vocabulary=null: from_keras needs it; save vectorize_layer.get_vocabulary(), one word per line"
@@ -575,6 +602,10 @@ def _convert_problems(config: ConvertConfig) -> Iterator[str]:
         if config.vocabulary == config.to_keras:
             yield f"vocabulary={config.vocabulary}: to_keras writes the same file; give another name"
         yield from without_effect(config, ["run_name"], "", "to_keras")
+    elif config.to_torch is not None:
+        if not config.to_torch.endswith(".ckpt"):
+            yield f"to_torch={config.to_torch}: must end in .ckpt"
+        yield from without_effect(config, ["run_name", "vocabulary"], "", "to_torch")
 
 
 def _run_name_problems(run_name: str | None) -> Iterator[str]:

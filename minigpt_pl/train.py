@@ -89,7 +89,8 @@ def _choose(arguments: list[str], in_job: bool) -> tuple[str | None, list[str]]:
     path = None if wanted is None else resume.choose(Path(config.output_dir), config.run_name, wanted)
     if path is None:
         return None, []
-    before = runs.read_record(path if path.is_dir() else path.parent.parent).get("overrides", [])
+    folder = path if (path / runs.RECORD).is_file() else path.parent.parent  # a sharded checkpoint is a folder too
+    before = runs.read_record(folder).get("overrides", [])
     return str(path), [override for override in before if _name(override) != "run_name"]  # it may have a new name
 
 

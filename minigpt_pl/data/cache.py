@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import file_crc32 as _file_crc32
 from minigpt_pl.files import flush, is_running, make_folder, remove
 
 log = logging.getLogger(__name__)
@@ -130,14 +131,6 @@ def _seal(folder: Path, values: dict[str, Any]) -> None:
 
 def _manifest_crc32(manifest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _file_crc32(path: Path) -> int:
-    crc32, buffer = 0, memoryview(bytearray(2**20))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            crc32 = zlib.crc32(buffer[:size], crc32)
-    return crc32
 
 
 @contextmanager

@@ -3,22 +3,25 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from torch.distributed.tensor import DTensor
 
 from minigpt_pl import signals
-from minigpt_pl.checkpoints import DamagedError, read_checkpoint
+from minigpt_pl.checkpoints import DamagedError, read_checkpoint, read_whole_checkpoint
 from minigpt_pl.config import CheckpointConfig
 from minigpt_pl.errors import InputError, TextLostError
-from minigpt_pl.files import atomic_write
-from minigpt_pl.runs import checkpoints_of
+from minigpt_pl.files import atomic_write, remove
+from minigpt_pl.runs import META, checkpoints_of
+from minigpt_pl.sharded_checkpoints import split, write_parts
 from minigpt_pl.signals import SIGNALS, Interrupted
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,9 @@ VOTE_SECONDS = 2
 
 class CheckpointWriter(TorchCheckpointIO):
     """Writes checkpoints atomically. Keeps the older files of `last.ckpt` as `step-<step>.ckpt`.
+
+    If the weights are sharded, the checkpoint is too (`sharded_checkpoints`), and all processes must call
+    `save_checkpoint`. Otherwise only the first process calls it.
 
     A failed write is a warning. After `max_failures` of them in a row, it is an error.
 
@@ -43,14 +49,11 @@ class CheckpointWriter(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         try:
-            path.parent.mkdir(exist_ok=True)  # not its parents: somebody may have removed the run folder
-            with atomic_write(path) as temporary:
-                self._write(checkpoint, temporary)
-                if path.name == "last.ckpt" and path.exists():
-                    path.replace(path.with_name(self._name_of_old(path)))
-            if path.name == "last.ckpt":
-                self.step_of_last = checkpoint["global_step"]
-            self._remove_old(path.parent)
+            if any(isinstance(weight, DTensor) for weight in checkpoint["state_dict"].values()):
+                self._save_sharded(checkpoint, path)
+            else:
+                with self._new_checkpoint(path, checkpoint["global_step"]) as temporary:
+                    self._write(checkpoint, temporary)
         except OSError as error:  # for example a full disk, or a network share that is gone
             self.failures += 1
             if self.failures >= self.max_failures or not path.parent.parent.is_dir():
@@ -61,6 +64,46 @@ class CheckpointWriter(TorchCheckpointIO):
             log.warning("%s: cannot be written (%s). The training continues, and tries again.", path, error.strerror)
         else:
             self.failures = 0
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if Path(path).is_dir():  # a sharded checkpoint, for a strategy that does not shard
+            return read_whole_checkpoint(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    @contextmanager
+    def _new_checkpoint(self, path: Path, step: int) -> Iterator[Path]:
+        """`atomic_write` of a checkpoint. The older one is renamed or replaced, and the oldest is removed."""
+        path.parent.mkdir(exist_ok=True)  # not its parents: somebody may have removed the run folder
+        is_last, replaced = path.name == "last.ckpt", path.with_name("best.ckpt.replaced")
+        with atomic_write(path) as temporary:
+            yield temporary
+            if is_last and path.exists():
+                remove(old := path.with_name(self._name_of_old(path)))
+                path.replace(old)
+            elif path.is_dir() or (path.exists() and temporary.is_dir()):  # the system does not replace folders
+                remove(replaced)
+                path.replace(replaced)
+        remove(replaced)
+        if is_last:
+            self.step_of_last = step
+        self._remove_old(path.parent)
+
+    def _save_sharded(self, checkpoint: dict[str, Any], path: Path) -> None:
+        contents, tensors = split(checkpoint)
+
+        def begin() -> Path:
+            folder = stack.enter_context(self._new_checkpoint(path, checkpoint["global_step"]))
+            folder.mkdir()
+            return folder
+
+        def finish() -> None:
+            self._write(contents | {"files": files}, folder / META)
+            stack.close()
+
+        with ExitStack() as stack:  # empty in all processes but the first
+            folder = _in_first_process(begin)
+            files = write_parts(tensors, folder)
+            _in_first_process(finish)
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         with path.open("wb") as file:
@@ -80,7 +123,21 @@ class CheckpointWriter(TorchCheckpointIO):
     def _remove_old(self, folder: Path) -> None:
         older = [path for path in checkpoints_of(folder.parent) if path.name.startswith("step-")]
         for path in older[self.keep - 1 :]:
-            path.unlink()
+            remove(path)
+
+
+def _in_first_process(action: Callable[[], Any]) -> Any:
+    """Do this in the first process. All processes return its result, or raise its OSError."""
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [action()]
+        except OSError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], OSError):
+        raise result[0]
+    return result[0]
 
 
 class SaveAndStop(Checkpoint):
@@ -289,7 +346,9 @@ class StopAtNaN(L.Callback):
             raise _diverged(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not all(torch.isfinite(weight).all() for weight in checkpoint["state_dict"].values()):
+        weights = [w.to_local() if isinstance(w, DTensor) else w for w in checkpoint["state_dict"].values()]
+        finite = torch.tensor(float(all(w.isfinite().all() for w in weights)), device=trainer.strategy.root_device)
+        if not trainer.strategy.reduce(finite, reduce_op="min"):  # each process has other parts of the weights
             raise _diverged(trainer, pl_module)
 
 

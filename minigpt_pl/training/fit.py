@@ -61,7 +61,8 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         Interrupted: a signal has stopped the training, after the checkpoint was written.
     """
     _choose_messages(config.trainer.profiler)
-    keep_freed_memory()
+    if config.trainer.strategy != "fsdp2":  # which frees gathered weights; keeping them takes a third more memory
+        keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
     group = cluster.join()
     group.check(config.trainer)
@@ -72,7 +73,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
 
     def choose_folder() -> str:
         if resume_from is not None:
-            return str(resume_from.parent.parent if resume_from.is_file() else resume_from)
+            return str(resume_from if (resume_from / runs.RECORD).is_file() else resume_from.parent.parent)
         # Before the text is encoded, so that resume=auto finds a run that is killed meanwhile.
         return str(runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record))
 
@@ -84,7 +85,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
             for place in (folder, folder / "checkpoints"):
                 remove_temporaries(place, of_all_machines=True)
         try:
-            _fit(config, folder, record, resume_from if resume_from and resume_from.is_file() else None)
+            _fit(config, folder, record, resume_from if resume_from != folder else None)
         except InputError:
             is_new = resume_from is None and group.is_first
             if is_new and folder.exists() and not (folder / "config.yaml").exists():
@@ -151,6 +152,7 @@ def _choose_messages(profiler: str | None) -> None:
         "You're resuming from a checkpoint that ended before the epoch ended",  # our loader continues exactly
         ".*srun. command is available",  # `cluster.numbers` refuses jobs that need srun
         ".*LeafSpec.* is deprecated",
+        "You're using the WeightAveraging callback with a model that overrides",  # ours shards only with fsdp2
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -189,9 +191,11 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     if (warmup_steps := config.schedule.warmup_steps) >= total_steps:
         problem = "the training has only %d steps, so the learning rate never reaches its full value; lower it"
         log.warning(f"schedule.warmup_steps=%d: {problem}", warmup_steps, total_steps)
+    # By occurrence, it needs the whole gradient of the embedding.
+    second_moment = {"second_moment": "dense"} if config.trainer.strategy == "fsdp2" else {}
     module = MiniGPTModule(
         model=dataclasses.asdict(config.model) | {"vocab_size": datamodule.vocab_size},
-        optimizer=dataclasses.asdict(config.optimizer),
+        optimizer=dataclasses.asdict(config.optimizer) | second_moment,
         schedule=dataclasses.asdict(config.schedule),
         total_steps=total_steps,
         end_id=datamodule.end_id,
@@ -203,6 +207,7 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     if config.trainer.compile:
         for block in module.model.blocks:
             block.compile()  # in place: the names in checkpoints do not change
+    module.model.activation_checkpointing = config.trainer.activation_checkpointing
     return module
 
 

@@ -40,7 +40,7 @@ def choose(output_dir: Path, run_name: str | None, resume: str) -> Path | None:
         found = _newest_unfinished(output_dir)
     if found is None:
         return None
-    folder = found if found.is_dir() else found.parent.parent
+    folder = found if (found / runs.RECORD).is_file() else found.parent.parent
     if not (folder / runs.RECORD).is_file():
         raise InputError(f"resume={resume}: {found} is not in a run folder; give a checkpoint of a run")
     if run_name not in (None, folder.name):

@@ -15,6 +15,7 @@ from minigpt_pl.cpu import onednn
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.training import cluster
 from minigpt_pl.training.checkpointing import SaveAndStop, StopAtNaN
+from minigpt_pl.training.fsdp import FSDP2Strategy
 from minigpt_pl.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,11 @@ def build_trainer(
     # Both come after EMAWeightAveraging: it updates the average before SaveAndStop saves, and it puts the average into
     # the checkpoint before StopAtNaN checks the weights.
     callbacks += [StopAtNaN(log_interval(config, datamodule)), stop]
+    options = processes(settings)
+    if settings.strategy == "fsdp2":
+        options["strategy"] = FSDP2Strategy(options["devices"] * options["num_nodes"])
     trainer = L.Trainer(
-        **processes(settings),
+        **options,
         precision=precision(settings.precision, settings.accelerator),
         **{name: getattr(settings, name) for name in UNCHANGED},
         limit_val_batches=settings.limit_val_batches if validates else 0,
