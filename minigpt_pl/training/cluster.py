@@ -147,6 +147,7 @@ class Cluster:
         self.children: list[subprocess.Popen[bytes]] = []
         self.store: Any = None  # None while this process is alone
         self.leaving, self.end = threading.Event(), threading.Event()
+        self.exit_code = 1  # after another process has failed
         if self.world_size > 1:
             self._meet()
 
@@ -290,8 +291,7 @@ class Cluster:
             with suppress(RuntimeError):  # not yet there
                 self.store.wait([key], timedelta(seconds=1))
                 return str(self.store.get(key).decode())
-        time.sleep(2 * GRACE)  # `_watch` ends this process
-        raise AssertionError("not reached")
+        sys.exit(self.exit_code)
 
     def _host(self, rank: int) -> str:
         return str(self.store.get(f"host/{rank}").decode())
@@ -330,12 +330,12 @@ class Cluster:
         """Give signs of life, and end this process if another one has failed."""
         store, watched = self.store.clone(), (self.rank + 1) % self.world_size
         count, seen = 0, time.monotonic()
-        code, line = 1, ""
+        line = ""
         while not self.leaving.wait(1):
             try:
                 store.add(f"life/{self.rank}", 1)
                 if store.check(["end"]):
-                    code = int(store.get("end"))
+                    self.exit_code = int(store.get("end"))
                     break
                 if (now := store.add(f"life/{watched}", 0)) != count:
                     count, seen = now, time.monotonic()
@@ -356,7 +356,7 @@ class Cluster:
                 child.kill()
             with suppress(RuntimeError):
                 store.add(f"life/{self.rank}", LEFT)
-            os._exit(code)
+            os._exit(self.exit_code)
 
     def leave(self, error: BaseException | None) -> None:
         """Wait until all processes have done their work. The first process leaves last, because it has the store.
