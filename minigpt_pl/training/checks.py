@@ -18,11 +18,11 @@ from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.trainer import batches_per_epoch, processes
 
 
-def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
-    """Check that the training can run on this machine and with this text.
+def check_machine(config: TrainConfig) -> None:
+    """Check that this machine can train with these settings, before any process starts and any text is read.
 
     Raises:
-        InputError: one line per problem, for example a missing device or package, or too little text.
+        InputError: one line per problem, for example a missing device or package.
     """
     settings, problems = config.trainer, []
     process_options = processes(settings)
@@ -36,7 +36,7 @@ def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
         problems.append(f"trainer.devices={devices}: this machine has only {gpus} GPUs; lower it")
     elif settings.accelerator == "cpu" or not torch.cuda.is_available():
         cores = max(os.cpu_count() or 2, 2)
-        if devices > cores:
+        if (settings.devices or 1) > cores:  # srun and torchrun may start more
             problems.append(f"trainer.devices={devices}: this machine has only {cores} CPU cores; lower it")
     world_size = devices * process_options["num_nodes"]
     if config.data.batch_size < world_size:
@@ -48,6 +48,17 @@ def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
         problems.append(f"trainer.devices={devices}: find_learning_rate=true needs one process; set it to 1")
     if config.find_learning_rate and importlib.util.find_spec("matplotlib") is None:
         problems.append("find_learning_rate=true: needs matplotlib; pip install 'minigpt_pl[show]'")
+    if problems:
+        raise InputError(*problems)
+
+
+def check_text(config: TrainConfig, datamodule: TextDataModule) -> None:
+    """Check that the settings fit the text.
+
+    Raises:
+        InputError: one line per problem, for example too little text.
+    """
+    settings, problems = config.trainer, []
     if settings.patience is not None and (not datamodule.has_validation or settings.limit_val_batches == 0):
         problems.append(f"trainer.patience={settings.patience}: nothing is held out; set data.validation_share")
     interval, batches = settings.val_check_interval, batches_per_epoch(config, datamodule)

@@ -25,7 +25,7 @@ from minigpt_pl.files import make_folder, remove_temporaries, temporary_path, wr
 from minigpt_pl.tokenizer import NUM_SPECIAL, load_tokenizer
 from minigpt_pl.training import cluster
 from minigpt_pl.training.checkpointing import SaveAndStop
-from minigpt_pl.training.checks import check_environment, check_resume
+from minigpt_pl.training.checks import check_machine, check_resume, check_text
 from minigpt_pl.training.memory import check_memory
 from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
@@ -66,6 +66,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
     L.seed_everything(config.seed, verbose=False)
     group = cluster.join()
     group.check(config.trainer)
+    check_machine(config)
     check_memory(config, NUM_SPECIAL + 1)  # for the smallest vocabulary, because encoding can take minutes
     if config.find_learning_rate:
         return _find_learning_rate(config)
@@ -100,7 +101,7 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     datamodule = _open_text(config, checkpoint)
     check_memory(config, datamodule.vocab_size)
     module = _build_module(config, datamodule)
-    check_environment(config, datamodule)
+    check_text(config, datamodule)
     before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
     steps_done = before.get("global_step", 0)
     stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
@@ -225,7 +226,7 @@ def _find_learning_rate(config: TrainConfig) -> Path:
     make_folder(Path(config.output_dir), "output_dir")
     datamodule = _open_text(config, None)
     module = _build_module(config, datamodule)
-    check_environment(config, datamodule)
+    check_text(config, datamodule)
     output_dir = Path(config.output_dir)
     trainer = L.Trainer(
         **processes(config.trainer),
