@@ -90,6 +90,8 @@ def join() -> "Cluster":
 @contextmanager
 def left_together() -> Iterator[None]:
     """Around the whole command: all processes end at the same time, and with the same exit code."""
+    # PyTorch warns of each lost connection with a stack trace in C++. Our line says which process is lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     error: BaseException | None = None
     try:
         yield
@@ -212,13 +214,14 @@ class Cluster:
             if store.add("started", 1) == self.world_size:
                 store.set("all", "")
             store.wait(["all"], MEET)
+            store_of_thread = store.clone()
         except RuntimeError as error:
             raise InputError(
                 f"MASTER_ADDR={host} MASTER_PORT={port}: process {self.rank} of {self.world_size} does not meet the"
                 " others within a minute; start all of them, and give an address that all reach"
             ) from error
         self.store = store
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch, args=[store_of_thread], daemon=True).start()
 
     def _address(self) -> tuple[str, int]:
         """Host and port of the first process."""
@@ -288,9 +291,10 @@ class Cluster:
 
     def _wait_for(self, key: str) -> str:
         while not self.end.is_set():
-            with suppress(RuntimeError):  # not yet there
-                self.store.wait([key], timedelta(seconds=1))
-                return str(self.store.get(key).decode())
+            with suppress(RuntimeError):  # the first process is lost
+                if self.store.check([key]):
+                    return str(self.store.get(key).decode())
+            time.sleep(0.1)
         sys.exit(self.exit_code)
 
     def _host(self, rank: int) -> str:
@@ -326,9 +330,9 @@ class Cluster:
         """Tell all processes to end with this exit code, unless they have been told another one."""
         self.store.compare_set("end", "", str(code))
 
-    def _watch(self) -> None:
+    def _watch(self, store: Any) -> None:
         """Give signs of life, and end this process if another one has failed."""
-        store, watched = self.store.clone(), (self.rank + 1) % self.world_size
+        watched = (self.rank + 1) % self.world_size
         count, seen = 0, time.monotonic()
         line = ""
         while not self.leaving.wait(1):
@@ -344,7 +348,8 @@ class Cluster:
                     self.end_all(1)
                     break
             except RuntimeError:  # the store belongs to the first process
-                line = "The first process is lost, so all processes end." if self.local_rank in (0, 1) else ""
+                line = "The first process is lost, so all processes end."
+                line = line if self.local_rank == (self.rank < self.local_world_size) else ""  # once per node
                 break
         else:
             return
