@@ -4,7 +4,7 @@ import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-COMMANDS = ("train", "sample", "evaluate", "explore", "convert")
+COMMANDS = ("train", "sample", "evaluate", "explore", "convert", "prepare")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: find the file that a user means, check that it is not damaged, and read it."""
+"""Checkpoints: find the one that a user means, check that it is not damaged, and read it."""
 
 import errno
 import logging
@@ -11,6 +11,7 @@ import torch
 
 from minigpt_pl import runs
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import file_crc32, remove
 from minigpt_pl.model import MiniGPT
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def find_checkpoint(path: str | Path, output_dir: Path | None = None, setting: s
     """
     places = [Path(path)] if output_dir is None else [output_dir / path, Path(path)]
     for place in places:
-        if place.is_file():
+        if place.is_file() or (place / runs.META).is_file():
             return place
         if found := runs.checkpoints_of(place):
             return found[-1] if found[-1].name == "best.ckpt" else found[0]
@@ -71,7 +72,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
             continue
         for other, problem in damaged.items():
             log.warning("%s. It is kept as %s.damaged, and %s is used.", problem, other.name, path.name)
-            other.replace(other.with_name(f"{other.name}.damaged"))
+            remove(aside := other.with_name(f"{other.name}.damaged"))
+            other.replace(aside)
         return path
     if damaged:
         names = ", ".join(path.name for path in damaged)
@@ -80,17 +82,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the contents of a checkpoint, on the CPU and memory-mapped, after a test of all checksums in the file.
+    """Read the contents of a checkpoint, on the CPU and memory-mapped, after a test of all its checksums.
+
+    Those of a sharded checkpoint have no weights and no moments. `read_whole_checkpoint` reads them too.
 
     Raises:
         InputError: the file cannot be read.
         DamagedError: the file is damaged, or not a checkpoint of this project.
     """
+    sharded = path.is_dir()
     try:
-        with zipfile.ZipFile(path) as file:
-            if (record := file.testzip()) is not None:  # PyTorch does not compare the checksums
+        if sharded and not (path / runs.META).is_file():
+            raise zipfile.BadZipFile(f"{runs.META} is missing")
+        file = path / runs.META if sharded else path
+        with zipfile.ZipFile(file) as archive:
+            if (record := archive.testzip()) is not None:  # PyTorch does not compare the checksums
                 raise zipfile.BadZipFile(f"wrong checksum of {record}")
-        contents: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        contents: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if sharded:
+            _check_parts(path, contents["files"])
     except OSError as error:
         kind = DamagedError if error.errno == errno.EIO else InputError  # EIO: the disk is damaged
         raise kind(f"checkpoint={path}: cannot be read ({error.strerror}); give another checkpoint") from error
@@ -104,6 +114,29 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     raise DamagedError(f"checkpoint={path}: not a checkpoint of minigpt_pl; give one from a run folder")
 
 
+def _check_parts(folder: Path, checksums: dict[str, tuple[int, int]]) -> None:
+    for name, (size, crc32) in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            raise zipfile.BadZipFile(f"{name} is missing")
+        if path.stat().st_size != size or file_crc32(path) != crc32:
+            raise zipfile.BadZipFile(f"wrong checksum of {name}")
+
+
+def read_whole_checkpoint(path: Path, with_moments: bool = True) -> dict[str, Any]:
+    """As `read_checkpoint`. The contents of a sharded checkpoint are those of a file.
+
+    Args:
+        with_moments: if it is sharded, also read the moments of the optimizer.
+    """
+    contents = read_checkpoint(path)
+    if path.is_dir():
+        from minigpt_pl.sharded_checkpoints import join, read_whole  # takes half a second
+
+        join(contents, read_whole(path, with_moments))
+    return contents
+
+
 def load_network(path: Path) -> tuple[MiniGPT, int | None, str | None]:
     """Load the network of a checkpoint. The optimizer state is not loaded.
 
@@ -114,7 +147,7 @@ def load_network(path: Path) -> tuple[MiniGPT, int | None, str | None]:
     Raises:
         InputError: the file is damaged, or not a checkpoint of this project.
     """
-    contents = read_checkpoint(path)
+    contents = read_whole_checkpoint(path, with_moments=False)
     try:
         network = MiniGPT(**contents["hyper_parameters"]["model"])
         network.load_state_dict({name.removeprefix("model."): w for name, w in contents["state_dict"].items()})

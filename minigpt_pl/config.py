@@ -89,6 +89,13 @@ class DataConfig:
     max_sequences: int | None = setting(None, "train on this many random sequences; null means all", minimum=1)
     cache_dir: str = setting("outputs/cache", "folder for the encoded text")
     revision: str | None = setting(None, "commit, tag or branch of a data set on the hub; null means the newest")
+    tokenizer: str | None = setting(
+        None, "tokenizer.json of a run, whose words are used; null means the most frequent words of the text"
+    )
+    streaming: bool = setting(False, "read Parquet files while training, without a local copy of the text")
+    sample_documents: int = setting(
+        100_000, "with streaming, the number of first documents that give words and held-out documents", minimum=1
+    )
 
 
 @dataclass
@@ -149,9 +156,16 @@ class TrainerConfig:
     """Length of the training, hardware, precision. Most settings go to `lightning.Trainer` under the same name."""
 
     accelerator: str = setting("auto", "hardware", choices=("auto", "cpu", "gpu", "cuda", "mps"))
-    devices: int = setting(1, "processes per node, one per device; under torchrun, its number is used", minimum=1)
-    num_nodes: int = setting(1, "number of nodes", minimum=1)
-    strategy: str = setting("auto", "how several processes train together", choices=("auto", "ddp"))
+    devices: int | None = setting(
+        None, "processes per node, one per device; null means those of srun or torchrun, else 1", minimum=1
+    )
+    num_nodes: int | None = setting(None, "number of nodes; null means those of srun or torchrun, else 1", minimum=1)
+    strategy: str = setting(
+        "auto",
+        "how several processes train together: auto or ddp: each has all weights | fsdp2: each has a share of the"
+        " weights, the gradients and the optimizer's state, for models that do not fit one GPU",
+        choices=("auto", "ddp", "fsdp2"),
+    )
     precision: str = setting(
         "auto",
         "auto: bf16-mixed if the hardware has bf16 matrix units, else 32-true",
@@ -170,7 +184,13 @@ class TrainerConfig:
     patience: int | None = setting(None, "stop after this many validations without a lower val/loss", minimum=1)
     ema_decay: float | None = setting(None, "use a moving average of the weights with this decay", above=0, below=1)
     profiler: str | None = setting(None, "print a profile at the end", choices=("simple", "advanced", "pytorch"))
-    compile: bool = setting(False, "torch.compile the blocks: takes a minute, then saves kernel launches on a GPU")
+    compile: bool = setting(
+        False, "torch.compile the blocks, not embeddings and loss: takes a minute, then saves kernel launches on a GPU"
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "save memory: keep only the inputs of the blocks, and run them again in the backward pass (arXiv 1604.06174)",
+    )
     deterministic: bool = setting(False, "use only deterministic algorithms")
     detect_anomaly: bool = setting(False, "stop at the first NaN of a backward pass (slow)")
     progress_bar: bool = setting(True, "show progress")
@@ -184,6 +204,15 @@ class CheckpointConfig:
     every_minutes: float | None = setting(5.0, "also save after this many minutes; null means never", above=0)
     keep: int = setting(2, "number of newest checkpoints to keep, besides best.ckpt", minimum=1)
     max_failures: int = setting(3, "stop after this many checkpoints in a row that cannot be written", minimum=1)
+
+
+@dataclass
+class ClusterConfig:
+    """What a job of a cluster does when a signal ends it."""
+
+    requeue: bool | None = setting(
+        None, "put the SLURM job into the queue again: null: after SIGUSR1 and SIGUSR2; true: after every signal"
+    )
 
 
 @dataclass
@@ -251,10 +280,10 @@ CONTROLS = tuple(control.name for control in fields(WordControls))
 GRID = tuple(name for name in NUMBER_CONTROLS if name not in ("num_tokens", "num_beams", "length_penalty"))
 
 
-def _control(name: str, default: Any = MISSING) -> Any:
-    """The field of a sampling control, with another default if one is given."""
-    control = NumberControls.__dataclass_fields__[name]
-    return field(default=control.default if default is MISSING else default, metadata=control.metadata)
+def _field_of(owner: Any, name: str, default: Any = MISSING) -> Any:
+    """A field of another class, with another default if one is given."""
+    known = owner.__dataclass_fields__[name]
+    return field(default=known.default if default is MISSING else default, metadata=known.metadata)
 
 
 @dataclass
@@ -263,9 +292,9 @@ class TextGeneratorConfig:
 
     prompts: list[str] | None = setting(None, "prompts; null means 'this movie is' for IMDB, else the first words")
     every_n_epochs: int = setting(1, "epochs between texts; 0 means no texts", minimum=0)
-    num_tokens: int = _control("num_tokens", 40)
-    temperature: float = _control("temperature", 1.0)
-    top_k: int | None = _control("top_k", 10)
+    num_tokens: int = _field_of(NumberControls, "num_tokens", 40)
+    temperature: float = _field_of(NumberControls, "temperature", 1.0)
+    top_k: int | None = _field_of(NumberControls, "top_k", 10)
 
 
 @dataclass
@@ -286,11 +315,29 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     text_generator: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
 
 
 # -------------------------------------------------------------------------------------- other entry points
+
+
+@dataclass
+class VocabularyConfig:
+    """The setting of the model that changes the encoded text."""
+
+    vocab_size: int = _field_of(ModelConfig, "vocab_size")
+
+
+@dataclass
+class PrepareConfig:
+    """Settings of `python -m minigpt_pl.prepare`. With the same `data` and `model`, `train` finds the encoded text."""
+
+    output_dir: str = setting("outputs", "folder of the run folders; the encoded text goes to its folder cache")
+    processes: int | None = setting(None, "processes that encode; null means one per core", minimum=1, maximum=1024)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: VocabularyConfig = field(default_factory=VocabularyConfig)
 
 
 @dataclass
@@ -330,7 +377,7 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
     folder: str | None = setting(None, "folder of the report; null means RUN/explore, or compare/ in output_dir")
     source: str | None = setting(None, "path of the run's text, if it has moved")
     prompts: str | None = setting(None, "YAML file of prompts by kind; null means the 14 prompts of conf/prompts.yaml")
-    num_tokens: int = _control("num_tokens")
+    num_tokens: int = _field_of(NumberControls, "num_tokens")
     num_seeds: int = setting(4, "texts per prompt and combination", minimum=1, maximum=MAX_SAMPLES)
     seed: int = setting(0, "random seed of the first text; each next text adds 1", minimum=0, maximum=2**31 - 1)
     banned_words: list[str] = setting([], "words that are never generated; [UNK] is always banned")
@@ -355,6 +402,7 @@ class ConvertConfig:
 
     from_keras: str | None = setting(None, "the notebook's model, saved as .keras or .weights.h5; becomes a run folder")
     to_keras: str | None = setting(None, "a new .weights.h5 file for load_weights of the notebook's Keras model")
+    to_torch: str | None = setting(None, "a new .ckpt file: the checkpoint of the run, joined to one file")
     vocabulary: str | None = setting(None, "word list, one word per line: from_keras reads it, to_keras writes it")
     output_dir: str = setting("outputs", "folder of the run folders")
     run_name: str | None = setting(None, "name of the new run folder; null means a new name, which is printed")
@@ -456,15 +504,27 @@ def optimizer_problems(optimizer: OptimizerConfig, model: ModelConfig) -> Iterat
         yield "optimizer.second_moment=by_occurrence: needs model.tie_embeddings=false; leave it out"
 
 
-def _train_problems(config: TrainConfig) -> Iterator[str]:
-    data, trainer, optimizer, schedule = config.data, config.trainer, config.optimizer, config.schedule
-    yield from _run_name_problems(config.run_name)
+def _prepare_problems(config: PrepareConfig) -> Iterator[str]:
+    yield from _data_problems(config.data)
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
     if data.cut == "pack" and not data.end_token:
         yield "data.end_token=false: data.cut=pack needs [END] to separate documents; set data.end_token=true"
     if data.max_sequences is not None and data.max_sequences < data.batch_size:
         yield f"data.max_sequences={data.max_sequences}: must be at least data.batch_size={data.batch_size}; lower that"
     if isinstance(data, TextConfig) and data.validation_path is not None:
         yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
+    if data.streaming and data.max_sequences is not None:
+        yield f"data.max_sequences={data.max_sequences}: has no effect with data.streaming=true; leave it out"
+    if not data.streaming:
+        yield from without_effect(data, ["sample_documents"], "data.", "data.streaming=false")
+
+
+def _train_problems(config: TrainConfig) -> Iterator[str]:
+    trainer, optimizer, schedule = config.trainer, config.optimizer, config.schedule
+    yield from _run_name_problems(config.run_name)
+    yield from _data_problems(config.data)
     yield from optimizer_problems(optimizer, config.model)
     if config.find_learning_rate:
         yield from without_effect(config, ("run_name", "resume"), "", "find_learning_rate=true")
@@ -472,6 +532,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from without_effect(schedule, ["final_ratio"], "schedule.", "schedule.name=constant")
     if trainer.max_time is not None and not re.fullmatch(r"(?=.*[1-9])[0-9]{1,6}(:[0-9]{2}){3}", trainer.max_time):
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
+    if trainer.strategy == "fsdp2":
+        yield from _fsdp2_problems(config)
     if trainer.limit_val_batches == 0:
         no_validation = ("check_val_every_n_epoch", "val_check_interval", "patience")
         yield from without_effect(trainer, no_validation, "trainer.", "trainer.limit_val_batches=0")
@@ -481,6 +543,18 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from without_effect(texts, names, "text_generator.", "text_generator.every_n_epochs=0")
     elif texts.prompts == []:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
+
+
+def _fsdp2_problems(config: TrainConfig) -> Iterator[str]:
+    """One line for each setting that needs all weights in one process."""
+    if config.optimizer.second_moment == "by_occurrence":
+        yield "optimizer.second_moment=by_occurrence: trainer.strategy=fsdp2 needs dense; leave it out"
+    if config.trainer.ema_decay is not None:
+        yield f"trainer.ema_decay={config.trainer.ema_decay}: does not work with trainer.strategy=fsdp2; use ddp"
+    if config.trainer.precision == "64-true":
+        yield "trainer.precision=64-true: does not work with trainer.strategy=fsdp2; use 32-true, or ddp"
+    if config.find_learning_rate:
+        yield "find_learning_rate=true: does not work with trainer.strategy=fsdp2; use ddp"
 
 
 def forced_words_problems(words: Any) -> Iterator[str]:
@@ -515,8 +589,9 @@ def _explore_problems(config: ExploreConfig) -> Iterator[str]:
 
 def _convert_problems(config: ConvertConfig) -> Iterator[str]:
     yield from _run_name_problems(config.run_name)
-    if (config.from_keras is None) == (config.to_keras is None):
-        yield f"from_keras={config.from_keras}: give from_keras=FILE to import, or to_keras=FILE to export"
+    if [config.from_keras, config.to_keras, config.to_torch].count(None) != 2:
+        remedy = "give from_keras=FILE to import, or to_keras=FILE or to_torch=FILE to export"
+        yield f"from_keras={config.from_keras}: {remedy}"
     if config.from_keras is not None:
         if config.vocabulary is None:
             yield "vocabulary=null: from_keras needs it; save vectorize_layer.get_vocabulary(), one word per line"
@@ -527,6 +602,10 @@ def _convert_problems(config: ConvertConfig) -> Iterator[str]:
         if config.vocabulary == config.to_keras:
             yield f"vocabulary={config.vocabulary}: to_keras writes the same file; give another name"
         yield from without_effect(config, ["run_name"], "", "to_keras")
+    elif config.to_torch is not None:
+        if not config.to_torch.endswith(".ckpt"):
+            yield f"to_torch={config.to_torch}: must end in .ckpt"
+        yield from without_effect(config, ["run_name", "vocabulary"], "", "to_torch")
 
 
 def _run_name_problems(run_name: str | None) -> Iterator[str]:
@@ -536,6 +615,7 @@ def _run_name_problems(run_name: str | None) -> Iterator[str]:
 
 
 _RULES: dict[type, Any] = {
+    PrepareConfig: _prepare_problems,
     TrainConfig: _train_problems,
     SampleConfig: _sample_problems,
     ExploreConfig: _explore_problems,

@@ -1,4 +1,4 @@
-"""python -m minigpt_pl.convert: import the notebook's Keras model as a run folder, or export a run to Keras."""
+"""python -m minigpt_pl.convert: import the notebook's Keras model as a run folder, or export a run."""
 
 import dataclasses
 import logging
@@ -21,13 +21,15 @@ def main() -> None:
 
 
 def convert(config: ConvertConfig) -> Path:
-    """Import (`from_keras`) or export (`to_keras`) a model. Returns the new run folder, or the new Keras file.
+    """Import (`from_keras`) or export (`to_keras`, `to_torch`) a model. Returns the new run folder, or the new file.
 
     Raises:
         InputError: a file is missing or contains another model, or the files do not belong together.
     """
     if config.from_keras is not None and config.vocabulary is not None:
         return _import(config, Path(config.from_keras), Path(config.vocabulary))
+    if config.to_torch is not None:
+        return _join(config, Path(config.to_torch))
     return _export(config, Path(config.to_keras or ""), Path(config.vocabulary) if config.vocabulary else None)
 
 
@@ -92,7 +94,6 @@ def _import(config: ConvertConfig, source: Path, vocabulary: Path) -> Path:
 def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any], tokenizer: str) -> None:
     """Write the parts of a Lightning checkpoint that `Trainer.fit(ckpt_path=...)` needs to start with these weights."""
     import lightning
-    import torch
 
     from minigpt_pl.training.module import MiniGPTModule
 
@@ -111,8 +112,34 @@ def _save_checkpoint(path: Path, settings: TrainConfig, weights: dict[str, Any],
     contents |= {"optimizer_states": [], "lr_schedulers": [], "TextDataModule": {"tokenizer": tokenizer}}
     contents |= {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     path.parent.mkdir()
+    _write(path, contents)
+
+
+def _write(path: Path, contents: dict[str, Any]) -> None:
+    import torch
+
     with atomic_write(path) as temporary:
         torch.save(contents, temporary)
+
+
+def _join(config: ConvertConfig, target: Path) -> Path:
+    """Write the checkpoint of a run, sharded or not, as one file. It can be resumed, too."""
+    from minigpt_pl.checkpoints import choose_checkpoint, read_whole_checkpoint
+
+    _check_new("to_torch", target)
+    checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
+    contents = read_whole_checkpoint(checkpoint)
+    contents.pop("files", None)
+    _write(target, contents)
+    log.info("Wrote %s from %s", target, checkpoint)
+    return target
+
+
+def _check_new(name: str, path: Path) -> None:
+    if path.exists():
+        raise InputError(f"{name}={path}: exists; choose another name, or remove it")
+    if not path.parent.is_dir():
+        raise InputError(f"{name}={path}: there is no folder {path.parent}; create it first")
 
 
 def _export(config: ConvertConfig, target: Path, vocabulary: Path | None) -> Path:
@@ -121,10 +148,8 @@ def _export(config: ConvertConfig, target: Path, vocabulary: Path | None) -> Pat
     from minigpt_pl.text_model import load
 
     for name, path in {"to_keras": target, "vocabulary": vocabulary}.items():
-        if path is not None and path.exists():
-            raise InputError(f"{name}={path}: exists; choose another name, or remove it")
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{name}={path}: there is no folder {path.parent}; create it first")
+        if path is not None:
+            _check_new(name, path)
     model = load(choose_checkpoint(Path(config.output_dir), config.run))
     write_keras(target, model.network)
     if vocabulary is not None:

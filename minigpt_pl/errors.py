@@ -15,3 +15,7 @@ class InputError(ValueError):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class TextLostError(InputError):
+    """A streamed text cannot be read any more. The training saves a checkpoint before it ends."""

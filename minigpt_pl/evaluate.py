@@ -58,7 +58,7 @@ def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[s
 
     texts = []
     if config.text is not None:  # before the training text, which can take long to open
-        documents, _ = text_documents("text", config.text, "text", config.document)
+        documents, *_ = text_documents("text", config.text, "text", config.document)
         texts = list(islice(filter(split_words, documents()), config.num_documents))
         if not texts:
             raise InputError(f"text={config.text}: has no words; give a file with text")

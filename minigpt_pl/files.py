@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,15 @@ def flush(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def file_crc32(path: Path) -> int:
+    """CRC-32 of the contents of a file. Half a second per gigabyte if the file is in memory."""
+    crc32, buffer = 0, memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            crc32 = zlib.crc32(buffer[:size], crc32)
+    return crc32
 
 
 def remove(path: Path) -> None:

@@ -11,10 +11,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minigpt_pl.config import ModelConfig, range_problems
 from minigpt_pl.cpu.dropout import Dropout
 from minigpt_pl.errors import InputError
+from minigpt_pl.loss import linear_cross_entropy, token_losses
 
 LAYER_NORM_EPSILON = 1e-6  # as in the notebook; PyTorch's default is 1e-5
 EMBEDDING_RANGE = 0.05  # default of Keras's Embedding: uniform in +-0.05
@@ -35,6 +37,10 @@ class MiniGPT(nn.Module):
         num_blocks: number of Transformer blocks; the notebook has one.
         dropout: probability of dropout after attention and feed-forward layers, in [0, 1).
         tie_embeddings: use the token embedding as the output layer's weight (arXiv 1608.05859).
+
+    Attributes:
+        activation_checkpointing: keep only the input of each block for the backward pass, which runs the block again
+            (arXiv 1604.06174). False at first.
 
     Raises:
         InputError: one line per argument of a wrong type or out of range.
@@ -66,6 +72,7 @@ class MiniGPT(nn.Module):
         blocks = nn.ModuleList(TransformerBlock(*block_sizes, dropout) for _ in range(num_blocks))
         self.blocks = cast(Sequence[TransformerBlock], blocks)
         self.output = nn.Linear(embed_dim, vocab_size)
+        self.activation_checkpointing = False
         self.apply(_initialize_as_keras)
         if tie_embeddings:
             self.output.weight = self.token_embedding.weight
@@ -82,11 +89,32 @@ class MiniGPT(nn.Module):
         hidden = self.hidden_states(ids)  # (B, L, D)
         return self.output(hidden), hidden
 
+    def loss(self, ids: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
+        """The training loss: the sum over all targets of the negative log probability, in nats.
+
+        It equals `F.cross_entropy(logits, targets, reduction="sum")`, and never stores all logits.
+
+        Args:
+            ids: (B, L) token ids, L <= max_length.
+            targets: (B, L), the next token at every position.
+            ignore_index: targets with this id do not count; None if all count.
+
+        Returns:
+            A scalar with derivatives.
+        """
+        hidden = self.hidden_states(ids)  # (B, L, D)
+        return linear_cross_entropy(hidden, self.output.weight, self.output.bias, targets, ignore_index)
+
+    def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each target in nats, without derivatives: (B, L), (B, L) -> (B, L) in fp32."""
+        return token_losses(self.hidden_states(ids), self.output.weight, self.output.bias, targets)
+
     def hidden_states(self, ids: Tensor) -> Tensor:
         """Ids (B, L) -> the last block's output (B, L, D). Position i depends only on ids 0 to i."""
         x = self.embed(ids)  # (B, L, D)
+        saves_memory = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x)  # (B, L, D)
+            x = checkpoint(block, x, use_reentrant=False) if saves_memory else block(x)  # (B, L, D)
         return x
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ outputs/<run name>/
     config.yaml      all settings.
     tokenizer.json   the vocabulary.
     checkpoints/     last.ckpt: the newest; step-00000391.ckpt: an older one; best.ckpt: the lowest val/loss.
+                     Those of trainer.strategy=fsdp2 are folders (`sharded_checkpoints`).
     metrics.csv  samples.jsonl  loss.png
     evaluation.json  evaluation.png  explore/
 """
@@ -27,6 +28,7 @@ from minigpt_pl.files import atomic_write, make_folder, remove_temporaries, writ
 log = logging.getLogger(__name__)
 
 RECORD = "run.json"
+META = "meta.pt"  # in a checkpoint that is a folder
 IMPORTED_FROM = "imported_from"  # key in the record of a run that `convert` made: the Keras file
 
 
@@ -66,7 +68,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints of a run: the newest first, best.ckpt last."""
     older = sorted(folder.glob("checkpoints/step-*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
     named = [folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
-    return [path for path in (named[0], *older, named[1]) if path.is_file()]
+    return [path for path in (named[0], *older, named[1]) if path.exists()]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """python -m minigpt_pl.train: train a model and write a run folder."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,15 +7,15 @@ from minigpt_pl import runs, signals
 from minigpt_pl.config import TrainConfig
 from minigpt_pl.errors import InputError
 
-# The first process sets this environment variable. Processes that Lightning starts then resume the same run.
-_RESUME_FROM = "MINIGPT_RESUME_FROM"
-
 
 def main() -> None:
     signals.set_handlers(dict.fromkeys(signals.SIGNALS, signals.exit_at_once))
-    from minigpt_pl.cli import app  # after the handlers, because a signal can come while Python imports
+    from minigpt_pl.cli import app, errors  # after the handlers, because a signal can come while Python imports
+    from minigpt_pl.training import cluster
 
-    app.run("train", train, prepare=_add_settings_of_the_run)
+    errors.claims_error = cluster.claims_error
+    with cluster.left_together():
+        app.run("train", train, prepare=_add_settings_of_the_run)
 
 
 def train(config: TrainConfig) -> None:
@@ -24,27 +23,24 @@ def train(config: TrainConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from minigpt_pl.cli import app
+    from minigpt_pl.training import cluster
 
     if app.in_sweep():
         _refuse_in_sweep(config)
-
     from minigpt_pl.training.fit import fit  # Lightning: import it after the checks, it takes 3 s
-    from minigpt_pl.training.trainer import is_first_process
 
     hydra = HydraConfig.get()
     name_prefix = hydra.runtime.choices.get("experiment") or hydra.runtime.choices.get("data") or "run"
     overrides = [override for override in hydra.overrides.task if _name(override) != "resume"]
-    resume_from = os.environ.get(_RESUME_FROM) if config.resume is not None else None
     try:
-        fit(config, name_prefix, overrides, Path(resume_from) if resume_from else None)
+        fit(config, name_prefix, overrides, None if config.resume is None else Path(config.resume))
     except signals.Interrupted as interrupted:
-        # In the other processes, a non-zero exit code would make torchrun kill all processes.
-        sys.exit(128 + interrupted.number if is_first_process() else 0)
+        sys.exit(cluster.join().requeue(interrupted.number, config.cluster.requeue))
 
 
 def _refuse_in_sweep(config: TrainConfig) -> None:
     problems = []
-    if config.trainer.devices > 1:
+    if (config.trainer.devices or 1) > 1:
         problems.append(f"trainer.devices={config.trainer.devices}: each process would start the whole sweep again")
     if config.resume is not None:
         problems.append(f"resume={config.resume}: all jobs would continue the same run")
@@ -57,25 +53,45 @@ def _refuse_in_sweep(config: TrainConfig) -> None:
 
 
 def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
-    """With `resume`, add the run's own settings, except those given again on the command line."""
+    """With `resume`, add the run's own settings, except those given again, and the path of the checkpoint.
+
+    In a SLURM job, the run has the name of the job. If SLURM starts the job again, it continues the run.
+    """
+    from minigpt_pl.training import cluster
+
+    group = cluster.join()
+    if {"-m", "--multirun"} & {*sys.argv}:
+        if group.world_size > 1:
+            raise InputError("-m: a sweep needs one process; start one job per combination (docs/cluster.md)")
+        return arguments
+    given = {_name(argument) for argument in arguments}
+    in_job = cluster.slurm_job() is not None and not given & {"run_name", "resume", "find_learning_rate"}
+    if in_job:
+        arguments = [*arguments, f"run_name=slurm-{cluster.slurm_job()}"]
+    if not in_job and "resume" not in given:
+        return arguments
+    path, before = group.decide("resume", lambda: _choose(arguments, in_job))
+    arguments = [argument for argument in arguments if _name(argument) != "resume"]
+    if path is None:
+        return arguments
+    quoted = path.replace("'", r"\'")
+    return [override for override in before if _name(override) not in given] + arguments + [f"resume='{quoted}'"]
+
+
+def _choose(arguments: list[str], in_job: bool) -> tuple[str | None, list[str]]:
+    """What to continue: a checkpoint or a run folder, and the settings of its run. None for a new run."""
     from minigpt_pl.cli import app
     from minigpt_pl.training import resume
 
     where = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
-    if not any(_name(argument) == "resume" for argument in where) or {"-m", "--multirun"} & {*sys.argv}:
-        return arguments
     config = app.to_settings(app.compose("train", where))
-    if config.resume is None:
-        return arguments
-    if _RESUME_FROM not in os.environ:
-        os.environ[_RESUME_FROM] = str(resume.choose(Path(config.output_dir), config.run_name, config.resume) or "")
-    if not os.environ[_RESUME_FROM]:
-        return arguments
-    path = Path(os.environ[_RESUME_FROM])
-    before = runs.read_record(path if path.is_dir() else path.parent.parent).get("overrides", [])
-    before = [override for override in before if _name(override) != "run_name"]  # the folder may have a new name
-    given = {_name(argument) for argument in arguments}
-    return [override for override in before if _name(override) not in given] + arguments
+    wanted = "auto" if in_job else config.resume
+    path = None if wanted is None else resume.choose(Path(config.output_dir), config.run_name, wanted)
+    if path is None:
+        return None, []
+    folder = path if (path / runs.RECORD).is_file() else path.parent.parent  # a sharded checkpoint is a folder too
+    before = runs.read_record(folder).get("overrides", [])
+    return str(path), [override for override in before if _name(override) != "run_name"]  # it may have a new name
 
 
 def _name(override: str) -> str:

@@ -117,6 +117,32 @@ class TestMemory:
         with pytest.raises(InputError, match="model.embed_dim=5000: the training needs at least"):
             memory.check_memory(config, config.model.vocab_size)
 
+    def test_processes_of_fsdp2_share_the_weights(self):
+        def needed(**options):
+            trainer = TrainerConfig(accelerator="cpu", precision="32-true", **options)
+            config = TrainConfig(data=TextConfig(path="a", batch_size=8), trainer=trainer)
+            return memory.training_bytes(config)
+
+        weights = 4 * memory.num_parameters(ModelConfig()) * 4
+        assert needed(devices=4, strategy="ddp") - needed(devices=4, strategy="fsdp2") == weights * 3 // 4
+
+    def test_checkpointing_keeps_the_inputs_of_the_blocks_and_one_block(self):
+        def per_block(checkpointing):
+            one, two = (
+                memory.training_bytes(
+                    TrainConfig(
+                        data=TextConfig(path="a", batch_size=1),
+                        model=ModelConfig(num_blocks=number, max_length=1),
+                        trainer=TrainerConfig(precision="32-true", activation_checkpointing=checkpointing),
+                    )
+                )
+                - 16 * memory.num_parameters(ModelConfig(num_blocks=number, max_length=1))
+                for number in (1, 2)
+            )
+            return two - one
+
+        assert per_block(False) == 4 * (2 * 256 + 4 * 512 + 256) and per_block(True) == 4 * 256
+
     @pytest.mark.parametrize(
         ("line", "file"),
         [("0::/job/step", "job/memory.max"), ("4:memory:/job/step", "memory/job/step/memory.limit_in_bytes")],

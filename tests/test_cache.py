@@ -16,12 +16,11 @@ import filelock
 import pytest
 from conftest import TINY_RUN, run_main, text_config
 
-from minigpt_pl.data import cache
-from minigpt_pl.data import corpus as corpus_module
+from minigpt_pl.data import cache, encoding
 from minigpt_pl.data.corpus import open_corpus
 from minigpt_pl.errors import InputError
 
-FILES = [f"{split}.{name}.npy" for split in ("train", "validation") for name in ("tokens", "offsets")]
+FILES = [f"{split}-00000.{name}.npy" for split in ("train", "validation") for name in ("tokens", "offsets")]
 FILES += ["tokenizer.json", "manifest.json"]
 
 
@@ -87,15 +86,15 @@ def test_a_damaged_file_is_named_and_made_again(config, encoded, caplog, name, d
 
 
 def test_a_wrong_length_is_told(config, encoded, caplog):
-    size = (encoded / "train.tokens.npy").stat().st_size
-    os.truncate(encoded / "train.tokens.npy", 1000)
+    size = (encoded / "train-00000.tokens.npy").stat().st_size
+    os.truncate(encoded / "train-00000.tokens.npy", 1000)
     content(config)
-    assert f"train.tokens.npy: has 1,000 bytes instead of {size:,}. This file" in caplog.text
+    assert f"train-00000.tokens.npy: has 1,000 bytes instead of {size:,}. This file" in caplog.text
 
 
 def test_other_ids_in_range_are_noticed(config, encoded, caplog):
     before = content(config)
-    path = encoded / "train.tokens.npy"
+    path = encoded / "train-00000.tokens.npy"
     contents = path.read_bytes()
     assert contents[-4:-2] != contents[-6:-4]
     path.write_bytes(contents[:-6] + contents[-4:-2] + contents[-6:-4] + contents[-2:])
@@ -111,14 +110,14 @@ def test_a_manifest_of_other_types_is_noticed(config, encoded, caplog, manifest)
     assert_noticed(config, encoded, caplog, encoded / cache.MANIFEST, before)
 
 
-@pytest.mark.parametrize("name", ["train_tokens", "size of train.tokens.npy"])
+@pytest.mark.parametrize("name", ["train_tokens", "size of train-00000.tokens.npy"])
 def test_another_number_in_the_manifest_is_noticed(config, encoded, caplog, name):
     before = content(config)
     manifest = json.loads((encoded / cache.MANIFEST).read_text())
     if name == "train_tokens":
         manifest["counts"]["train_tokens"] += 1
     else:
-        manifest["files"]["train.tokens.npy"][0] += 1
+        manifest["files"]["train-00000.tokens.npy"][0] += 1
     (encoded / cache.MANIFEST).write_text(json.dumps(manifest))
     assert_noticed(config, encoded, caplog, encoded / cache.MANIFEST, before)
 
@@ -133,6 +132,40 @@ def test_something_else_under_the_name_of_the_folder(config, encoded, caplog, pu
 
 def test_the_manifest_says_which_text_it_is(encoded):
     assert json.loads((encoded / "manifest.json").read_text())["source"] == "story.txt"
+
+
+class TestLargeText:
+    """A start checks only the lengths. Each shard is checked before its first use."""
+
+    @pytest.fixture(autouse=True)
+    def everything_is_large(self, monkeypatch):
+        monkeypatch.setattr(cache, "CHECKED_AT_START", 0)
+
+    @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".npy")])
+    def test_a_damaged_shard_is_named_before_its_use(self, config, encoded, name):
+        flip_one_bit(encoded / name)
+        corpus = open_corpus(config, 200)
+        ids = corpus.train if name.startswith("train") else corpus.validation
+        problem = rf"data.cache_dir=.*: {encoded / name} does not have its checksum; run python -m minigpt_pl.prepare"
+        with pytest.raises(InputError, match=problem):
+            ids.shard(0)
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 300)], ids=["missing", "shorter"])
+    def test_a_shard_that_vanishes_later_is_named(self, config, encoded, damage):
+        corpus = open_corpus(config, 200)
+        damage(encoded / "train-00000.tokens.npy")
+        with pytest.raises(InputError, match=r"train-00000.tokens.npy (cannot be read \(No such|has not [\d,]+ bytes)"):
+            corpus.train.shard(0)
+
+    def test_prepare_makes_a_damaged_text_again(self, config, encoded, tmp_path, caplog):
+        before = content(config)
+        flip_one_bit(encoded / "train-00000.tokens.npy")
+        arguments = ["data=text", f"data.path={config.path}", "data.validation_share=0.2", "model.vocab_size=200"]
+        arguments += [f"data.cache_dir={config.cache_dir}", "processes=1"]
+        done = run_main("prepare", *arguments, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout == f"{encoded}: 3,150 training tokens, 26 words in the vocabulary\n"
+        assert "train-00000.tokens.npy: does not have its checksum" in caplog.text
+        assert open_corpus(config, 200).train.shard(0) and content(config) == before
 
 
 def test_a_complete_cache_is_only_read(config, encoded, monkeypatch):
@@ -179,7 +212,7 @@ def test_a_full_disk_while_encoding(config, story, tmp_path, monkeypatch):
         path.write_bytes(b"half of the file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(corpus_module, "_write_array", write)
+    monkeypatch.setattr(encoding, "_write_array", write)
     done = run_main("train", *TINY_RUN, f"data.path={story}", f"data.cache_dir={config.cache_dir}", cwd=tmp_path)
     assert done.returncode == 2
     remedy = "cannot be used (No space left on device); free some space"
@@ -221,19 +254,19 @@ def test_folders_of_killed_processes_are_removed(config):
 
 def _die(config, moment: str) -> None:
     """Encodes the text, and kills this process on the way."""
-    write = corpus_module._write_array
+    write = encoding._write_array
 
-    def write_a_part(path, dtype, size, pieces, content_hash):
+    def write_a_part(path, dtype, size, pieces):
         def pieces_until_the_end():
             yield next(pieces)
             yield next(pieces)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        write(path, dtype, size, pieces_until_the_end(), content_hash)
+        write(path, dtype, size, pieces_until_the_end())
 
     if moment == "in the tokens":
-        corpus_module.PIECE = 100
-        corpus_module._write_array = write_a_part
+        encoding.PIECE = 100
+        encoding._write_array = write_a_part
     else:
         Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     open_corpus(config, 200)
@@ -248,7 +281,7 @@ def test_a_killed_encoding_leaves_only_a_temporary_folder(config, moment):
     (leftover,) = entries(config)
     assert leftover.startswith(".") and leftover.endswith(f".{process.pid}")
     files = {path.name for path in Path(config.cache_dir, leftover).iterdir()}
-    assert (files == set(FILES)) == (moment == "before the rename") and "train.tokens.npy" in files
+    assert (files == set(FILES)) == (moment == "before the rename") and "train-00000.tokens.npy" in files
     corpus = open_corpus(config, 200)
     assert corpus.record["content"] == "b9d7111c8a356d6b" and entries(config) == {corpus.record["fingerprint"]}
 
@@ -270,7 +303,7 @@ def test_a_process_that_has_waited_does_not_encode(config, encoded, tmp_path, mo
 
     encoded.rename(tmp_path / "aside")
     monkeypatch.setattr(filelock, "FileLock", Wait)
-    monkeypatch.setattr(corpus_module, "_encode_into", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("encoded again"))
     assert content(config) == "b9d7111c8a356d6b" and "damaged" not in caplog.text
 
 
@@ -287,14 +320,14 @@ def test_a_failed_rename(config, monkeypatch):
 def _without_locks(barrier) -> None:
     """Locks do nothing in this process. Its encoding is ready at the same time as that of the other process."""
     filelock.FileLock = _NoLock
-    encode = corpus_module._encode_into
+    encode = encoding.encode
 
     def encode_and_wait(*arguments):
         record = encode(*arguments)
         barrier.wait(timeout=300)
         return record
 
-    corpus_module._encode_into = encode_and_wait
+    encoding.encode = encode_and_wait
 
 
 def test_without_file_locks_the_slower_process_takes_the_others_files(config):

@@ -393,7 +393,7 @@ class TestChoice:
 
 def test_a_run_that_is_killed_while_it_encodes_is_known(tiny_config, monkeypatch):
     """Its record exists before, and resume=auto begins it again."""
-    from minigpt_pl.data import corpus
+    from minigpt_pl.data import encoding
 
     class Killed(BaseException):
         pass
@@ -403,7 +403,7 @@ def test_a_run_that_is_killed_while_it_encodes_is_known(tiny_config, monkeypatch
 
     config = tiny_config("run_name=mine", "trainer.max_steps=1")
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_encode_into", be_killed)
+        patch.setattr(encoding, "encode", be_killed)
         with pytest.raises(Killed):
             train(config)
     folder = runs.Path(config.output_dir) / "mine"

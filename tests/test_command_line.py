@@ -291,7 +291,7 @@ def mine(tmp_path):
 
 
 class TestHydrasFlags:
-    @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "explore", "convert"])
+    @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "explore", "convert", "prepare"])
     def test_cfg_of_each_command(self, command, tmp_path):
         done = run_main(command, "--cfg", "job", "output_dir=elsewhere", cwd=tmp_path)
         assert done.returncode == 0 and "output_dir: elsewhere" in done.stdout.splitlines()
@@ -364,7 +364,7 @@ class TestHelp:
         assert done.returncode == 0, done.stderr
         assert "  model.embed_dim=64\n      width of the embeddings" in done.stdout
         assert "  trainer.max_epochs=7\n" in done.stdout
-        assert "  experiment=best|fast|keras|mine|quick|scaling\n" in done.stdout
+        assert "  experiment=best|fast|keras|large|mine|quick|scaling\n" in done.stdout
         assert "  data=imdb|text\n" in done.stdout
 
     def test_a_setting_without_a_value(self, tmp_path):
@@ -377,7 +377,7 @@ class TestHelp:
         done = run_main("__main__", cwd=tmp_path)
         commands = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("python")]
         assert commands == [
-            f"python -m minigpt_pl.{name}" for name in ("train", "sample", "evaluate", "explore", "convert")
+            f"python -m minigpt_pl.{name}" for name in ("train", "sample", "evaluate", "explore", "convert", "prepare")
         ]
         for flag in ("-h", "--help"):
             assert run_main("__main__", flag, cwd=tmp_path).stdout == done.stdout

@@ -7,7 +7,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from minigpt_pl.cli import app
-from minigpt_pl.config import ConvertConfig, ExploreConfig, ImdbConfig, SampleConfig, TextConfig, TrainConfig, check
+from minigpt_pl.config import (
+    ConvertConfig,
+    ExploreConfig,
+    ImdbConfig,
+    PrepareConfig,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+    check,
+)
 from minigpt_pl.errors import InputError
 
 CONF = Path(app.CONFIG_DIR)
@@ -24,7 +33,9 @@ def test_every_file_of_conf_composes_to_valid_settings(choice):
     assert isinstance(settings(choice, *extra), TrainConfig)
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, ExploreConfig, ConvertConfig, ImdbConfig, TextConfig])
+@pytest.mark.parametrize(
+    "schema", [TrainConfig, SampleConfig, ExploreConfig, ConvertConfig, PrepareConfig, ImdbConfig, TextConfig]
+)
 def test_every_setting_is_documented(schema):
     for field in fields(schema):
         if is_dataclass(field.type):
@@ -99,6 +110,20 @@ def test_problems_name_setting_value_and_remedy(override, message):
         settings(override)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.second_moment=by_occurrence",
+        "trainer.ema_decay=0.9",
+        "trainer.precision=64-true",
+        "find_learning_rate=true",
+    ],
+)
+def test_what_needs_all_weights_in_one_process(override):
+    with pytest.raises(InputError, match=f"^{override}: .*trainer.strategy=fsdp2.*; (use|leave)"):
+        settings("trainer.strategy=fsdp2", override)
+
+
 TEXT = ("data=text", "data.path=my.txt")
 NO_TEXTS = "text_generator.every_n_epochs=0"
 CONFLICTS = [
@@ -127,6 +152,7 @@ CONFLICTS = [
     ),
     ("sample", ["interactive=true", "prompt=a"], ["prompt=a"]),
     ("convert", ["to_keras=a.weights.h5", "run_name=b"], ["run_name=b"]),
+    ("convert", ["to_torch=a.ckpt", "run_name=b", "vocabulary=v.txt"], ["run_name=b", "vocabulary=v.txt"]),
     ("convert", ["from_keras=a", "vocabulary=v.txt", "run=b"], ["run=b"]),
 ]
 
@@ -149,6 +175,8 @@ def test_settings_without_effect_are_refused(command, overrides, refused):
         ("explore", ["compare=[a]"], "compare=['a']: give two runs or more"),
         ("explore", ["compare=[a,b]", "run=c"], "run=c: compare= already names runs; leave one of them out"),
         ("convert", [], "from_keras=None: give from_keras=FILE to import, or to_keras=FILE"),
+        ("convert", ["to_torch=a.ckpt", "to_keras=a.weights.h5"], "from_keras=None: give from_keras=FILE to import"),
+        ("convert", ["to_torch=a.pt"], "to_torch=a.pt: must end in .ckpt"),
         ("convert", ["from_keras=a"], "vocabulary=null: from_keras needs it"),
         ("convert", ["to_keras=a.h5"], "to_keras=a.h5: must end in .weights.h5"),
         *(

@@ -1,21 +1,29 @@
 """The encoded text and its cache."""
 
 import itertools
+import json
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import imdb_config, text_config
 
-from minigpt_pl.data import corpus as corpus_module
-from minigpt_pl.data.corpus import open_corpus
+from minigpt_pl.data import encoding
+from minigpt_pl.data.corpus import encode_text, open_corpus
 from minigpt_pl.data.sources import Source
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import is_running
 from minigpt_pl.tokenizer import split_words
 
 
@@ -67,7 +75,7 @@ def test_duplicates_of_validation_documents_are_not_trained_on(config, tmp_path)
 
 def test_a_second_start_encodes_nothing(config, monkeypatch):
     first = open_corpus(config, 200)
-    monkeypatch.setattr(corpus_module, "_encode_into", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("encoded again"))
     second = open_corpus(config, 200)
     assert isinstance(second.train.tokens, np.memmap) and second.train.tokens.dtype == np.uint16
     assert np.array_equal(first.train.tokens, second.train.tokens)
@@ -114,21 +122,22 @@ def test_a_small_text_gives_a_warning(config, caplog):
 
 @pytest.mark.parametrize("piece", [1, 7, 2**20])
 def test_the_ids_do_not_depend_on_the_size_of_the_pieces(config, monkeypatch, piece):
-    monkeypatch.setattr(corpus_module, "PIECE", piece)
+    monkeypatch.setattr(encoding, "PIECE", piece)
     corpus = open_corpus(config, 200)
     assert corpus.record["content"] == "b9d7111c8a356d6b"  # the ids of version 0.1.0
     assert (len(corpus.train.tokens), len(corpus.validation.tokens)) == (3150 + 225, 1050 + 75)
 
 
 def test_the_memory_does_not_depend_on_the_length_of_the_text(story, monkeypatch, tmp_path):
-    monkeypatch.setattr(corpus_module, "PIECE", 1_000)
+    for name, size in {"PIECE": 10_000, "BATCH_CHARACTERS": 100_000, "SHARD_TOKENS": 40_000}.items():
+        monkeypatch.setattr(encoding, name, size)
     lines = story.read_text().splitlines()
     peaks = []
-    for times in (10, 100):
+    for times in (30, 150):
         documents = partial(itertools.chain.from_iterable, itertools.repeat(lines, times))
         (tmp_path / str(times)).mkdir()
         tracemalloc.start()
-        corpus_module._encode_into(tmp_path / str(times), Source("story", {}, documents, None), 0.2, 200, None)
+        encoding.encode(tmp_path / str(times), Source("story", {}, documents, None), 0.2, 200, None)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
@@ -138,14 +147,14 @@ def test_a_text_that_grows_while_it_is_read(config, story, monkeypatch, tmp_path
     copy = tmp_path / "copy.txt"
     shutil.copy(story, copy)
     config.path = str(copy)
-    encode = corpus_module._encode_into
+    encode = encoding.encode
 
     def grow_and_encode(*arguments):
         with copy.open("a") as file:
             file.write("One more line.\n")
         return encode(*arguments)
 
-    monkeypatch.setattr(corpus_module, "_encode_into", grow_and_encode)
+    monkeypatch.setattr(encoding, "encode", grow_and_encode)
     with pytest.raises(InputError, match="data.path=.*copy.txt: has changed while it was read; start again"):
         open_corpus(config, 200)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -160,5 +169,132 @@ def test_ids_equal_the_tokenizers_on_real_reviews(imdb, imdb_texts, tmp_path):
     texts = imdb_texts("unsupervised")
     encoded = corpus.tokenizer.encode_batch(texts)
     assert corpus.record["train_tokens"] == sum(len(split_words(text)) for text in texts)
-    for i, encoding in enumerate(encoded):
-        assert corpus.train.tokens[corpus.train.offsets[i] : corpus.train.offsets[i + 1] - 1].tolist() == encoding.ids
+    for i, expected in enumerate(encoded):
+        assert corpus.train.tokens[corpus.train.offsets[i] : corpus.train.offsets[i + 1] - 1].tolist() == expected.ids
+
+
+@pytest.fixture
+def many_shards(monkeypatch):
+    """About five shards for the story, of three batches each."""
+    for name, size in {"BATCH_CHARACTERS": 1_500, "SHARD_TOKENS": 900, "PIECE": 100}.items():
+        monkeypatch.setattr(encoding, name, size)
+
+
+def _contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_shards_contain_the_same_text(config, story, tmp_path, monkeypatch, validation):
+    if validation:
+        (tmp_path / "held_out.txt").write_text("\n".join(story.read_text().splitlines()[250:] + ["A new word."]) + "\n")
+        config.validation_path = str(tmp_path / "held_out.txt")
+    whole = open_corpus(config, 20)
+    config.cache_dir += "-shards"
+    for name, size in {"BATCH_CHARACTERS": 1_500, "SHARD_TOKENS": 900, "PIECE": 100}.items():
+        monkeypatch.setattr(encoding, name, size)
+    parts = open_corpus(config, 20)
+    assert len(parts.train.sizes) > 3
+    for split in ("train", "validation"):
+        for name in ("tokens", "offsets"):
+            assert np.array_equal(getattr(getattr(parts, split), name), getattr(getattr(whole, split), name)), name
+    assert {**parts.record, "content": ""} == {**whole.record, "content": ""}
+    assert parts.tokenizer.to_str() == whole.tokenizer.to_str()
+
+
+def test_the_files_do_not_depend_on_the_number_of_processes(config, many_shards):
+    alone = encode_text(config, 20)
+    config.cache_dir += "-2"
+    assert _contents(encode_text(config, 20, processes=2)) == _contents(alone)
+
+
+def test_processes_that_encode_do_not_import_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import minigpt_pl.data.encoding"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and " numpy\n" in done.stderr and " torch\n" not in done.stderr
+
+
+def _encode_and_die(config, moment: str, processes: int) -> None:
+    """Encodes the text, and kills this process in the third shard or in the second pass."""
+    encoding.BATCH_CHARACTERS, encoding.SHARD_TOKENS, encoding.PIECE = 1_500, 900, 100
+    finish = encoding.write_text
+
+    def finish_and_die(path, text):
+        if path.name == "shard-00002" and moment == "in the third shard":
+            workers = [child.pid for child in multiprocessing.active_children()]
+            Path(config.cache_dir, "workers.json").write_text(json.dumps(workers))
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(path, text)
+
+    encoding.write_text = finish_and_die
+    if moment == "in the second pass":
+        encoding.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    encode_text(config, 20, processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("moment", "processes"), [("in the third shard", 1), ("in the second pass", 1), ("in the third shard", 2)]
+)
+def test_a_killed_encoding_continues(config, many_shards, monkeypatch, caplog, moment, processes):
+    caplog.set_level("INFO")
+    expected = _contents(encode_text(config, 20))
+    config.cache_dir += "-killed"
+    process = multiprocessing.get_context("spawn").Process(target=_encode_and_die, args=(config, moment, processes))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    workers = Path(config.cache_dir, "workers.json")
+    running = json.loads(workers.read_text()) if workers.exists() else []
+    assert len(running) == (2 if processes == 2 else 0)
+    for _ in range(600):
+        running = [process_id for process_id in running if is_running(process_id)]
+        if running:
+            time.sleep(0.1)
+    assert not running, "they wait for a killed process"
+    (leftover,) = (path for path in Path(config.cache_dir).iterdir() if path.is_dir())
+    finished = len([*leftover.glob("shard-*")])
+    assert finished == 2 if moment == "in the third shard" else finished > 3
+    encoded, encode = [], encoding._encode_batch
+    monkeypatch.setattr(
+        encoding, "_encode_batch", lambda batch: encoded.append(len(sum(batch[1].values(), []))) or encode(batch)
+    )
+    assert _contents(encode_text(config, 20)) == expected
+    assert 0 < sum(encoded) < 250 if moment == "in the third shard" else not encoded, (
+        "a finished shard was encoded again"
+    )
+    assert "Continuing a killed encoding" in caplog.text
+    assert not [path for path in Path(config.cache_dir).iterdir() if path.name.startswith(".")]
+
+
+def test_a_shard_that_was_cut_by_a_power_cut_is_encoded_again(config, many_shards):
+    expected = _contents(encode_text(config, 20))
+    config.cache_dir += "-killed"
+    process = multiprocessing.get_context("spawn").Process(
+        target=_encode_and_die, args=(config, "in the second pass", 1)
+    )
+    process.start()
+    process.join()
+    (leftover,) = (path for path in Path(config.cache_dir).iterdir() if path.is_dir())
+    os.truncate(leftover / "train-00001.provisional", 400)
+    assert _contents(encode_text(config, 20)) == expected
+
+
+def test_a_failed_encoding_keeps_its_finished_shards(config, story, many_shards, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(
+        "".join(json.dumps({"text": line}) + "\n" for line in story.read_text().splitlines())
+    )
+    config = text_config(tmp_path / "bad.jsonl", cache_dir=config.cache_dir)
+    read = encoding._read
+
+    def fail_at_the_end(*arguments):
+        yield from itertools.islice(read(*arguments), 200)
+        raise InputError("the hub is gone")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the hub is gone"):
+        patch.setattr(encoding, "_read", fail_at_the_end)
+        encode_text(config, 20)
+    (leftover,) = (path for path in Path(config.cache_dir).iterdir() if path.is_dir())
+    assert [*leftover.glob("shard-*")]
+    encode_text(config, 20)
+    assert not leftover.exists()

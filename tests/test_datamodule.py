@@ -12,7 +12,7 @@ import torch
 from conftest import text_config
 
 import minigpt_pl
-from minigpt_pl.data import corpus as corpus_module
+from minigpt_pl.data import encoding
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.training.module import MiniGPTModule
@@ -58,7 +58,7 @@ def test_construction_does_nothing_and_preparing_encodes_once(datamodule, monkey
     assert not list(Path.cwd().iterdir())
     datamodule.prepare_data()
     assert not hasattr(datamodule, "corpus"), "setup opens the text, in every process"
-    monkeypatch.setattr(corpus_module, "_encode_into", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoding, "encode", lambda *_: pytest.fail("encoded again"))
     other = TextDataModule(datamodule.data, max_length=16)
     other.setup("fit")  # a process for which Lightning does not call prepare_data
     assert (other.vocab_size, other.end_id, other.has_validation) == (26, 25, True)

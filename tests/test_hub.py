@@ -11,16 +11,19 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 from conftest import TINY_MODEL, checkpoint, imdb_config, train
 from huggingface_hub import constants
 
-from minigpt_pl.data import sources
-from minigpt_pl.errors import InputError
+from minigpt_pl.data import parquet, sources
+from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.errors import InputError, TextLostError
 
 README = """---
 dataset_info:
@@ -46,12 +49,14 @@ class Hub(http.server.ThreadingHTTPServer):
         files: the contents by path.
         commit: the newest commit.
         requests: (method, path without the query, status) of each answer.
+        faults: what happens to the next requests for a part of a file, the last one first: "503", "429", "404", "drop"
+            (no answer), "half" (half of the body).
     """
 
     def __init__(self, documents: dict[str, list[str]]):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.address = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.requests = {"README.md": README.encode()}, []
+        self.files, self.requests, self.faults = {"README.md": README.encode()}, [], []
         self.publish("a" * 40, documents)
 
     def publish(self, commit: str, documents: dict[str, list[str]]) -> None:
@@ -71,15 +76,26 @@ class _Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
         status, headers, body = self.answer(path)
-        self.server.requests.append((self.command, path, status))
+        fault = self.server.faults.pop() if self.headers["Range"] and self.server.faults else ""
+        if fault.isdecimal():
+            status, headers, body = int(fault), {"Retry-After": "7"} if fault == "429" else {}, b""
+        self.server.requests.append((self.command, path, fault or status))
+        if fault == "drop":
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in ({"Content-Length": len(body), "X-Repo-Commit": self.server.commit} | headers).items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if fault == "half" else body)
+        self.close_connection |= fault == "half"
 
     do_HEAD = do_GET
+
+    def do_POST(self):
+        self.paths = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self.do_GET()
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         files, commit = self.server.files, self.server.commit
@@ -106,6 +122,10 @@ class _Answer(http.server.BaseHTTPRequestHandler):
                 if name.count("/") > folder.count("/")
             }
             entries += [{"type": "directory", "path": name, "oid": "0", "size": 0} for name in inner]
+            return 200, {}, json.dumps(entries).encode()
+        if self.command == "POST" and re.fullmatch(r"/api/datasets/stanfordnlp/imdb/paths-info/[^/]+", path):
+            known = [name for name in self.paths if name in files]
+            entries = [{"type": "file", "path": n, "oid": self.hash(n), "size": len(files[n])} for n in known]
             return 200, {}, json.dumps(entries).encode()
         found = re.fullmatch(r"/datasets/stanfordnlp/imdb/resolve/[^/]+/(.+)", path)
         if found and found[1] in files:
@@ -174,7 +194,7 @@ def test_train_from_the_hub(hub, tmp_path):
     code, shown = train_in_a_terminal(tmp_path, environment, *OPTIONS)
     assert code == 0, shown
     assert "imdb from the hub, revision aaaaaaaa (train + test)" in shown
-    assert re.search(r"Encoding: \d+ documents", shown), "no progress"
+    assert re.search(r"Encoding: [\d.]+k?B", shown), "no progress"
     for noise in ("HTTP Request", "TensorFlow", "Warning", "GET"):
         assert noise not in shown
     reads = [path for method, path, status in hub.requests if method == "GET" and path.endswith(".parquet")]
@@ -215,3 +235,75 @@ def test_revision_and_a_missing_split(hub):
     hub.files["README.md"] = README.replace("  - {split: test, path: plain_text/test-*}\n", "").encode()
     with pytest.raises(InputError, match="data.source=stanfordnlp/imdb: cannot be read .it has no split 'test'"):
         list(sources.open_source(imdb_config("hub")).train())
+
+
+class TestStreaming:
+    """Faults of the network while a data set of the hub is streamed."""
+
+    @pytest.fixture
+    def waits(self, hub, monkeypatch):
+        """The seconds of each wait. Nothing really waits."""
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        monkeypatch.setattr(parquet, "CHUNK_ROWS", 20)
+        monkeypatch.setattr(parquet, "WAITS", (1, 2))
+        waits = []
+        monkeypatch.setattr(time, "sleep", waits.append)
+        return waits
+
+    def loader(self, tmp_path):
+        config = imdb_config("hub", batch_size=16, streaming=True, sample_documents=200, validation_documents=20)
+        config.cache_dir = str(tmp_path / "cache")
+        datamodule = TextDataModule(config, 26, 16)
+        datamodule.setup()
+        assert datamodule.corpus.record["streamed_rows"] == 260 and datamodule.has_validation
+        return datamodule.train_dataloader()
+
+    def rows(self, loader) -> list[list[int]]:
+        return [row for batch in loader for row in batch.inputs.tolist()]
+
+    @pytest.mark.parametrize(
+        ("faults", "expected"),
+        [
+            (["503"] * 3, [1, 2, 4]),
+            (["429"], [8]),
+            (["drop"] * 3, [1, 2, 4]),
+            (["half"] * 2, [1, 2]),
+            (["503"] * 6, None),
+        ],
+        ids=["503", "429", "dropped", "half", "503 for longer"],
+    )
+    def test_the_text_is_the_same_after_faults(self, hub, waits, tmp_path, faults, expected):
+        loader = self.loader(tmp_path)
+        whole = self.rows(loader)
+        assert len(whole) // 16 == len(loader) and not waits
+        loader = self.loader(tmp_path)
+        hub.faults = [*faults]
+        assert self.rows(loader) == whole and not hub.faults
+        # The 8 seconds are the server's 7, and one of huggingface_hub. Its sixth failure is an error, so we wait too.
+        assert waits == (expected or [1, 2, 4, 8, 8, 1])
+        assert sum(status in faults for _, _, status in hub.requests) == len(faults)
+
+    def test_a_hub_that_stays_away_ends_in_one_line(self, hub, waits, tmp_path):
+        loader = self.loader(tmp_path)
+        hub.faults = ["drop"] * 1000
+        with pytest.raises(
+            TextLostError, match="data.source=hf://.*parquet: cannot be read any more .*resume=auto"
+        ) as error:
+            self.rows(loader)
+        assert len(error.value.problems) == 1 and len(waits) == 3 * 5 + 2 and sum(waits) < 100
+
+    def test_a_file_that_is_gone_is_not_asked_again(self, hub, waits, tmp_path):
+        loader = self.loader(tmp_path)
+        hub.faults = ["404"] * 1000
+        with pytest.raises(TextLostError, match="cannot be read any more"):
+            self.rows(loader)
+        assert not waits and sum(status == "404" for *_, status in hub.requests) == 1
+
+    def test_words_and_row_groups_are_read_once(self, hub, waits, tmp_path, monkeypatch):
+        listed, list_chunks = [], sources.list_chunks
+        monkeypatch.setattr(sources, "list_chunks", lambda *a: listed.append(a[1]) or list_chunks(*a))
+        self.loader(tmp_path)
+        assert sorted(map(len, listed)) == [1, 2]
+        hub.requests.clear()
+        self.loader(tmp_path)
+        assert not [path for _, path, _ in hub.requests if path.endswith(".parquet")]

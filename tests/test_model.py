@@ -38,6 +38,16 @@ def test_returns_logits_and_hidden_states(ids):
     assert_close(logits, hidden @ model.output.weight.T + model.output.bias)
 
 
+def test_losses_are_those_of_the_logits(ids):
+    model, targets = MiniGPT(**SMALL).eval(), ids.roll(-1, dims=1)
+    logits, _ = model(ids)
+    options = [{"ignore_index": 3}, {}]
+    losses = [torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), **o) for o in options]
+    assert_close(model.loss(ids, targets, 3), losses[0] * (targets != 3).sum())
+    assert_close(model.loss(ids, targets), losses[1] * 36)
+    assert_close(model.token_losses(ids, targets).sum(), losses[1].detach() * 36)
+
+
 def test_embeddings_of_tokens_and_positions_are_added(ids):
     model = MiniGPT(**SMALL)
     assert_close(model.embed(ids), model.token_embedding.weight[ids] + model.position_embedding.weight)
@@ -132,6 +142,28 @@ def test_dropout_rate_and_mean(p):
         assert first.mean().item() == pytest.approx(1, abs=5e-3) and len(first.unique()) == 2
     torch.manual_seed(0)
     assert torch.equal(dropout(x), first)
+
+
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(ids):
+    """With dropout: the backward pass must draw the same values again."""
+    gradients, sizes = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, kept = MiniGPT(**SMALL, num_blocks=3, dropout=0.3), {}
+        model.activation_checkpointing = checkpointing
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(ids, ids)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        sizes.append(sum(size for storage, size in kept.items() if storage not in weights))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sizes[1] < sizes[0] / 2
 
 
 def test_tied_embeddings_share_one_weight():

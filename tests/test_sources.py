@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from conftest import imdb_config, text_config
 from huggingface_hub import constants
@@ -185,6 +186,48 @@ class TestText:
         (tmp_path / "a.txt").write_text("two\n")
         assert sources.open_source(text_config(tmp_path / "a.txt")).identity != first
 
+    @pytest.mark.parametrize("imdb", [False, True])
+    def test_the_hash_of_a_large_text_is_remembered_until_the_file_changes(self, tmp_path, monkeypatch, imdb):
+        monkeypatch.setattr(sources, "REMEMBERED_BYTES", 2)
+        path, hashed, cache = tmp_path / "plain_text" / "train-00000.parquet", [], tmp_path / "cache"
+        path.parent.mkdir()
+        path.write_bytes(b"one")
+        os.utime(path, (0, 0))
+        config = imdb_config(str(tmp_path), cache_dir=str(cache)) if imdb else text_config(path, cache_dir=str(cache))
+        hash_file = sources._file_identity
+        monkeypatch.setattr(sources, "_file_identity", lambda file: hashed.append(file) or hash_file(file))
+        real_time = sources.time.time_ns
+        first = sources.open_source(config).identity
+        assert sources.open_source(config).identity == first and len(hashed) == 2, "it may have changed in this second"
+        monkeypatch.setattr(sources.time, "time_ns", lambda: real_time() + 10**11)
+        assert sources.open_source(config).identity == sources.open_source(config).identity == first
+        assert len(hashed) == 3
+        path.write_bytes(b"two")
+        os.utime(path, (0, 0))  # the same size and time
+        assert sources.open_source(config).identity != first and len(hashed) == 4
+
+    @pytest.mark.parametrize("damage", ["", "[1]", '{"NAME": 5}', '{"NAME": [3, 0]}', "[" * 100_000, "5"])
+    def test_damaged_hashes_are_made_again(self, tmp_path, monkeypatch, damage):
+        monkeypatch.setattr(sources, "REMEMBERED_BYTES", 2)
+        (tmp_path / "a.txt").write_text("one")
+        config = text_config(tmp_path / "a.txt", cache_dir=str(tmp_path))
+        first = sources.open_source(config).identity
+        (tmp_path / sources.HASHES).write_text(damage.replace("NAME", str(tmp_path / "a.txt")))
+        real_time = sources.time.time_ns
+        monkeypatch.setattr(sources.time, "time_ns", lambda: real_time() + 10**11)
+        assert sources.open_source(config).identity == first
+        monkeypatch.setattr(sources, "_file_identity", lambda file: pytest.fail("hashed again"))
+        assert sources.open_source(config).identity == first
+
+    def test_hashes_that_cannot_be_written_are_told(self, tmp_path, monkeypatch, caplog):
+        caplog.set_level("INFO")
+        monkeypatch.setattr(sources, "REMEMBERED_BYTES", 2)
+        monkeypatch.setattr(sources.time, "time_ns", lambda: 2**62)
+        (tmp_path / "a.txt").write_text("one")
+        (tmp_path / sources.HASHES).mkdir()
+        sources.open_source(text_config(tmp_path / "a.txt", cache_dir=str(tmp_path)))
+        assert "hashes.json: cannot be written (Is a directory), so the next start reads the text again" in caplog.text
+
     def test_the_held_out_text_must_be_another(self, tmp_path):
         (tmp_path / "a.txt").write_text("one\n")
         with pytest.raises(InputError, match="data.validation_path=.*is the same text as data.path"):
@@ -254,6 +297,14 @@ class TestText:
             (tmp_path / name).write_bytes(contents)
         with pytest.raises(InputError, match=f"data.path=.*{name}.*{message}"):
             list(sources.open_source(text_config(tmp_path / name)).train())
+
+    def test_a_local_file_sends_no_request_that_counts_downloads(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+        monkeypatch.setattr(datasets.load, "get_session", lambda: pytest.fail("a request"))
+        (tmp_path / "a.txt").write_text("one\n")
+        assert list(sources.open_source(text_config(tmp_path / "a.txt")).train()) == ["one"]
+        assert not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
     @pytest.mark.parametrize(
         ("name", "change"),

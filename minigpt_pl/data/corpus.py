@@ -4,43 +4,34 @@ import hashlib
 import json
 import logging
 import re
-import time
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache as cache_results
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from minigpt_pl import runs
 from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
-from minigpt_pl.data import cache
-from minigpt_pl.data.sources import Source, open_source
+from minigpt_pl.data import cache, encoding
+from minigpt_pl.data.encoding import content_hash, is_held_out
+from minigpt_pl.data.parquet import Chunk
+from minigpt_pl.data.sources import Source, Stream, open_source
 from minigpt_pl.errors import InputError
-from minigpt_pl.tokenizer import (
-    NUM_SPECIAL,
-    UNKNOWN_ID,
-    build_tokenizer,
-    build_vocabulary,
-    list_vocabulary,
-    load_tokenizer,
-    split_words,
-)
+from minigpt_pl.tokenizer import list_vocabulary, load_tokenizer, split_words
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # version of the cache files; increase it when their meaning changes
-PIECE = 2**20  # token ids in memory at a time
+FORMAT = 3  # version of the cache files; increase it when their meaning changes
+HELD_OUT = "held_out.npy"
 FEW_TOKENS = 1_000_000  # the notebook: "make sure your corpus has at least 1 million words"
 
 
-@dataclass(frozen=True)
-class Ids:
-    """One split of the text: the token ids of all documents in one array, with [END] after each document.
+class Shard(NamedTuple):
+    """A part of a split: the token ids of its documents in one array, with [END] after each document.
 
     Attributes:
         tokens: (T,) uint16, or uint32 if the vocabulary has more than 65,536 entries.
@@ -51,6 +42,40 @@ class Ids:
     offsets: np.ndarray
 
 
+class ShardSize(NamedTuple):
+    """Number of tokens, of documents, and of documents of one word."""
+
+    tokens: int
+    documents: int
+    one_word_documents: int
+
+
+class Ids:
+    """One split of the text, in shards that are opened when they are used. A small text is one shard.
+
+    Args:
+        sizes: size of each shard.
+        open_shard: opens the shard with this number.
+    """
+
+    def __init__(self, sizes: Sequence[ShardSize], open_shard: Callable[[int], Shard]):
+        self.sizes, self.shard = sizes, cache_results(open_shard)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All shards as one array: `Shard.tokens`. Several shards are copied into memory."""
+        shards = [self.shard(number).tokens for number in range(len(self.sizes))]
+        return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """`Shard.offsets` for `tokens`."""
+        first, *others = (self.shard(number).offsets for number in range(len(self.sizes)))
+        starts = np.cumsum([size.tokens for size in self.sizes])
+        parts = [offsets[1:] + start for offsets, start in zip(others, starts, strict=False)]
+        return np.concatenate([first, *parts]) if parts else first
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A text as token ids, and its tokenizer.
@@ -58,32 +83,41 @@ class Corpus:
     Attributes:
         validation: the held-out text; None if nothing is held out.
         record: values for the run's record: source, fingerprint, counts.
+        stream: with streaming, the whole training text. `train` then has its first documents only.
+        held_out: with streaming, the hashes of the source's validation documents, if it has any.
     """
 
     tokenizer: Tokenizer
     train: Ids
     validation: Ids | None
     record: dict[str, Any]
+    stream: Stream | None = None
+    held_out: frozenset[int] | None = None
 
 
 def open_corpus(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Corpus:
     """Encode the text if needed, then open it. Arguments and errors are those of `encode_text`."""
-    return read_corpus(*encode_text(config, vocab_size, tokenizer))
+    return read_corpus(encode_text(config, vocab_size, tokenizer))
 
 
-def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> tuple[Path, str]:
-    """Encode the text that the settings name, unless the cache already has it.
+def encode_text(
+    config: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    processes: int = 1,
+    check_all: bool = False,
+) -> Path:
+    """Encode the text that the settings name, unless the cache already has it. Returns the folder of the encoded text.
 
-    Several processes may call this at the same time. One encodes, and the others wait. Each call checks all files of
+    Several processes may call this at the same time. One encodes, and the others wait. Each call checks the files of
     the encoded text (`cache.find_damage`). If one is damaged, a warning names it, and the text is encoded again.
 
     Args:
         config: the source, the held-out share and the folder of the cache.
         vocab_size: maximum size of the vocabulary, including the three special tokens.
         tokenizer: its vocabulary is used. If None, the vocabulary is the most frequent words of the training text.
-
-    Returns:
-        The folder with the encoded text, and a description of the source.
+        processes: processes that encode. The result does not depend on it.
+        check_all: check every byte of a large text too.
 
     Raises:
         InputError: the text cannot be found or read, it has no words, or it changes while it is read. Or the cache
@@ -91,6 +125,11 @@ def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
     """
     source = open_source(config)
     log.info("Text: %s", source.description)
+    if tokenizer is None and config.tokenizer is not None:
+        try:
+            tokenizer = load_tokenizer(Path(config.tokenizer))
+        except InputError as error:
+            raise InputError(*(f"data.tokenizer={problem}" for problem in error.problems)) from error
     wanted = {
         "format": FORMAT,
         "source": source.identity,
@@ -103,24 +142,65 @@ def encode_text(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.cache_dir) / fingerprint
 
-    def encode(temporary: Path) -> dict[str, Any]:
-        return _encode_into(temporary, source, config.validation_share, vocab_size, vocabulary)
+    def write(temporary: Path) -> dict[str, Any]:
+        values = encoding.encode(temporary, source, config.validation_share, vocab_size, vocabulary, processes)
+        if source.stream is not None:
+            values["stream"] = source.stream()._asdict()
+            _finish_sample(temporary, source, config, vocab_size if vocabulary is None else None, values)
+        return values
 
-    cache.fill(folder, encode, "data.cache_dir")
-    return folder, source.description
+    cache.fill(folder, write, "data.cache_dir", check_all)
+    return folder
 
 
-def read_corpus(folder: Path, description: str) -> Corpus:
-    """Memory-map an encoded text. The arguments are the two values that `encode_text` returns."""
-    counts = cache.read_manifest(folder)["counts"]
+def _finish_sample(
+    folder: Path, source: Source, config: DataConfig, vocab_size: int | None, values: dict[str, Any]
+) -> None:
+    """Add what the stream needs to the encoded sample of a streamed text: its number of rows, and held-out hashes."""
+    counts, rows = values["counts"], sum(chunk.rows for chunk in values["stream"]["chunks"])
+    counts["streamed_rows"] = rows
+    if vocab_size is not None and counts["vocab_size"] < vocab_size and config.sample_documents < rows:
+        raise InputError(
+            f"data.sample_documents={config.sample_documents}: they have only {counts['vocab_size']:,} different words;"
+            " raise it, lower model.vocab_size, or give data.tokenizer"
+        )
+    if source.validation is not None:
+        hashes = {content_hash(text.encode()) for text in source.validation()}
+        np.save(folder / HELD_OUT, np.array(sorted(hashes), dtype=np.uint64))
+
+
+def read_corpus(folder: Path) -> Corpus:
+    """Open a text that `encode_text` has encoded. This reads only its manifest and its tokenizer."""
+    manifest = cache.read_manifest(folder)
+    counts = manifest["counts"]
     if counts["train_tokens"] < FEW_TOKENS:
         tokens = f"{counts['train_tokens']:,}"
         log.warning("The training text has only %s tokens. With fewer than 1,000,000, expect poor results.", tokens)
+
+    def open_shard(split: str, number: int) -> Shard:
+        arrays = []
+        for name in Shard._fields:
+            path = folder / f"{split}-{number:05}.{name}.npy"
+            cache.check_file(path, manifest)
+            # With mode "r", PyTorch warns that the array is not writable. With mode "c", changes stay in memory.
+            arrays.append(np.load(path, mmap_mode="c"))
+        return Shard(*arrays)
+
+    splits = {
+        split: Ids([ShardSize(*size) for size in sizes], partial(open_shard, split))
+        for split, sizes in manifest["shards"].items()
+    }
+    stream = manifest.get("stream")
+    if stream is not None:
+        stream = Stream(**stream | {"chunks": [Chunk(*chunk) for chunk in stream["chunks"]]})
+    held_out = frozenset(np.load(folder / HELD_OUT).tolist()) if HELD_OUT in manifest["files"] else None
     return Corpus(
         load_tokenizer(folder / "tokenizer.json"),
-        _open_ids(folder, "train"),
-        _open_ids(folder, "validation") if counts["validation_documents"] else None,
-        {"source": description, "fingerprint": folder.name, **counts},
+        splits["train"],
+        splits["validation"] if counts["validation_documents"] else None,
+        {"source": manifest["source"], "fingerprint": folder.name, **counts},
+        stream,
+        held_out,
     )
 
 
@@ -178,141 +258,6 @@ def held_out_texts(config: DataConfig) -> Iterator[str]:
     if source.validation is not None:
         texts = source.validation()
     else:
-        texts = (text for text in source.train() if _is_held_out(_content_hash(text), config.validation_share))
+        share = config.validation_share
+        texts = (text for text in source.train() if is_held_out(content_hash(text.encode()), share))
     return (text for text in texts if split_words(text))
-
-
-def _open_ids(folder: Path, split: str) -> Ids:
-    # With mode "r", PyTorch warns that the array is not writable. With mode "c", changes stay in memory.
-    return Ids(*(np.load(folder / f"{split}.{name}.npy", mmap_mode="c") for name in ("tokens", "offsets")))
-
-
-def _encode_into(
-    folder: Path, source: Source, validation_share: float, vocab_size: int, vocabulary: list[str] | None
-) -> dict[str, Any]:
-    """Write the files of an encoded text. Returns the values for its manifest.
-
-    This reads the text once and numbers the words in order of appearance. These provisional ids go to a file, and are
-    then replaced by the final ids, piece by piece. So the memory does not depend on the length of the text. It grows
-    with the different words, the longest document, and the validation documents of the source (8-byte hashes). The disk
-    needs 6 bytes per token meanwhile, and 2 afterwards.
-    """
-    start = time.monotonic()
-    provisional_ids = {"": 0}  # 0 marks the end of a document; no word is empty
-    paths = {split: folder / f"{split}.provisional" for split in ("train", "validation")}
-    held_out_hashes, duplicates = set(), 0
-    progress = partial(tqdm, desc="Encoding", unit=" documents", disable=None, leave=False)
-    with paths["train"].open("wb") as train_file, paths["validation"].open("wb") as validation_file:
-        train, validation = _Encoder(provisional_ids, train_file), _Encoder(provisional_ids, validation_file)
-        for text in progress(source.validation()) if source.validation else ():
-            held_out_hashes.add(_content_hash(text))
-            validation.add(text)
-        for text in progress(source.train()):
-            content = _content_hash(text)
-            if content in held_out_hashes:
-                duplicates += 1
-            elif source.validation is None and _is_held_out(content, validation_share):
-                validation.add(text)
-            else:
-                train.add(text)
-        train.flush()
-        validation.flush()
-    if not train.documents and validation.documents and source.validation is None:
-        raise InputError(
-            f"data.validation_share={validation_share}: holds out all {validation.documents} documents; give more text,"
-            " or cut it into more documents (data.document)"
-        )
-    if not train.documents:
-        raise InputError(f"{source.description}: no text to train on; give documents that contain words")
-
-    # The vocabulary comes from the training text only.
-    counts = np.zeros(len(provisional_ids), dtype=np.int64)
-    for piece in _read_pieces(paths["train"]):
-        counts += np.bincount(piece, minlength=len(counts))
-    counts[0] = 0  # not a word
-    if vocabulary is None:
-        word_counts = {word: int(counts[id_]) for word, id_ in provisional_ids.items() if counts[id_]}
-        vocabulary = build_vocabulary(word_counts, vocab_size)
-    final_ids = np.full(len(provisional_ids), UNKNOWN_ID, dtype=np.uint16 if len(vocabulary) <= 2**16 else np.uint32)
-    for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1):
-        if word in provisional_ids:  # a given vocabulary can have words that are not in this text
-            final_ids[provisional_ids[word]] = id_
-    final_ids[0] = len(vocabulary) - 1
-
-    build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
-    content_hash = hashlib.sha256("\n".join(vocabulary).encode())
-    for split, encoder in (("train", train), ("validation", validation)):
-        path, size = paths[split], encoder.words + encoder.documents
-        ids = (final_ids[piece] for piece in _read_pieces(path))
-        _write_array(folder / f"{split}.tokens.npy", final_ids.dtype, size, ids, content_hash)
-        ends = _offsets(path)
-        _write_array(folder / f"{split}.offsets.npy", np.dtype(np.int64), encoder.documents + 1, ends, content_hash)
-        path.unlink()
-    documents, words = train.documents + validation.documents, train.words + validation.words
-    log.info("Encoded %s documents, %s tokens, in %.1f s.", f"{documents:,}", f"{words:,}", time.monotonic() - start)
-    record = {
-        "train_documents": train.documents,
-        "train_tokens": train.words,
-        "distinct_words": int((counts > 0).sum()),
-        "vocab_size": len(vocabulary),
-        "validation_documents": validation.documents,
-        "validation_tokens": validation.words,
-        "validation_duplicates_left_out": duplicates,
-        "content": content_hash.hexdigest()[:16],
-    }
-    return {"source": source.description, "counts": record}
-
-
-class _Encoder:
-    """Writes the provisional ids of one split to a file, as uint32, with a 0 after each document."""
-
-    def __init__(self, provisional_ids: dict[str, int], file: BinaryIO):
-        self.ids, self.file, self.tokens = provisional_ids, file, array("I")
-        self.documents, self.words = 0, 0
-
-    def add(self, text: str) -> None:
-        if words := split_words(text):
-            self.tokens.extend([self.ids.setdefault(word, len(self.ids)) for word in words])
-            self.tokens.append(0)
-            self.documents += 1
-            self.words += len(words)
-            if len(self.tokens) > PIECE:
-                self.flush()
-
-    def flush(self) -> None:
-        self.file.write(self.tokens)
-        self.tokens = array("I")
-
-
-def _read_pieces(provisional: Path) -> Iterator[np.ndarray]:
-    with provisional.open("rb") as file:
-        while (piece := np.fromfile(file, dtype=np.uint32, count=PIECE)).size:
-            yield piece
-
-
-def _offsets(provisional: Path) -> Iterator[np.ndarray]:
-    """Yield `Ids.offsets` in pieces."""
-    yield np.zeros(1, dtype=np.int64)
-    start = 0
-    for piece in _read_pieces(provisional):
-        yield np.flatnonzero(piece == 0) + (start + 1)
-        start += len(piece)
-
-
-def _write_array(path: Path, dtype: np.dtype, size: int, pieces: Iterator[np.ndarray], content_hash: Any) -> None:
-    """Write the file that `np.save` would write for the concatenated pieces, and add their bytes to the hash."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in pieces:
-            file.write(piece.data)
-            content_hash.update(piece.data)
-
-
-def _content_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _is_held_out(content: int, share: float) -> bool:
-    """The content decides, so copies of a document are always in the same split."""
-    return content / 2**64 < share

@@ -12,6 +12,7 @@ from torch import Tensor
 from minigpt_pl.config import DataConfig, ModelConfig
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, Ids, encode_text, read_corpus
+from minigpt_pl.data.streaming import StreamLoader
 from minigpt_pl.errors import InputError
 from minigpt_pl.tokenizer import END, PADDING_ID, fingerprint
 
@@ -51,7 +52,7 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.max_vocab_size, self.max_length, self.seed = data, max_vocab_size, max_length, seed
         self._given_tokenizer = tokenizer
-        self._encoded: tuple[Path, str] | None = None
+        self.folder: Path | None = None  # of the encoded text; who knows it may set it, and `prepare_data` does nothing
         self._train_loader: BatchLoader | None = None
         self._resumed_state: dict[str, Any] = {}
 
@@ -61,11 +62,11 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: the text cannot be found or read.
         """
-        if self._encoded is None:
-            self._encoded = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
+        if self.folder is None:
+            self.folder = encode_text(self.data, self.max_vocab_size, self._given_tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
-        """Memory-map the encoded text. Lightning calls this in every process.
+        """Open the encoded text. Lightning calls this in every process.
 
         Raises:
             InputError: the text is too small for one batch.
@@ -73,15 +74,14 @@ class TextDataModule(L.LightningDataModule):
         if hasattr(self, "corpus"):
             return
         self.prepare_data()  # in the other processes, the text is already in the cache
-        assert self._encoded is not None
-        self.corpus = read_corpus(*self._encoded)
+        assert self.folder is not None
+        self.corpus = read_corpus(self.folder)
         self.tokenizer, self.vocab_size = self.corpus.tokenizer, self.corpus.tokenizer.get_vocab_size()
         self.end_id = self.tokenizer.token_to_id(END) if self.data.end_token else None
         self._train_sequences = self._cut(self.corpus.train)
         self._val_sequences = None if self.corpus.validation is None else self._cut(self.corpus.validation)
         self.has_validation = bool(self._val_sequences)
-        available = len(self._train_sequences)
-        self.num_sequences = min(available, self.data.max_sequences or available)
+        self.num_sequences = self._build_train_loader(self._train_sequences).num_sequences
         if self.num_sequences < self.data.batch_size:
             raise InputError(
                 f"data.batch_size={self.data.batch_size}: the text has only {self.num_sequences} sequences;"
@@ -102,12 +102,16 @@ class TextDataModule(L.LightningDataModule):
             options["accumulate"] = trainer.accumulate_grad_batches
             if isinstance(trainer.limit_train_batches, int):  # Lightning itself applies a fraction
                 options["max_batches"] = trainer.limit_train_batches
-        self._train_loader = self._build_train_loader(self._on_device(self._train_sequences), **options)
+        sequences = self._train_sequences if self.data.streaming else self._on_device(self._train_sequences)
+        self._train_loader = self._build_train_loader(sequences, **options)
         if self._resumed_state:
             self._train_loader.restore(self._resumed_state)
         return self._train_loader
 
     def _build_train_loader(self, sequences: Sequences, **options: Any) -> BatchLoader:
+        if self.data.streaming:
+            share = self.data.validation_share
+            return StreamLoader(self.corpus, self._train_sequences, share, self.data.batch_size, self.seed, **options)
         max_sequences = self.data.max_sequences
         return BatchLoader(sequences, self.data.batch_size, self.seed, max_sequences=max_sequences, **options)
 
@@ -120,8 +124,7 @@ class TextDataModule(L.LightningDataModule):
     def _on_device(self, sequences: Sequences) -> Sequences:
         """Copy the text to the GPU if it is smaller than MAX_GPU_TEXT_BYTES. Then the GPU also builds the batches."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        fits = sequences.tokens.nbytes < MAX_GPU_TEXT_BYTES
-        return sequences.to(device) if device.type == "cuda" and fits else sequences
+        return sequences.to(device) if device.type == "cuda" and sequences.nbytes < MAX_GPU_TEXT_BYTES else sequences
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, the settings that determine the order, and the fingerprint of the tokenizer."""
@@ -141,7 +144,7 @@ class TextDataModule(L.LightningDataModule):
 
     def target_shares(self) -> Tensor:
         """Share of each token id among the training targets, (V,), estimated from at most 50,000 sequences."""
-        rows = torch.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
+        rows = np.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
         targets = self._train_sequences[rows][:, 1:].numpy()
         if not self.data.loss_on_padding:
             targets = targets[targets != PADDING_ID]

@@ -5,24 +5,31 @@ import glob
 import hashlib
 import importlib.util
 import itertools
+import json
 import logging
 import re
 import textwrap
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minigpt_pl.config import IMDB_SPLITS, DataConfig, ImdbConfig, TextConfig
+from minigpt_pl.data.parquet import Chunk, list_chunks, read_chunk
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import make_folder, write_text
 
 log = logging.getLogger(__name__)
 
 IMDB_HUB_ID = "stanfordnlp/imdb"
 PACKAGED_CSV_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+HASHES = "hashes.json"  # in the folder of the cache
+REMEMBERED_BYTES = 2**24  # a smaller text is hashed at each start
+MAX_HASHES = 100_000
 HUB_SECONDS = 10  # without this limit, `datasets` waits 23 s
 _READERS = {".txt": "text", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -37,12 +44,16 @@ class Source:
     Attributes:
         description: one line for messages and for the run's record.
         validation: None if the source has no validation documents.
+        size: about the number of bytes of all documents; None if it is unknown.
+        stream: with streaming, opens the whole training text. `train` then has its first documents only.
     """
 
     description: str
     identity: Identity
     train: Documents
     validation: Documents | None
+    size: int | None = None
+    stream: "Callable[[], Stream] | None" = None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -51,6 +62,8 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         InputError: the text cannot be found or reached.
     """
+    if config.streaming:
+        return _open_streamed(config)
     if isinstance(config, ImdbConfig):
         return _open_imdb(config)
     if isinstance(config, TextConfig):
@@ -96,7 +109,8 @@ def _open_imdb(config: ImdbConfig) -> Source:
             split: partial(_read_files, "parquet", _states(paths), "text", "data.source")
             for split, paths in files.items()
         }
-        identity = {"files": [_file_identity(path) for _, paths in sorted(files.items()) for path in paths]}
+        paths = [path for _, paths in sorted(files.items()) for path in paths]
+        identity = {"files": _identities(_states(paths), Path(config.cache_dir))}
 
     present = [split for split in config.train_splits if split in splits]
     if not present:
@@ -141,28 +155,38 @@ def _open_text(config: TextConfig) -> Source:
     options = (config.text_column, config.document)
     if Path(config.path).exists():
         _refuse_revision(config, f"data.path={config.path}")
-    train, identity = text_documents("data.path", config.path, *options, config.revision)
+    cache_dir = Path(config.cache_dir)
+    train, identity, size = text_documents("data.path", config.path, *options, config.revision, cache_dir)
     name = Path(config.path).resolve().name if Path(config.path).exists() else config.path
     if config.validation_path is None:
-        return Source(name, {"train": identity}, train, None)
-    validation, validation_identity = text_documents("data.validation_path", config.validation_path, *options)
+        return Source(name, {"train": identity}, train, None, size)
+    validation, validation_identity, validation_size = text_documents(
+        "data.validation_path", config.validation_path, *options, cache_dir=cache_dir
+    )
     if validation_identity == identity:
         raise InputError(
             f"data.validation_path={config.validation_path}: is the same text as data.path; give another text, or null"
             " to hold out a share of data.path"
         )
-    return Source(name, {"train": identity, "validation": validation_identity}, train, validation)
+    size = None if size is None or validation_size is None else size + validation_size
+    return Source(name, {"train": identity, "validation": validation_identity}, train, validation, size)
 
 
 def text_documents(
-    setting: str, given: str, text_column: str, document: str, revision: str | None = None
-) -> tuple[Documents, Identity]:
-    """Open a text of the user. Returns its documents and its identity.
+    setting: str,
+    given: str,
+    text_column: str,
+    document: str,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+) -> tuple[Documents, Identity, int | None]:
+    """Open a text of the user. Returns its documents, its identity, and about its size in bytes, if it is known.
 
     Args:
         setting: name of the setting, for error messages.
         given: a file, a folder or a hub id.
         text_column, document, revision: as in `TextConfig`.
+        cache_dir: folder that remembers the hashes of large files.
 
     Raises:
         InputError: the text cannot be found or reached, or its format is unknown.
@@ -171,14 +195,9 @@ def text_documents(
     if not path.exists():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) or path.suffix in _READERS:
             raise InputError(f"{setting}={given}: no such file or folder; give a path, or a hub id such as owner/name")
-        try:
-            commit = hub_revision(given, revision)
-        except OSError as error:
-            raise InputError(
-                f"{setting}={given}: no such file, and the hub does not have it ({error}); give a file or a folder"
-            ) from error
+        commit = _commit(setting, given, revision)
         documents = partial(_read_hub, given, commit, "train", text_column, setting)
-        return documents, {"hub": given, "revision": commit, "column": text_column}
+        return documents, {"hub": given, "revision": commit, "column": text_column}, None
 
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS) if path.is_dir() else [path]
     suffixes = sorted({file.suffix.lower() for file in files})
@@ -202,8 +221,20 @@ def text_documents(
     if value != getattr(TextConfig, name):
         group = setting[: setting.rfind(".") + 1]  # "data."; evaluate has none
         warnings.warn(f"{group}{name}={value}: has no effect on {suffix} files; leave it out", stacklevel=2)
-    documents = partial(_read_files, _READERS[suffix], _states(files), column, setting, **options)
-    return documents, {"files": [_file_identity(file) for file in files], "column": column, "document": document}
+    states = _states(files)
+    documents = partial(_read_files, _READERS[suffix], states, column, setting, **options)
+    # Parquet files are compressed.
+    size = None if suffix == ".parquet" else sum(file_size for file_size, *_ in states.values())
+    return documents, {"files": _identities(states, cache_dir), "column": column, "document": document}, size
+
+
+def _commit(setting: str, dataset_id: str, revision: str | None) -> str:
+    try:
+        return hub_revision(dataset_id, revision)
+    except OSError as error:
+        raise InputError(
+            f"{setting}={dataset_id}: no such file, and the hub does not have it ({error}); give a file or a folder"
+        ) from error
 
 
 def _file_identity(path: Path) -> str:
@@ -212,15 +243,142 @@ def _file_identity(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _identities(files: "dict[Path, _State]", cache_dir: Path | None) -> list[str]:
+    """Return the sha256 of each file. Those of a large text are remembered in `cache_dir`, until the files change."""
+    if cache_dir is None or sum(size for size, *_ in files.values()) < REMEMBERED_BYTES:
+        return [_file_identity(file) for file in files]
+    store, known = cache_dir / HASHES, {}
+    if store.exists():
+        try:
+            known = dict(json.loads(store.read_bytes()))
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            log.info("%s: cannot be read (%s), so all files are read.", store, _one_line(error))
+    now, identities, new = time.time_ns(), [], {}
+    for file, state in files.items():
+        name = str(file.resolve())
+        entry = known.get(name)
+        if not isinstance(entry, list) or entry[:-1] != [*state]:
+            entry = [*state, _file_identity(file)]
+            if now - max(state[1:]) > 10**10:  # a later change within the same tick of the clock would not be seen
+                new[name] = entry
+        identities.append(entry[-1])
+    if new:
+        make_folder(cache_dir, "data.cache_dir")
+        try:
+            write_text(store, json.dumps(dict([*(known | new).items()][-MAX_HASHES:])))
+        except OSError as error:
+            log.info("%s: cannot be written (%s), so the next start reads the text again.", store, error.strerror)
+    return identities
+
+
+# --------------------------------------------------------------------------------------------- streaming
+
+
+class Stream(NamedTuple):
+    """The chunks of Parquet files: how a streamed text is read.
+
+    Attributes:
+        root: a folder or a file; the hub's files do not need it.
+        column: column of the text.
+        setting: name of the setting that gives the text, for error messages.
+    """
+
+    root: str
+    column: str
+    setting: str
+    chunks: list[Chunk]
+
+    def read(self, chunk: Chunk) -> Iterator[str]:
+        """Yield the documents of a chunk."""
+        return read_chunk(self.root, chunk, self.column, self.setting)
+
+    def documents(self) -> Iterator[str]:
+        """Yield all documents in the order of the files."""
+        return itertools.chain.from_iterable(map(self.read, self.chunks))
+
+
+def _open_streamed(config: DataConfig) -> Source:
+    """Open the first documents of Parquet files, and list the chunks of all files."""
+    if isinstance(config, ImdbConfig):
+        setting, column, splits = "data.source", "text", config.train_splits
+        given = IMDB_HUB_ID if config.source in ("auto", "hub") else config.source
+        patterns = {split: f"plain_text/{split}-*.parquet" for split in IMDB_SPLITS}
+    elif isinstance(config, TextConfig):
+        setting, given, column, splits = "data.path", config.path, config.text_column, ["train"]
+        patterns = {"train": "**/*.parquet"}
+    else:
+        raise TypeError(f"no source for {type(config).__name__}")
+    path, identity = Path(given), Identity(column=column, sample=config.sample_documents)
+    if path.exists():
+        _refuse_revision(config, f"{setting}={given}")
+        files = {split: [str(file.relative_to(path)) for file in sorted(path.glob(p))] for split, p in patterns.items()}
+        if path.suffix.lower() == ".parquet":
+            files = {"train": [""]}
+    elif "/" in given:
+        identity["hub"], identity["revision"] = given, _commit(setting, given, config.revision)
+        files = _hub_files(setting, given, identity["revision"])
+    else:
+        files = {}
+    present = [split for split in splits if files.get(split)]
+    if not present or not all(file.endswith(".parquet") for split in present for file in files[split] if file):
+        raise InputError(
+            f"data.streaming=true: {setting}={given} has no Parquet files to train on; convert the text to Parquet, or"
+            " leave data.streaming out"
+        )
+
+    root = str(path.resolve()) if path.exists() else given
+
+    @cache  # for a data set of the hub, only if the cache does not have its sample
+    def read_footers(*splits: str) -> tuple[Stream, list[str]]:
+        chunks, footers = list_chunks(root, [file for split in splits for file in files[split]], column, setting)
+        return Stream(root, column, setting, chunks), footers
+
+    def first(splits: Sequence[str], number: int) -> Iterator[str]:
+        yield from itertools.islice(read_footers(*splits)[0].documents(), number)
+
+    held_out: Documents | None = None
+    if isinstance(config, TextConfig) and config.validation_path is not None:
+        held_out, identity["validation"], _ = text_documents(
+            "data.validation_path", config.validation_path, column, config.document, cache_dir=Path(config.cache_dir)
+        )
+    elif isinstance(config, ImdbConfig) and (split := config.validation_split or "") in {*files} - {*present}:
+        held_out = partial(first, [split], config.validation_documents)
+        identity["validation"] = [split, config.validation_documents]
+        if path.exists():
+            identity["validation"] += read_footers(split)[1]
+    if path.exists():
+        identity |= {"root": root, "footers": read_footers(*present)[1]}
+    return Source(
+        f"{path.resolve().name if path.exists() else given} (streamed)",
+        {"streamed": identity | {"splits": present}},
+        partial(first, present, config.sample_documents),
+        held_out,
+        stream=lambda: read_footers(*present)[0],
+    )
+
+
+def _hub_files(setting: str, dataset_id: str, revision: str) -> dict[str, list[str]]:
+    """The addresses of the files of each split."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(dataset_id, revision=revision).config.data_files or {}
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise InputError(
+            f"{setting}={dataset_id}: cannot be read ({_one_line(error)}); give another data set"
+        ) from error
+    return {str(split): [str(file) for file in files] for split, files in found.items()}
+
+
 # ----------------------------------------------------------------------------------------------- reading
 
 
-_State = tuple[int, int]  # size, and time of the last change in ns
+_State = tuple[int, int, int]  # size, and times of the last change of the content and of the inode, in ns
 
 
 def _states(files: list[Path]) -> dict[Path, _State]:
     """Take them before `_file_identity`: the text that is read must be the text that was hashed."""
-    return {file: ((status := file.stat()).st_size, status.st_mtime_ns) for file in files}
+    return {file: ((status := file.stat()).st_size, status.st_mtime_ns, status.st_ctime_ns) for file in files}
 
 
 def _read_files(reader: str, files: dict[Path, _State], column: str, setting: str, **options: str) -> Iterator[str]:
@@ -237,7 +395,7 @@ def _read_files(reader: str, files: dict[Path, _State], column: str, setting: st
 
 def _refuse_changes(files: dict[Path, _State], setting: str) -> None:
     for file, state in files.items():
-        if not file.exists() or _states([file])[file] != state:
+        if not file.exists() or _states([file])[file][:2] != state[:2]:
             raise InputError(f"{setting}={file}: has changed while it was read; start again when it is complete")
 
 
@@ -261,6 +419,8 @@ def _hub_splits(dataset_id: str, revision: str) -> Any:
 def _load_dataset(name: str, **options: Any) -> Any:
     import datasets
 
+    if "data_files" in options:  # local files: without a network, the request that counts downloads takes a minute
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets.load_dataset(name, streaming=True, **options)
 
 

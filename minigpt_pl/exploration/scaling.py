@@ -79,9 +79,9 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[ComparedR
         contents, max_length = read_checkpoint(checkpoint), model.network.max_length
         sequences = Sequences(corpus.train, max_length, data.cut, data.end_token, count_padding=False)
         seed = contents["hyper_parameters"].get("seed", 0)
-        rows = BatchLoader(sequences, data.batch_size, seed, max_sequences=data.max_sequences).rows
+        loader = BatchLoader(sequences, data.batch_size, seed, max_sequences=data.max_sequences)
         batches = contents.get("global_step", math.nan) * settings.get("trainer.accumulate_grad_batches", 1)
-        text_tokens, epochs = int(sequences.target_counts[rows].sum()), batches * data.batch_size / len(rows)
+        text_tokens, epochs = loader.count_targets(), batches * data.batch_size / loader.num_sequences
         kept = {name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)}
         opened.append(ComparedRun(folder.name, model, corpus, held_out, text_tokens, epochs, kept))
     return opened

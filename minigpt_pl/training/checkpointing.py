@@ -3,29 +3,37 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from torch.distributed.tensor import DTensor
 
 from minigpt_pl import signals
-from minigpt_pl.checkpoints import DamagedError, read_checkpoint
+from minigpt_pl.checkpoints import DamagedError, read_checkpoint, read_whole_checkpoint
 from minigpt_pl.config import CheckpointConfig
-from minigpt_pl.errors import InputError
-from minigpt_pl.files import atomic_write
-from minigpt_pl.runs import checkpoints_of
+from minigpt_pl.errors import InputError, TextLostError
+from minigpt_pl.files import atomic_write, remove
+from minigpt_pl.runs import META, checkpoints_of
+from minigpt_pl.sharded_checkpoints import split, write_parts
 from minigpt_pl.signals import SIGNALS, Interrupted
 
 log = logging.getLogger(__name__)
 
+VOTE_SECONDS = 2
+
 
 class CheckpointWriter(TorchCheckpointIO):
     """Writes checkpoints atomically. Keeps the older files of `last.ckpt` as `step-<step>.ckpt`.
+
+    If the weights are sharded, the checkpoint is too (`sharded_checkpoints`), and all processes must call
+    `save_checkpoint`. Otherwise only the first process calls it.
 
     A failed write is a warning. After `max_failures` of them in a row, it is an error.
 
@@ -41,14 +49,11 @@ class CheckpointWriter(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         try:
-            path.parent.mkdir(exist_ok=True)  # not its parents: somebody may have removed the run folder
-            with atomic_write(path) as temporary:
-                self._write(checkpoint, temporary)
-                if path.name == "last.ckpt" and path.exists():
-                    path.replace(path.with_name(self._name_of_old(path)))
-            if path.name == "last.ckpt":
-                self.step_of_last = checkpoint["global_step"]
-            self._remove_old(path.parent)
+            if any(isinstance(weight, DTensor) for weight in checkpoint["state_dict"].values()):
+                self._save_sharded(checkpoint, path)
+            else:
+                with self._new_checkpoint(path, checkpoint["global_step"]) as temporary:
+                    self._write(checkpoint, temporary)
         except OSError as error:  # for example a full disk, or a network share that is gone
             self.failures += 1
             if self.failures >= self.max_failures or not path.parent.parent.is_dir():
@@ -59,6 +64,46 @@ class CheckpointWriter(TorchCheckpointIO):
             log.warning("%s: cannot be written (%s). The training continues, and tries again.", path, error.strerror)
         else:
             self.failures = 0
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if Path(path).is_dir():  # a sharded checkpoint, for a strategy that does not shard
+            return read_whole_checkpoint(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    @contextmanager
+    def _new_checkpoint(self, path: Path, step: int) -> Iterator[Path]:
+        """`atomic_write` of a checkpoint. The older one is renamed or replaced, and the oldest is removed."""
+        path.parent.mkdir(exist_ok=True)  # not its parents: somebody may have removed the run folder
+        is_last, replaced = path.name == "last.ckpt", path.with_name("best.ckpt.replaced")
+        with atomic_write(path) as temporary:
+            yield temporary
+            if is_last and path.exists():
+                remove(old := path.with_name(self._name_of_old(path)))
+                path.replace(old)
+            elif path.is_dir() or (path.exists() and temporary.is_dir()):  # the system does not replace folders
+                remove(replaced)
+                path.replace(replaced)
+        remove(replaced)
+        if is_last:
+            self.step_of_last = step
+        self._remove_old(path.parent)
+
+    def _save_sharded(self, checkpoint: dict[str, Any], path: Path) -> None:
+        contents, tensors = split(checkpoint)
+
+        def begin() -> Path:
+            folder = stack.enter_context(self._new_checkpoint(path, checkpoint["global_step"]))
+            folder.mkdir()
+            return folder
+
+        def finish() -> None:
+            self._write(contents | {"files": files}, folder / META)
+            stack.close()
+
+        with ExitStack() as stack:  # empty in all processes but the first
+            folder = _in_first_process(begin)
+            files = write_parts(tensors, folder)
+            _in_first_process(finish)
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         with path.open("wb") as file:
@@ -78,7 +123,21 @@ class CheckpointWriter(TorchCheckpointIO):
     def _remove_old(self, folder: Path) -> None:
         older = [path for path in checkpoints_of(folder.parent) if path.name.startswith("step-")]
         for path in older[self.keep - 1 :]:
-            path.unlink()
+            remove(path)
+
+
+def _in_first_process(action: Callable[[], Any]) -> Any:
+    """Do this in the first process. All processes return its result, or raise its OSError."""
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [action()]
+        except OSError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], OSError):
+        raise result[0]
+    return result[0]
 
 
 class SaveAndStop(Checkpoint):
@@ -112,6 +171,8 @@ class SaveAndStop(Checkpoint):
         self.save_is_due = False
         self.seconds_before = 0.0
         self.signal = 0  # the signal that this process has got
+        self.calls, self.next_vote = 0, 1  # of `_vote`: since the last vote, and until the next one
+        self.vote_time = 0.0
         self.raise_at_once = False  # in the signal handler
         self.validating = False
         self.handlers: dict[Any, Any] = {}
@@ -132,7 +193,7 @@ class SaveAndStop(Checkpoint):
     # ---------------------------------------------------------------------------------------- after a step
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start = self.saved_time = time.monotonic()
+        self.start = self.saved_time = self.vote_time = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # A run that was killed after a validation continues from before it. The best.ckpt of this validation stays.
@@ -155,6 +216,8 @@ class SaveAndStop(Checkpoint):
         if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # inside an optimizer step
         late, due, number = self._vote(trainer)
+        if self.settings.every_n_steps is not None:
+            due |= trainer.global_step % self.settings.every_n_steps == 0
         if late or (self.max_steps is not None and trainer.global_step >= self.max_steps):
             trainer.should_stop = True
         self.save_is_due |= bool(due or number or trainer.should_stop)
@@ -167,27 +230,40 @@ class SaveAndStop(Checkpoint):
         if number:
             raise Interrupted(number)
 
-    def _vote(self, trainer: L.Trainer) -> list[int]:
-        """Whether the time is over, whether to save, and the signal. All processes get the same answer."""
-        steps, minutes = self.settings.every_n_steps, self.settings.every_minutes
+    def _vote(self, trainer: L.Trainer, now: bool = False) -> list[int]:
+        """Whether the time is over, whether to save, and the signal. All processes get the same answer.
+
+        Several processes vote every two seconds, because a vote is a device synchronisation. They count calls of this
+        function instead of seconds, because all of them must vote after the same step.
+
+        Args:
+            now: do not wait for the next vote.
+        """
+        minutes, time_ = self.settings.every_minutes, time.monotonic()
         late = self.max_time is not None and self._seconds() >= self.max_time
-        due = (steps is not None and trainer.global_step % steps == 0) or (
-            minutes is not None and time.monotonic() - self.saved_time >= 60 * minutes
-        )
+        due = minutes is not None and time_ - self.saved_time >= 60 * minutes
         if trainer.world_size == 1:
             return [late, due, self.signal]
-        votes = torch.tensor([late, due, self.signal], device=trainer.strategy.root_device)
-        return [int(vote) for vote in trainer.strategy.reduce(votes, reduce_op="max")]
+        self.calls += 1
+        if self.calls < self.next_vote and not now:
+            return [0, 0, 0]
+        calls = int(VOTE_SECONDS * self.calls / max(time_ - self.vote_time, 1e-3))
+        votes = torch.tensor([late, due, self.signal, -max(calls, 1)], device=trainer.strategy.root_device)
+        *answer, calls = trainer.strategy.reduce(votes, reduce_op="max").tolist()
+        self.calls, self.next_vote, self.vote_time = 0, -calls, time.monotonic()
+        return answer
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save_last(trainer)
+        if trainer.world_size > 1 and (number := self._vote(trainer, now=True)[2]):
+            raise Interrupted(number)  # one process alone stops after the next step
 
     # -------------------------------------------------------------------------------------------- validation
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.validating = True
-        if self.signal and trainer.world_size == 1:  # several processes can only stop together, after a step
-            raise Interrupted(self.signal)
+        if number := self._vote(trainer)[2]:
+            raise Interrupted(number)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validating = False
@@ -215,16 +291,18 @@ class SaveAndStop(Checkpoint):
         return trainer.strategy.broadcast(self.writer.failures) == 0
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, Interrupted):
-            return
-        if self.validating:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback.on_validation_epoch_end(trainer, pl_module)  # puts the weights of the training back
-            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()  # a resumed run repeats the whole validation
-            progress.total.ready = progress.total.started = 1
-        self._save_last(trainer)
+        # If one of several processes has lost the text, the others cannot take part in saving.
+        is_alone_without_text = isinstance(exception, TextLostError) and trainer.world_size == 1
+        if isinstance(exception, Interrupted) or is_alone_without_text:
+            if self.validating:
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, WeightAveraging):
+                        callback.on_validation_epoch_end(trainer, pl_module)  # puts the weights of the training back
+                progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+                progress.reset()  # a resumed run repeats the whole validation
+                progress.total.ready = progress.total.started = 1
+            self._save_last(trainer)
+        self.teardown(trainer, pl_module, "fit")  # Lightning does not call it after an exception
 
     # ----------------------------------------------------------------------------------------------- signals
 
@@ -239,11 +317,11 @@ class SaveAndStop(Checkpoint):
     def interruptible(self, trainer: L.Trainer) -> Iterator[None]:
         """Inside, a signal raises `Interrupted` at once, and this class saves a checkpoint. For slow work after a step.
 
-        With several processes it has no effect, because all of them must stop at the same step.
+        Several processes must stop at the same step. So for them the caller catches `Interrupted`, and continues.
         """
-        self.raise_at_once = trainer.world_size == 1
+        self.raise_at_once = True
         try:
-            if self.signal and self.raise_at_once:
+            if self.signal:
                 raise Interrupted(self.signal)
             yield
         finally:
@@ -268,7 +346,9 @@ class StopAtNaN(L.Callback):
             raise _diverged(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not all(torch.isfinite(weight).all() for weight in checkpoint["state_dict"].values()):
+        weights = [w.to_local() if isinstance(w, DTensor) else w for w in checkpoint["state_dict"].values()]
+        finite = torch.tensor(float(all(w.isfinite().all() for w in weights)), device=trainer.strategy.root_device)
+        if not trainer.strategy.reduce(finite, reduce_op="min"):  # each process has other parts of the weights
             raise _diverged(trainer, pl_module)
 
 

@@ -18,38 +18,47 @@ from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.trainer import batches_per_epoch, processes
 
 
-def check_environment(config: TrainConfig, datamodule: TextDataModule) -> None:
-    """Check that the training can run on this machine and with this text.
+def check_machine(config: TrainConfig) -> None:
+    """Check that this machine can train with these settings, before any process starts and any text is read.
 
     Raises:
-        InputError: one line per problem, for example a missing device or package, or too little text.
+        InputError: one line per problem, for example a missing device or package.
     """
     settings, problems = config.trainer, []
+    process_options = processes(settings)
+    devices = process_options["devices"]
     if settings.accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         problems.append(f"trainer.accelerator={settings.accelerator}: PyTorch finds no GPU here; use auto or cpu")
     elif settings.accelerator == "mps" and not torch.backends.mps.is_available():
         problems.append("trainer.accelerator=mps: PyTorch finds no MPS device here; use auto or cpu")
-    elif settings.accelerator != "cpu" and torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
+    elif settings.accelerator != "cpu" and torch.cuda.is_available() and devices > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
-        problems.append(f"trainer.devices={settings.devices}: this machine has only {gpus} GPUs; lower it")
+        problems.append(f"trainer.devices={devices}: this machine has only {gpus} GPUs; lower it")
     elif settings.accelerator == "cpu" or not torch.cuda.is_available():
         cores = max(os.cpu_count() or 2, 2)
-        if settings.devices > cores:
-            problems.append(f"trainer.devices={settings.devices}: this machine has only {cores} CPU cores; lower it")
-    launched = {"MASTER_ADDR", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"} & set(os.environ)
-    if settings.num_nodes > 1 and not launched:
-        problems.append(f"trainer.num_nodes={settings.num_nodes}: start torchrun on each machine, or set it to 1")
-    process_options = processes(settings)
-    world_size = process_options["devices"] * process_options["num_nodes"]
+        if (settings.devices or 1) > cores:  # srun and torchrun may start more
+            problems.append(f"trainer.devices={devices}: this machine has only {cores} CPU cores; lower it")
+    world_size = devices * process_options["num_nodes"]
     if config.data.batch_size < world_size:
         problems.append(f"data.batch_size={config.data.batch_size}: must be at least the number of processes")
     if config.logger.name != "csv" and importlib.util.find_spec(config.logger.name) is None:
         name = config.logger.name
         problems.append(f"logger.name={name}: not installed; pip install 'minigpt_pl[{name}]'")
     if config.find_learning_rate and world_size > 1:
-        problems.append(f"trainer.devices={settings.devices}: find_learning_rate=true needs one process; set it to 1")
+        problems.append(f"trainer.devices={devices}: find_learning_rate=true needs one process; set it to 1")
     if config.find_learning_rate and importlib.util.find_spec("matplotlib") is None:
         problems.append("find_learning_rate=true: needs matplotlib; pip install 'minigpt_pl[show]'")
+    if problems:
+        raise InputError(*problems)
+
+
+def check_text(config: TrainConfig, datamodule: TextDataModule) -> None:
+    """Check that the settings fit the text.
+
+    Raises:
+        InputError: one line per problem, for example too little text.
+    """
+    settings, problems = config.trainer, []
     if settings.patience is not None and (not datamodule.has_validation or settings.limit_val_batches == 0):
         problems.append(f"trainer.patience={settings.patience}: nothing is held out; set data.validation_share")
     interval, batches = settings.val_check_interval, batches_per_epoch(config, datamodule)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
@@ -17,12 +18,14 @@ from lightning.pytorch.tuner.tuning import Tuner
 from minigpt_pl import runs
 from minigpt_pl.config import TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
+from minigpt_pl.data import cache
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder, remove_temporaries, temporary_path, write_figure
 from minigpt_pl.tokenizer import NUM_SPECIAL, load_tokenizer
+from minigpt_pl.training import cluster
 from minigpt_pl.training.checkpointing import SaveAndStop
-from minigpt_pl.training.checks import check_environment, check_resume
+from minigpt_pl.training.checks import check_machine, check_resume, check_text
 from minigpt_pl.training.memory import check_memory
 from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
@@ -32,7 +35,6 @@ from minigpt_pl.training.text_generator import TextGenerator
 from minigpt_pl.training.trainer import (
     batches_per_epoch,
     build_trainer,
-    is_first_process,
     log_interval,
     max_seconds,
     precision,
@@ -59,28 +61,34 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         Interrupted: a signal has stopped the training, after the checkpoint was written.
     """
     _choose_messages(config.trainer.profiler)
-    keep_freed_memory()
+    if config.trainer.strategy != "fsdp2":  # which frees gathered weights; keeping them takes a third more memory
+        keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
+    group = cluster.join()
+    group.check(config.trainer)
+    check_machine(config)
     check_memory(config, NUM_SPECIAL + 1)  # for the smallest vocabulary, because encoding can take minutes
     if config.find_learning_rate:
         return _find_learning_rate(config)
     record = {"status": "running", "overrides": overrides, "command": sys.argv}
-    if resume_from is not None:
-        folder = resume_from.parent.parent if resume_from.is_file() else resume_from
-    elif is_first_process():
+
+    def choose_folder() -> str:
+        if resume_from is not None:
+            return str(resume_from if (resume_from / runs.RECORD).is_file() else resume_from.parent.parent)
         # Before the text is encoded, so that resume=auto finds a run that is killed meanwhile.
-        folder = runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record)
-    else:
-        folder = Path(config.output_dir)  # only the first process writes into the run folder
+        return str(runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record))
+
+    folder = Path(group.decide("run folder", choose_folder))
+    group.launch(config.trainer.devices or 1)
     with ExitStack() as stack:
-        if is_first_process():
+        if group.is_first:
             stack.callback(runs.lock(folder).release)
             for place in (folder, folder / "checkpoints"):
                 remove_temporaries(place, of_all_machines=True)
         try:
-            _fit(config, folder, record, resume_from if resume_from and resume_from.is_file() else None)
+            _fit(config, folder, record, resume_from if resume_from != folder else None)
         except InputError:
-            is_new = resume_from is None and is_first_process()
+            is_new = resume_from is None and group.is_first
             if is_new and folder.exists() and not (folder / "config.yaml").exists():
                 # The training has not started: the folder has only the record. Another run takes the name of an empty
                 # folder, so give it another name first.
@@ -93,11 +101,11 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     datamodule = _open_text(config, checkpoint)
     check_memory(config, datamodule.vocab_size)
     module = _build_module(config, datamodule)
-    check_environment(config, datamodule)
+    check_text(config, datamodule)
     before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
     steps_done = before.get("global_step", 0)
     stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
-    loggers = _build_loggers(config, folder, steps_done) if is_first_process() else []
+    loggers = _build_loggers(config, folder, steps_done) if cluster.join().is_first else []
     metrics = Metrics(folder, loggers, log_interval(config, datamodule))
     callbacks: list[L.Callback] = [metrics]
     if config.text_generator.every_n_epochs:
@@ -107,14 +115,16 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
         log.info("The run is finished. To train longer, change a setting, for example trainer.max_epochs.")
         return
     if steps_done >= module.hparams["total_steps"] and not is_interrupted(before):
-        if is_first_process() and is_complete(before) and runs.read_record(folder)["status"] != "finished":
+        if cluster.join().is_first and is_complete(before) and runs.read_record(folder)["status"] != "finished":
             finish(folder, "finished", before["epoch"] + 1, steps_done)
         log.info("All steps are done. Raise trainer.max_epochs or trainer.max_steps to train longer.")
         return
-    if is_first_process():
+    if cluster.join().is_first:
         runs.update_record(folder, **record)
     if checkpoint is not None:
         log.info("Resuming from %s.", checkpoint)
+    uses_gpus = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    cluster.join().init_process_group("nccl" if uses_gpus else "gloo")
     trainer = build_trainer(config, folder, datamodule, callbacks, stop)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
@@ -135,13 +145,15 @@ def _choose_messages(profiler: str | None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO if profiler else logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").handlers.clear()  # otherwise each line appears twice
-    if not is_first_process():
+    if not cluster.join().is_first:
         logging.getLogger().setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")
     for message in (
         "Be aware that when using `ckpt_path`, callbacks used to create",  # checkpoints of older versions
         "You're resuming from a checkpoint that ended before the epoch ended",  # our loader continues exactly
-        ".*srun. command is available",
+        ".*srun. command is available",  # `cluster.numbers` refuses jobs that need srun
         ".*LeafSpec.* is deprecated",
+        "You're using the WeightAveraging callback with a model that overrides",  # ours shards only with fsdp2
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -152,8 +164,22 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
         tokenizer = load_tokenizer(resume_from.parent.parent / "tokenizer.json")  # has the Keras model's words
     model = config.model
     datamodule = TextDataModule(config.data, model.vocab_size, model.max_length, config.seed, tokenizer)
-    datamodule.prepare_data()
+
+    def encode() -> str:
+        datamodule.prepare_data()
+        return str(datamodule.folder)
+
+    def encode_on_this_node() -> str:
+        """A node without a shared disk encodes its own copy."""
+        is_here = group.is_first or cache.find_damage(Path(of_first)) is None
+        return of_first if is_here else encode()
+
+    group = cluster.join()
+    of_first: str = group.decide("text", encode)
+    datamodule.folder = Path(group.decide("text of the node", encode_on_this_node, of_node=True))
     datamodule.setup("fit")
+    different = "data: the processes read different texts; give all nodes the same files"
+    group.must_agree("content", datamodule.corpus.record["content"], different)
     if datamodule.vocab_size < model.vocab_size:
         log.info("The text has few different words, so the vocabulary size is only %s.", f"{datamodule.vocab_size:,}")
     return datamodule
@@ -166,9 +192,11 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     if (warmup_steps := config.schedule.warmup_steps) >= total_steps:
         problem = "the training has only %d steps, so the learning rate never reaches its full value; lower it"
         log.warning(f"schedule.warmup_steps=%d: {problem}", warmup_steps, total_steps)
+    # By occurrence, it needs the whole gradient of the embedding.
+    second_moment = {"second_moment": "dense"} if config.trainer.strategy == "fsdp2" else {}
     module = MiniGPTModule(
         model=dataclasses.asdict(config.model) | {"vocab_size": datamodule.vocab_size},
-        optimizer=dataclasses.asdict(config.optimizer),
+        optimizer=dataclasses.asdict(config.optimizer) | second_moment,
         schedule=dataclasses.asdict(config.schedule),
         total_steps=total_steps,
         end_id=datamodule.end_id,
@@ -180,6 +208,7 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     if config.trainer.compile:
         for block in module.model.blocks:
             block.compile()  # in place: the names in checkpoints do not change
+    module.model.activation_checkpointing = config.trainer.activation_checkpointing
     return module
 
 
@@ -197,7 +226,7 @@ def _find_learning_rate(config: TrainConfig) -> Path:
     make_folder(Path(config.output_dir), "output_dir")
     datamodule = _open_text(config, None)
     module = _build_module(config, datamodule)
-    check_environment(config, datamodule)
+    check_text(config, datamodule)
     output_dir = Path(config.output_dir)
     trainer = L.Trainer(
         **processes(config.trainer),

@@ -56,8 +56,13 @@ def training_bytes(config: TrainConfig) -> int:
     copies = 4 + (config.trainer.ema_decay is not None)
     per_block = 2 * model.embed_dim + 4 * model.num_heads * head_dim + model.feed_forward_dim
     tokens = batch_size * model.max_length
+    in_blocks = model.num_blocks * per_block
+    if config.trainer.activation_checkpointing:  # the inputs of all blocks, and one block
+        in_blocks = model.num_blocks * model.embed_dim + per_block
     weights = copies * num_parameters(model) * max(number_bytes, 4)  # bf16-mixed keeps the weights in fp32
-    return int(weights + tokens * (model.embed_dim + model.num_blocks * per_block) * number_bytes)
+    if config.trainer.strategy == "fsdp2":  # each process has a share
+        weights //= options["devices"] * options["num_nodes"]
+    return int(weights + tokens * (model.embed_dim + in_blocks) * number_bytes)
 
 
 def num_parameters(model: ModelConfig) -> int:

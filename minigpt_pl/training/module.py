@@ -7,11 +7,12 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from minigpt_pl.config import ModelConfig, OptimizerConfig, ScheduleConfig, optimizer_problems
 from minigpt_pl.data.batches import Batch
 from minigpt_pl.errors import InputError
-from minigpt_pl.loss import linear_cross_entropy, token_losses
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
 from minigpt_pl.training.optimizers import SquaresByOccurrence, build_optimizer, learning_rate_factor
@@ -65,23 +66,41 @@ class MiniGPTModule(L.LightningModule):
         self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss and number of targets in this epoch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        hidden = self.model.hidden_states(batch.inputs)  # (B, L, D)
-        output = self.model.output
-        total = linear_cross_entropy(hidden, output.weight, output.bias, batch.targets, self.ignore_index)
+        total = self.model.loss(batch.inputs, batch.targets, self.ignore_index)
         self._log_training_loss(total.detach(), batch.num_targets)
         # Lightning averages over batches and processes. This average must be the mean over all targets of the step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return total / (batch.step_targets / shares)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        hidden = self.model.hidden_states(batch.inputs)  # (B, L, D)
-        losses = token_losses(hidden, self.model.output.weight, self.model.output.bias, batch.targets)  # (B, L)
+        losses = self.model.token_losses(batch.inputs, batch.targets)  # (B, L)
         counted = batch.targets != (-1 if self.ignore_index is None else self.ignore_index)
         words = (batch.targets != PADDING_ID) & (batch.targets != UNKNOWN_ID)
         if self.end_id is not None:
             words &= batch.targets != self.end_id
         sums = [losses[counted].sum(), counted.sum(), losses[words].sum(), words.sum()]
         self.validation_sums += torch.stack([value.double() for value in sums]).cpu()
+
+    def configure_model(self) -> None:
+        """Shard the model if the strategy is Lightning's `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        for method in ("loss", "token_losses"):  # they gather the weights, as `forward` does
+            register_fsdp_forward_method(self.model, method)
+
+    def whole_network(self) -> MiniGPT:
+        """The network with all its weights. All processes must call it; with FSDP2, only the first gets the weights."""
+        if not isinstance(self.model, FSDPModule):
+            return self.model
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        with torch.device("meta"):
+            network = MiniGPT(**self.hparams["model"])
+        network.load_state_dict(weights, strict=self.global_rank == 0, assign=True)
+        return network
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = replace(self.optimizer_config, learning_rate=self.learning_rate)

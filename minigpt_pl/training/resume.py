@@ -1,7 +1,6 @@
 """Chooses the run that `resume` continues, and its checkpoint."""
 
 import logging
-import os
 import sys
 from math import inf
 from pathlib import Path
@@ -41,7 +40,7 @@ def choose(output_dir: Path, run_name: str | None, resume: str) -> Path | None:
         found = _newest_unfinished(output_dir)
     if found is None:
         return None
-    folder = found if found.is_dir() else found.parent.parent
+    folder = found if (found / runs.RECORD).is_file() else found.parent.parent
     if not (folder / runs.RECORD).is_file():
         raise InputError(f"resume={resume}: {found} is not in a run folder; give a checkpoint of a run")
     if run_name not in (None, folder.name):
@@ -57,8 +56,6 @@ def _named(output_dir: Path, resume: str) -> Path:
 
 
 def _newest_unfinished(output_dir: Path) -> Path | None:
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # its processes could choose different runs
-        raise InputError("resume=auto: under torchrun add run_name=NAME, or give resume=PATH")
     problem: InputError | None = None
     for folder in runs.runs_by_status(output_dir, "interrupted", "failed", "running"):
         try:

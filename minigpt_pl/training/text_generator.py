@@ -16,6 +16,7 @@ from minigpt_pl.errors import InputError
 from minigpt_pl.files import GrowingFile, complete_lines
 from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.generation.text import generate_texts
+from minigpt_pl.signals import Interrupted
 from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import END, UNKNOWN_ID
 from minigpt_pl.training.checkpointing import SaveAndStop
@@ -61,40 +62,48 @@ class TextGenerator(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.file_state, self.epoch_without_texts = state_dict, state_dict["epoch_without_texts"]
 
-    @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open_file(trainer)
         if self.epoch_without_texts is not None:
             self._generate(trainer, pl_module, self.epoch_without_texts)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.epoch_without_texts is not None:  # only the texts were missing, so there was no training
             self._open_file(trainer)
             self._generate(trainer, pl_module, self.epoch_without_texts)
 
+    @rank_zero_only
     def _open_file(self, trainer: L.Trainer) -> None:
         if trainer.global_step and self.file_state is None and self.path.exists():  # a checkpoint of an older version
             lines = [line for line in complete_lines(self.path) if json.loads(line)["step"] <= trainer.global_step]
             self.file_state = {"size": len("".join(lines).encode()), "waiting": ""}
         self.file = GrowingFile(self.path, self.file_state)
 
-    @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._generate(trainer, pl_module, trainer.current_epoch + 1)
 
     def _generate(self, trainer: Any, pl_module: Any, epoch: int) -> None:
         self.epoch_without_texts = epoch
-        network = pl_module.model
+        network = pl_module.whole_network()
         for callback in trainer.callbacks:  # use the averaged network if `ema_decay` is set
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 network = callback._average_model.module.model
-        network.eval()
-        model = TextModel(network, self.tokenizer, pl_module.end_id)
+        if trainer.is_global_zero:
+            network.eval()
+            try:
+                self._write_texts(trainer, TextModel(network, self.tokenizer, pl_module.end_id), epoch)
+            except Interrupted:
+                if trainer.world_size == 1:
+                    raise
+                return  # all processes stop together, at the end of the epoch
+            finally:
+                network.train()
+        self.epoch_without_texts = None
+
+    def _write_texts(self, trainer: Any, model: TextModel, epoch: int) -> None:
         with self.stop.interruptible(trainer):
             texts = [group[0] for group in generate_texts(model, self.prompts, seed=self.seed, **self.controls)]
-        network.train()
         lines = []
         for prompt, text in zip(self.prompts, texts, strict=True):
             record = {"epoch": epoch, "step": trainer.global_step, "prompt": prompt, **self.controls}
@@ -102,7 +111,6 @@ class TextGenerator(L.Callback):
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
             print(f"epoch {epoch}: {text}", flush=True)
         self.file.append("".join(lines))
-        self.epoch_without_texts = None
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", "\n\n".join(texts), trainer.global_step)

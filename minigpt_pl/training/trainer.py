@@ -1,19 +1,21 @@
 """Builds the Trainer from the settings: callbacks, loggers, processes, precision."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl.config import TrainConfig, TrainerConfig
 from minigpt_pl.cpu import onednn
 from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.training import cluster
 from minigpt_pl.training.checkpointing import SaveAndStop, StopAtNaN
+from minigpt_pl.training.fsdp import FSDP2Strategy
 from minigpt_pl.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -49,8 +51,11 @@ def build_trainer(
     # Both come after EMAWeightAveraging: it updates the average before SaveAndStop saves, and it puts the average into
     # the checkpoint before StopAtNaN checks the weights.
     callbacks += [StopAtNaN(log_interval(config, datamodule)), stop]
-    return L.Trainer(
-        **processes(settings),
+    options = processes(settings)
+    if settings.strategy == "fsdp2":
+        options["strategy"] = FSDP2Strategy(options["devices"] * options["num_nodes"])
+    trainer = L.Trainer(
+        **options,
         precision=precision(settings.precision, settings.accelerator),
         **{name: getattr(settings, name) for name in UNCHANGED},
         limit_val_batches=settings.limit_val_batches if validates else 0,
@@ -61,8 +66,12 @@ def build_trainer(
         default_root_dir=folder,
         callbacks=callbacks,
         logger=False,  # our callback Metrics writes all logs
-        plugins=[stop.writer],
+        # SLURMEnvironment would write checkpoints in its signal handlers, which can deadlock (Lightning issue 21406).
+        plugins=[stop.writer, LightningEnvironment() if cluster.join().world_size == 1 else TorchElasticEnvironment()],
     )
+    connector: Any = trainer._signal_connector
+    connector.register_signal_handlers = lambda: None  # SaveAndStop has its own
+    return trainer
 
 
 def log_interval(config: TrainConfig, datamodule: TextDataModule) -> int:
@@ -70,19 +79,13 @@ def log_interval(config: TrainConfig, datamodule: TextDataModule) -> int:
     return min(config.trainer.log_every_n_steps, batches_per_epoch(config, datamodule))
 
 
-def is_first_process() -> bool:
-    """Whether this is the process with rank 0. Only this process writes files."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def processes(settings: TrainerConfig) -> dict[str, Any]:
-    """Accelerator, devices, nodes and strategy for `L.Trainer`. Under torchrun, its numbers are used."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
-    local_processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    strategy = "ddp" if world_size > 1 else settings.strategy
-    numbers = {"devices": local_processes, "num_nodes": world_size // local_processes}
-    return {"accelerator": settings.accelerator, "strategy": strategy, **numbers}
+    """Accelerator, devices, nodes and strategy for `L.Trainer`. srun or torchrun gives the numbers that are not set."""
+    found = cluster.join()
+    devices = settings.devices or found.local_world_size
+    num_nodes = settings.num_nodes or found.world_size // found.local_world_size
+    strategy = "ddp" if settings.strategy == "auto" and devices * num_nodes > 1 else settings.strategy
+    return {"accelerator": settings.accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
 
 
 def max_seconds(config: TrainConfig) -> float | None:

@@ -96,7 +96,7 @@ BAD_INPUTS: list[tuple[str, list[str], str]] = [
     ("train", [*TRAIN, "optimizer.learning_rate=1e999"], "optimizer.learning_rate=inf: must be a finite number"),
     ("train", [*TRAIN, "trainer.limit_train_batches=0"], "trainer.limit_train_batches=0: must be at least 1"),
     ("train", [*TRAIN, "trainer.val_check_interval=1000"], "trainer.val_check_interval=1000: an epoch has only"),
-    ("train", [*TRAIN, "trainer.num_nodes=99"], "trainer.num_nodes=99: start torchrun on each machine"),
+    ("train", [*TRAIN, "trainer.num_nodes=99"], "trainer.num_nodes=99: start the nodes with srun or torchrun"),
     ("train", [*TRAIN, "trainer.max_time='٠١:٠٢:٠٣:٠٤'"], "trainer.max_time=٠١:٠٢:٠٣:٠٤: must be DD:HH:MM:SS"),
     ("train", [*TRAIN, f"trainer.max_time={'9' * 5000}:00:00:00"], "must be DD:HH:MM:SS"),
     ("train", [*TRAIN, "data.max_sequences=1"], "data.max_sequences=1: must be at least data.batch_size=16"),
