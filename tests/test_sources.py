@@ -19,6 +19,13 @@ from minigpt_pl.cli import app
 from minigpt_pl.data import sources
 from minigpt_pl.errors import InputError
 
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """The cache is in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 DOCUMENTS = ["the first document.", "the second, with a comma", "the third"]
 
 
