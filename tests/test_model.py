@@ -153,6 +153,14 @@ def test_dropout_of_a_sequence_depends_only_on_its_seed(ids):
     assert not torch.allclose(model.hidden_states(ids[1:], seeds[:2]), whole[1:])
 
 
+def test_each_dropout_adds_another_number_to_the_seeds(ids):
+    model, used = MiniGPT(**SMALL, num_blocks=3), []
+    for block in model.blocks:
+        block.dropout.forward = lambda x, seeds, offset=0: used.append(seeds + offset) or x
+    model.hidden_states(ids, torch.tensor([0, 100, 200]))
+    assert torch.stack(used).tolist() == [[number, 100 + number, 200 + number] for number in range(6)]
+
+
 def test_neighbours_are_dropped_independently():
     """Values side by side, sequences with consecutive seeds, and the two dropouts of all layers."""
     seeds, x = torch.arange(256) << 16, torch.ones(256, 16, 256)

@@ -44,9 +44,20 @@ MiniGPTModule.on_train_batch_start = on_train_batch_start
 train.main()
 """
 
+# Checks refuse more processes than CPU cores.
+ON_EIGHT_CORES = """
+import os
 
-def run(cwd, processes, *arguments, program=("-m", "minigpt_pl.train")):
-    command = [sys.executable, *program, *arguments, f"trainer.devices={processes}"]
+from minigpt_pl import train
+
+os.cpu_count = lambda: 8
+train.main()
+"""
+
+
+def run(cwd, program, processes, *arguments):
+    (cwd / "program.py").write_text(program)
+    command = [sys.executable, "program.py", *arguments, f"trainer.devices={processes}"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -66,9 +77,8 @@ def assert_equal_weights(folder, one):
 
 def test_two_processes_exchange_gradients_and_their_squares_only(story, tmp_path, one):
     """In steps 3 to 5: before, DDP arranges its buckets. Step 4 is written to metrics.csv."""
-    (tmp_path / "counted.py").write_text(COUNTED)
     options = [*TINY_RUN, *OPTIONS, f"data.path={story}", "run_name=two", "trainer.log_every_n_steps=4"]
-    run(tmp_path, 2, *options, program=["counted.py"])
+    run(tmp_path, COUNTED, 2, *options)
     folder = tmp_path / "outputs" / "two"
     for rank in range(2):
         counts = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -85,7 +95,7 @@ def test_four_processes_stop_and_any_number_continues(story, tmp_path, one, tiny
     """With dropout, inside an epoch. Equal losses mean the same sequences in the same order."""
     stopped = tmp_path / "outputs" / "stopped"
     options = [*TINY_RUN, *OPTIONS, f"data.path={story}", EVERY_STEP]
-    run(tmp_path, 4, *options, "run_name=stopped", "checkpoint.every_n_steps=4", "checkpoint.keep=9")
+    run(tmp_path, ON_EIGHT_CORES, 4, *options, "run_name=stopped", "checkpoint.every_n_steps=4", "checkpoint.keep=9")
     assert losses(stopped) == pytest.approx(losses(one), rel=FP32) and len(losses(one)) == 12
     assert_equal_weights(stopped, one)
     for path in (stopped / "checkpoints").iterdir():
@@ -97,7 +107,7 @@ def test_four_processes_stop_and_any_number_continues(story, tmp_path, one, tiny
         if processes == 1:
             train(tiny_config(*OPTIONS, EVERY_STEP), resume_from=resumed)
         else:
-            run(tmp_path, processes, *options, f"resume={resumed}")
+            run(tmp_path, ON_EIGHT_CORES, processes, *options, f"resume={resumed}")
         for name in ("train/loss", "train/epoch_loss", "val/loss"):
             assert losses(folder, name) == pytest.approx(losses(one, name), rel=FP32), f"{processes} processes: {name}"
         assert_equal_weights(folder, one)
