@@ -161,17 +161,17 @@ def test_each_dropout_adds_another_number_to_the_seeds(ids):
     assert torch.stack(used).tolist() == [[number, 100 + number, 200 + number] for number in range(6)]
 
 
-def test_neighbours_are_dropped_independently():
-    """Values side by side, sequences with consecutive seeds, and the two dropouts of all layers."""
-    seeds, x = torch.arange(256) << 16, torch.ones(256, 16, 256)
-    masks = torch.stack([Dropout(0.1)(x, seeds, layer) for layer in range(4)]) == 0  # (4, B, L, D)
-    pairs = [masks[1:] & masks[:-1], masks[:, 1:] & masks[:, :-1], masks[:, :, 1:] & masks[:, :, :-1]]
-    pairs += [masks[..., distance:] & masks[..., :-distance] for distance in (1, 2, 4, 8)]
-    for both in [*pairs, masks[:, ::2] & masks[:, 1::2].flip(1)]:
-        assert both.double().mean().item() == pytest.approx(0.01, abs=6 * (0.01 / both.numel()) ** 0.5)
-    for axis in range(4):  # no layer, sequence, position or width is dropped more often
-        rates = masks.transpose(0, axis).flatten(1).double().mean(1)
-        assert (rates - 0.1).abs().max() < 6 * (0.09 * len(rates) / masks.numel()) ** 0.5
+def test_values_are_dropped_independently():
+    """Also those of other layers, sequences and positions whose numbers differ in a single bit."""
+    seeds, x = hash((1, 2, 3)) + (torch.arange(256) << 16), torch.ones(256, 4096)
+    masks = torch.stack([Dropout(0.1)(x, seeds, layer) for layer in range(8)]) == 0  # (8, B, L * D)
+    for axis, size in enumerate(masks.shape):
+        distances = [2**k for k in range(13) if 2**k < size]
+        for distance in distances:
+            both = masks.narrow(axis, distance, size - distance) & masks.narrow(axis, 0, size - distance)
+            assert both.double().mean().item() == pytest.approx(0.01, abs=6 * (0.01 / both.numel()) ** 0.5)
+        rates = masks.transpose(0, axis).flatten(1).double().mean(1)  # of each layer, sequence or position
+        assert (rates - 0.1).abs().max() < 6 * (0.09 * size / masks.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("with_seeds", [False, True])
