@@ -35,7 +35,8 @@ class Progress(L.Callback):
         now, done, total = time.monotonic(), trainer.global_step, pl_module.hparams["total_steps"]
         due = now - self.last_shown >= (LOG_SECONDS if self.bar is None else BAR_SECONDS)
         metrics = trainer.callback_metrics
-        if "train/loss" not in metrics or not (due or done >= total):
+        # Several processes compute the loss only for rows of metrics.csv.
+        if done == self.steps_before or "train/loss" not in metrics or not (due or done >= total):
             return
         self.last_shown = now
         numbers = (
