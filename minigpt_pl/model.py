@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt_pl.config import ModelConfig, range_problems
-from minigpt_pl.cpu.dropout import Dropout
+from minigpt_pl.dropout import Dropout
 from minigpt_pl.errors import InputError
 from minigpt_pl.loss import linear_cross_entropy, token_losses
 
@@ -89,7 +89,9 @@ class MiniGPT(nn.Module):
         hidden = self.hidden_states(ids)  # (B, L, D)
         return self.output(hidden), hidden
 
-    def loss(self, ids: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
+    def loss(
+        self, ids: Tensor, targets: Tensor, ignore_index: int | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
         """The training loss: the sum over all targets of the negative log probability, in nats.
 
         It equals `F.cross_entropy(logits, targets, reduction="sum")`, and never stores all logits.
@@ -98,23 +100,31 @@ class MiniGPT(nn.Module):
             ids: (B, L) token ids, L <= max_length.
             targets: (B, L), the next token at every position.
             ignore_index: targets with this id do not count; None if all count.
+            seeds: as in `hidden_states`.
 
         Returns:
             A scalar with derivatives.
         """
-        hidden = self.hidden_states(ids)  # (B, L, D)
+        hidden = self.hidden_states(ids, seeds)  # (B, L, D)
         return linear_cross_entropy(hidden, self.output.weight, self.output.bias, targets, ignore_index)
 
     def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The loss of each target in nats, without derivatives: (B, L), (B, L) -> (B, L) in fp32."""
         return token_losses(self.hidden_states(ids), self.output.weight, self.output.bias, targets)
 
-    def hidden_states(self, ids: Tensor) -> Tensor:
-        """Ids (B, L) -> the last block's output (B, L, D). Position i depends only on ids 0 to i."""
+    def hidden_states(self, ids: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Ids (B, L) -> the last block's output (B, L, D). Position i depends only on ids 0 to i.
+
+        Args:
+            seeds: (B,) int64, random seeds of dropout, one per sequence. They must differ by at least 2 * num_blocks,
+                because each layer adds its number. If None, PyTorch's global generator draws them.
+        """
         x = self.embed(ids)  # (B, L, D)
         saves_memory = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if saves_memory else block(x)  # (B, L, D)
+        for number, block in enumerate(self.blocks):
+            of_block = None if seeds is None else seeds + 2 * number
+            # (B, L, D)
+            x = checkpoint(block, x, of_block, use_reentrant=False) if saves_memory else block(x, of_block)
         return x
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -143,14 +153,14 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPSILON)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.after_attention(x, self.attention(x))
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D). The dropout uses `seeds` (B,) and `seeds + 1`."""
+        return self.after_attention(x, self.attention(x), seeds)
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, x: Tensor, attended: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Everything after the attention: x and attended (..., D) -> (..., D)."""
-        x = self.attention_norm(x + self.dropout(attended))
-        output: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        x = self.attention_norm(x + self.dropout(attended, seeds))
+        output: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x), seeds, 1))
         return output
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from minigpt_pl import MiniGPT
-from minigpt_pl.cpu.dropout import Dropout
+from minigpt_pl.dropout import Dropout
 
 SMALL = {"vocab_size": 50, "max_length": 12, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "feed_forward_dim": 24}
 
@@ -127,7 +127,7 @@ def test_dropout_only_in_training(ids):
 
 def test_dropout_applies_to_the_outputs_of_attention_and_feed_forward():
     block, x = MiniGPT(**SMALL).blocks[0], torch.randn(3, 12, 16)
-    block.dropout.forward = torch.zeros_like  # drops everything
+    block.dropout.forward = lambda x, *seeds: torch.zeros_like(x)  # drops everything
     assert torch.equal(block(x), block.feed_forward_norm(block.attention_norm(x)))
 
 
@@ -144,7 +144,38 @@ def test_dropout_rate_and_mean(p):
     assert torch.equal(dropout(x), first)
 
 
-def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(ids):
+def test_dropout_of_a_sequence_depends_only_on_its_seed(ids):
+    model = MiniGPT(**SMALL, num_blocks=2, dropout=0.5)
+    seeds = torch.tensor([5, -(2**60), 7 << 16])
+    whole = model.hidden_states(ids, seeds)
+    torch.manual_seed(1)  # has no effect
+    assert_close(model.hidden_states(ids[1:], seeds[1:]), whole[1:])
+    assert not torch.allclose(model.hidden_states(ids[1:], seeds[:2]), whole[1:])
+
+
+def test_each_dropout_adds_another_number_to_the_seeds(ids):
+    model, used = MiniGPT(**SMALL, num_blocks=3), []
+    for block in model.blocks:
+        block.dropout.forward = lambda x, seeds, offset=0: used.append(seeds + offset) or x
+    model.hidden_states(ids, torch.tensor([0, 100, 200]))
+    assert torch.stack(used).tolist() == [[number, 100 + number, 200 + number] for number in range(6)]
+
+
+def test_values_are_dropped_independently():
+    """Also those of other layers, sequences and positions whose numbers differ in a single bit."""
+    seeds, x = hash((1, 2, 3)) + (torch.arange(256) << 16), torch.ones(256, 4096)
+    masks = torch.stack([Dropout(0.1)(x, seeds, layer) for layer in range(8)]) == 0  # (8, B, L * D)
+    for axis, size in enumerate(masks.shape):
+        distances = [2**k for k in range(13) if 2**k < size]
+        for distance in distances:
+            both = masks.narrow(axis, distance, size - distance) & masks.narrow(axis, 0, size - distance)
+            assert both.double().mean().item() == pytest.approx(0.01, abs=6 * (0.01 / both.numel()) ** 0.5)
+        rates = masks.transpose(0, axis).flatten(1).double().mean(1)  # of each layer, sequence or position
+        assert (rates - 0.1).abs().max() < 6 * (0.09 * size / masks.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("with_seeds", [False, True])
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(ids, with_seeds):
     """With dropout: the backward pass must draw the same values again."""
     gradients, sizes = [], []
     for checkpointing in (False, True):
@@ -157,7 +188,7 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(ids):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model.loss(ids, ids)
+            loss = model.loss(ids, ids, seeds=torch.arange(3) << 16 if with_seeds else None)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         sizes.append(sum(size for storage, size in kept.items() if storage not in weights))
         loss.backward()

@@ -185,7 +185,7 @@ class BatchLoader:
         sequences: the training or validation sequences.
         batch_size: sequences per batch, over all processes.
         seed: random seed of the order, used together with the epoch. If None, the sequences keep the order of the text.
-        rank: number of this process. It takes every `world_size`-th sequence of a batch.
+        rank: number of this process. It takes every `world_size`-th sequence of a batch, and none of a very small one.
         world_size: number of processes.
         accumulate: batches per optimizer step.
         max_batches: largest number of batches per epoch.
@@ -207,8 +207,6 @@ class BatchLoader:
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.num_sequences = min(len(sequences), max_sequences or len(sequences))
         self.num_batches = -(-self.num_sequences // batch_size)
-        if 0 < self.num_sequences % batch_size < world_size and seed is not None:
-            self.num_batches -= 1  # the last batch has too few sequences for all processes
         if max_batches is not None:
             self.num_batches = min(self.num_batches, max_batches)
         self.epoch, self.batches_done = 0, 0

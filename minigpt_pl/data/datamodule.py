@@ -91,9 +91,9 @@ class TextDataModule(L.LightningDataModule):
     def _cut(self, ids: Ids) -> Sequences:
         return Sequences(ids, self.max_length, self.data.cut, self.data.end_token, self.data.loss_on_padding)
 
-    def batches_per_epoch(self, world_size: int = 1, limit: int | None = None) -> int:
-        """Number of batches in one epoch with `world_size` processes; at most `limit`."""
-        return len(self._build_train_loader(self._train_sequences, world_size=world_size, max_batches=limit))
+    def batches_per_epoch(self, limit: int | None = None) -> int:
+        """Number of batches in one epoch; at most `limit`."""
+        return len(self._build_train_loader(self._train_sequences, max_batches=limit))
 
     def train_dataloader(self) -> BatchLoader:
         options = {}

@@ -334,14 +334,14 @@ class SaveAndStop(Checkpoint):
 class StopAtNaN(L.Callback):
     """Stops the training if it has diverged. A checkpoint with NaN weights is never written.
 
-    It reads the loss after every `every_n_steps` steps and at the end of each epoch.
+    It reads the loss after every `log_every_n_steps` steps of the Trainer, and at the end of each epoch.
     """
 
-    def __init__(self, every_n_steps: int):
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        due = trainer.is_last_batch or trainer.global_step % self.every_n_steps == 0
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        due = trainer.is_last_batch or (is_step and trainer.global_step % trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
         if due and not torch.isfinite(trainer.callback_metrics["train/loss"]):
             raise _diverged(trainer, pl_module)
 

@@ -35,7 +35,6 @@ from minigpt_pl.training.text_generator import TextGenerator
 from minigpt_pl.training.trainer import (
     batches_per_epoch,
     build_trainer,
-    log_interval,
     max_seconds,
     precision,
     processes,
@@ -106,7 +105,7 @@ def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: 
     steps_done = before.get("global_step", 0)
     stop = SaveAndStop(folder / "checkpoints", config.checkpoint, config.trainer.max_steps, max_seconds(config))
     loggers = _build_loggers(config, folder, steps_done) if cluster.join().is_first else []
-    metrics = Metrics(folder, loggers, log_interval(config, datamodule))
+    metrics = Metrics(folder, loggers)
     callbacks: list[L.Callback] = [metrics]
     if config.text_generator.every_n_epochs:
         callbacks.append(TextGenerator(config, datamodule.corpus, folder, loggers, stop))

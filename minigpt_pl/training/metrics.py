@@ -23,9 +23,9 @@ COLUMNS = (
 class Metrics(L.Callback):
     """Writes `metrics.csv`, and sends the same values to other loggers.
 
-    It writes a row after every `every_n_steps` optimizer steps, after each validation and after each epoch. Lightning
-    itself would log after the checkpoint is written: a crash between the two would lose a row. This callback writes
-    before, and the checkpoint holds the size of the file. So after a resume the file has each row exactly once.
+    It writes a row after every `log_every_n_steps` steps of the Trainer, after each validation and after each epoch.
+    Lightning itself would log after the checkpoint is written: a crash between the two would lose a row. This callback
+    writes before, and the checkpoint holds the size of the file. So after a resume the file has each row exactly once.
 
     `tokens_per_second` is the training speed of all processes together. It counts input tokens, including padding. It
     does not count the time of validation and of generated texts. It measures from the end of one batch to the end of
@@ -36,8 +36,8 @@ class Metrics(L.Callback):
         loggers: for example TensorBoard. Each row is also sent to them.
     """
 
-    def __init__(self, folder: Path, loggers: list[Logger], every_n_steps: int):
-        self.path, self.loggers, self.every_n_steps = folder / "metrics.csv", loggers, every_n_steps
+    def __init__(self, folder: Path, loggers: list[Logger]):
+        self.path, self.loggers = folder / "metrics.csv", loggers
         self.file_state: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Metrics(L.Callback):
         self.last = now
         pl_module.log("tokens_per_second", self.tokens / self.seconds)
         is_step = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_step and trainer.global_step % self.every_n_steps == 0:
+        if is_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             names = ("train/loss", "train/perplexity", "tokens_per_second")
             self._write(trainer, *names, learning_rate=self.learning_rate)
 

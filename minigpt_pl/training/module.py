@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -63,11 +64,16 @@ class MiniGPTModule(L.LightningModule):
         self.learning_rate = optimizer_config.learning_rate  # Lightning's learning-rate finder sets it
         by_occurrence = optimizer_config.second_moment == "by_occurrence"
         self.squares = SquaresByOccurrence(self.model.token_embedding) if by_occurrence else None
-        self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss and number of targets in this epoch
+        self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # this epoch: loss of this process, targets of all
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        total = self.model.loss(batch.inputs, batch.targets, self.ignore_index)
-        self._log_training_loss(total.detach(), batch.num_targets)
+        total = self.model.loss(batch.inputs, batch.targets, self.ignore_index, self._dropout_seeds(batch, batch_idx))
+        self.epoch_sums[0] += total.detach().to(self.epoch_sums.device)
+        self.epoch_sums[1] += batch.num_targets
+        # Several processes wait for each other here, so they share only the losses that are written or shown.
+        if self.trainer.world_size == 1 or self._loss_is_due(batch_idx):
+            loss = self._sum_over_processes(total.detach()) / batch.num_targets
+            self.log_dict({"train/loss": loss, "train/perplexity": loss.exp()}, batch_size=batch.num_targets)
         # Lightning averages over batches and processes. This average must be the mean over all targets of the step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return total / (batch.step_targets / shares)
@@ -122,41 +128,46 @@ class MiniGPTModule(L.LightningModule):
         if self.device.type != "mps":  # MPS has no fp64
             self.epoch_sums = self.epoch_sums.to(self.device)
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout depends only on the seed and on this position, so a resumed run draws the same values.
-        position = (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(hash(position) % 2**63)  # Python hashes integers the same in every process
+    def _dropout_seeds(self, batch: Batch, batch_idx: int) -> Tensor:
+        """(B,): they depend on the place of the sequence in the training. So neither a resume nor the number of
+        processes changes them.
+        """
+        place = hash((self.seed, self.current_epoch, batch_idx))  # Python hashes integers the same in every process
+        numbers = self.global_rank + self.trainer.world_size * torch.arange(len(batch.inputs), device=self.device)
+        return place + (numbers << 16)  # the layers add numbers below 2**16
 
-    def _log_training_loss(self, total: Tensor, num_targets: int) -> None:
-        total = self._sum_over_processes(total)
-        loss = total / num_targets
-        self.log_dict({"train/loss": loss, "train/perplexity": loss.exp()}, batch_size=num_targets)
-        self.epoch_sums[0] += total.to(self.epoch_sums.device)
-        self.epoch_sums[1] += num_targets
+    def _loss_is_due(self, batch_idx: int) -> bool:
+        """Whether a row of metrics.csv needs the loss of this batch, or the last line of the progress."""
+        if self.trainer.is_last_batch:
+            return True
+        interval, step = self.trainer.log_every_n_steps, self.trainer.global_step + 1  # type: ignore[attr-defined]
+        ends_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        return ends_step and (step == self.total_steps or bool(interval and step % interval == 0))
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return value
-        # Copy the value, because `reduce` changes its argument.
-        return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op="sum")
+        if self.trainer.world_size > 1:
+            value = value.to(self.device, copy=True)
+            dist.all_reduce(value)  # Lightning's `reduce` would add a barrier
+        return value
 
     def on_train_epoch_start(self) -> None:  # not called if a resumed run continues inside an epoch
         self.epoch_sums.zero_()
 
     def epoch_loss(self) -> float:
-        """The mean loss per target in this epoch, over all processes, so far."""
-        loss, num_targets = self.epoch_sums.tolist()
-        return float(loss / num_targets)
+        """The mean loss per target in this epoch so far. All processes must call it."""
+        return float(self._sum_over_processes(self.epoch_sums[0]) / self.epoch_sums[1])
 
     def on_train_epoch_end(self) -> None:
         self.log("train/epoch_loss", self.epoch_loss(), sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["epoch_sums"] = self.epoch_sums.cpu()
+        checkpoint["epoch_sums"] = torch.stack([self._sum_over_processes(self.epoch_sums[0]), self.epoch_sums[1]]).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "epoch_sums" in checkpoint:  # checkpoints of `convert` have none
             self.epoch_sums = checkpoint["epoch_sums"]
+            if self.global_rank:
+                self.epoch_sums[0] = 0  # the first process has the sum of all
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -34,10 +34,11 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         now, done, total = time.monotonic(), trainer.global_step, pl_module.hparams["total_steps"]
         due = now - self.last_shown >= (LOG_SECONDS if self.bar is None else BAR_SECONDS)
-        if done == self.steps_before or not (due or done >= total):
+        metrics = trainer.callback_metrics
+        # Several processes compute the loss only for rows of metrics.csv.
+        if done == self.steps_before or "train/loss" not in metrics or not (due or done >= total):
             return
         self.last_shown = now
-        metrics = trainer.callback_metrics
         numbers = (
             f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:,.1f}"
             f"  {metrics['tokens_per_second']:,.0f} tokens/s"

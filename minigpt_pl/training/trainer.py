@@ -50,7 +50,7 @@ def build_trainer(
         callbacks.append(Progress())
     # Both come after EMAWeightAveraging: it updates the average before SaveAndStop saves, and it puts the average into
     # the checkpoint before StopAtNaN checks the weights.
-    callbacks += [StopAtNaN(log_interval(config, datamodule)), stop]
+    callbacks += [StopAtNaN(), stop]
     options = processes(settings)
     if settings.strategy == "fsdp2":
         options["strategy"] = FSDP2Strategy(options["devices"] * options["num_nodes"])
@@ -60,6 +60,7 @@ def build_trainer(
         **{name: getattr(settings, name) for name in UNCHANGED},
         limit_val_batches=settings.limit_val_batches if validates else 0,
         num_sanity_val_steps=0,
+        log_every_n_steps=min(settings.log_every_n_steps, batches_per_epoch(config, datamodule)),  # a row per epoch
         enable_progress_bar=False,  # our callback Progress replaces it
         enable_model_summary=False,
         use_distributed_sampler=False,  # BatchLoader gives each process its part
@@ -71,12 +72,9 @@ def build_trainer(
     )
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None  # SaveAndStop has its own
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None  # a collective before each batch
     return trainer
-
-
-def log_interval(config: TrainConfig, datamodule: TextDataModule) -> int:
-    """Steps between rows of metrics.csv: at least one row per epoch."""
-    return min(config.trainer.log_every_n_steps, batches_per_epoch(config, datamodule))
 
 
 def processes(settings: TrainerConfig) -> dict[str, Any]:
@@ -98,9 +96,7 @@ def max_seconds(config: TrainConfig) -> float | None:
 
 def batches_per_epoch(config: TrainConfig, datamodule: TextDataModule) -> int:
     """Number of batches in one epoch with these settings."""
-    process_options = processes(config.trainer)
-    world_size = process_options["devices"] * process_options["num_nodes"]
-    return datamodule.batches_per_epoch(world_size, config.trainer.limit_train_batches)
+    return datamodule.batches_per_epoch(config.trainer.limit_train_batches)
 
 
 def precision(wanted: str, accelerator: str) -> Any:
