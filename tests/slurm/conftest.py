@@ -49,7 +49,7 @@ PartitionName=main Nodes=n1,n2 Default=YES State=UP
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Starts SLURM. Sets the environment variables for its commands and for the jobs."""
     folder, path = tmp_path_factory.mktemp("slurm"), f"{os.environ['PATH']}:/usr/sbin:/sbin"
