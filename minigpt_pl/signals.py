@@ -3,11 +3,15 @@
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = [signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__]  # Windows has only two
+
+
+# What remains to do before a process ends at once. Returns the exit code. `train` replaces it, for several processes.
+before_exit: Callable[[int], int] = lambda number: 128 + number  # noqa: E731
 
 
 class Interrupted(BaseException):
@@ -27,8 +31,13 @@ def exit_at_once(number: int, frame: Any = None) -> None:
 
     The exit code is 128 + number, as shells write it.
     """
+    set_handlers(dict.fromkeys(SIGNALS, lambda number, frame: os._exit(128 + number)))
     say(f"{signal.Signals(number).name}: stopped at once. To continue the run, add resume=auto to the command.")
-    os._exit(128 + number)
+    os._exit(before_exit(number))
+
+
+def ignore(number: int, frame: Any) -> None:
+    """Handle a signal: go on. Other programs that this process starts do not ignore it, unlike with SIG_IGN."""
 
 
 def say(line: str) -> None:

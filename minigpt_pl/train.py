@@ -1,5 +1,6 @@
 """python -m minigpt_pl.train: train a model and write a run folder."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from minigpt_pl.errors import InputError
 
 def main() -> None:
     signals.set_handlers(dict.fromkeys(signals.SIGNALS, signals.exit_at_once))
-    from minigpt_pl.cli import app, errors  # after the handlers, because a signal can come while Python imports
-    from minigpt_pl.training import cluster
+    from minigpt_pl.training import cluster  # after the handlers, because a signal can come while Python imports
+
+    signals.before_exit = cluster.end_at_once
+    from minigpt_pl.cli import app, errors
 
     errors.claims_error = cluster.claims_error
     with cluster.left_together():
@@ -35,6 +38,7 @@ def train(config: TrainConfig) -> None:
     try:
         fit(config, name_prefix, overrides, None if config.resume is None else Path(config.resume))
     except signals.Interrupted as interrupted:
+        signals.set_handlers(dict.fromkeys(signals.SIGNALS, signals.ignore))  # `scontrol requeue` sends SIGTERM
         sys.exit(cluster.join().requeue(interrupted.number, config.cluster.requeue))
 
 
@@ -55,7 +59,8 @@ def _refuse_in_sweep(config: TrainConfig) -> None:
 def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
     """With `resume`, add the run's own settings, except those given again, and the path of the checkpoint.
 
-    In a SLURM job, the run has the name of the job. If SLURM starts the job again, it continues the run.
+    In a SLURM job, the run has the name of the job if it has no other name. If SLURM starts the job again, it continues
+    the run.
     """
     from minigpt_pl.training import cluster
 
@@ -65,12 +70,18 @@ def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
             raise InputError("-m: a sweep needs one process; start one job per combination (docs/cluster.md)")
         return arguments
     given = {_name(argument) for argument in arguments}
-    in_job = cluster.slurm_job() is not None and not given & {"run_name", "resume", "find_learning_rate"}
-    if in_job:
-        arguments = [*arguments, f"run_name=slurm-{cluster.slurm_job()}"]
-    if not in_job and "resume" not in given:
+    job, started_again = cluster.slurm_job(), os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    in_job = job is not None and not given & {"resume", "find_learning_rate"}
+    has_name_of_job = in_job and "run_name" not in given
+    if has_name_of_job:
+        arguments = [*arguments, f"run_name=slurm-{job}"]
+    goes_on = has_name_of_job or (in_job and started_again)
+    if not goes_on and "resume" not in given:
         return arguments
-    path, before = group.decide("resume", lambda: _choose(arguments, in_job))
+    path, before = group.decide("resume", lambda: _choose(arguments, goes_on))
+    task = {override for override in _without_name(arguments) if not override.startswith("hydra.")}
+    if path is not None and has_name_of_job and not started_again and task != set(before):
+        raise InputError(f"run_name=slurm-{job}: another command of this job has this run; give each one its own name")
     arguments = [argument for argument in arguments if _name(argument) != "resume"]
     if path is None:
         return arguments
@@ -78,20 +89,23 @@ def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
     return [override for override in before if _name(override) not in given] + arguments + [f"resume='{quoted}'"]
 
 
-def _choose(arguments: list[str], in_job: bool) -> tuple[str | None, list[str]]:
+def _choose(arguments: list[str], goes_on: bool) -> tuple[str | None, list[str]]:
     """What to continue: a checkpoint or a run folder, and the settings of its run. None for a new run."""
     from minigpt_pl.cli import app
     from minigpt_pl.training import resume
 
     where = [argument for argument in arguments if _name(argument) in ("resume", "run_name", "output_dir")]
     config = app.to_settings(app.compose("train", where))
-    wanted = "auto" if in_job else config.resume
+    wanted = "auto" if goes_on else config.resume
     path = None if wanted is None else resume.choose(Path(config.output_dir), config.run_name, wanted)
     if path is None:
         return None, []
     folder = path if (path / runs.RECORD).is_file() else path.parent.parent  # a sharded checkpoint is a folder too
-    before = runs.read_record(folder).get("overrides", [])
-    return str(path), [override for override in before if _name(override) != "run_name"]  # it may have a new name
+    return str(path), _without_name(runs.read_record(folder).get("overrides", []))  # it may have a new name
+
+
+def _without_name(overrides: list[str]) -> list[str]:
+    return [override for override in overrides if _name(override) != "run_name"]
 
 
 def _name(override: str) -> str:

@@ -41,7 +41,10 @@ class TestNumbers:
             (STEP, Numbers(3, 4, 1, 2, "srun")),
             (TORCHRUN, Numbers(3, 4, 1, 2, "torchrun")),
             (STEP | TORCHRUN | {"RANK": "2"}, Numbers(2, 4, 1, 2, "torchrun")),  # torchrun inside of srun
-            (STEP | {"SLURM_JOB_NAME": "bash"}, Numbers()),  # a shell on a node
+            (STEP | {"SLURM_PROCID": "2"}, Numbers(3, 4, 1, 2, "srun")),  # --distribution=cyclic
+            (STEP | {"SLURM_JOB_NAME": "interactive"}, Numbers(3, 4, 1, 2, "srun")),  # salloc, then srun
+            (STEP | {"SLURM_JOB_NAME": "bash", "SLURM_PTY_PORT": "5000"}, Numbers()),  # a shell on a node
+            (JOB | {"SLURM_JOB_NAME": "interactive"}, Numbers()),  # the shell of salloc
             (JOB | {"SLURM_NTASKS": "1"}, Numbers()),  # a job script without srun
         ],
     )
@@ -52,9 +55,10 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            (JOB, "SLURM_NTASKS=4: only srun starts the tasks; write srun before the command"),
+            (JOB, "SLURM_NTASKS=4: only srun starts all tasks; write srun before the command"),
+            ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, "SLURM_JOB_NUM_NODES=2: only srun starts all tasks"),
             (STEP | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "SLURM_TASKS_PER_NODE=2,1: all"),
-            (STEP | {"SLURM_PROCID": "2"}, "SLURM_TASKS_PER_NODE=.*: all nodes must have the same number"),
+            (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "SLURM_TASKS_PER_NODE=3,1: all nodes must have the same"),
         ],
     )
     def test_that_do_not_fit_together(self, variables, values, message):

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from minigpt_pl import signals
 from minigpt_pl.config import TrainerConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.signals import say
@@ -54,19 +55,20 @@ def numbers() -> Numbers:
     if all(name in os.environ for name in names):  # torchrun, or `Cluster.launch`
         rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
         return Numbers(rank, world_size, local_rank, local_world_size, "torchrun")
-    if slurm_job() is None:
+    if "SLURM_JOB_ID" not in os.environ or "SLURM_PTY_PORT" in os.environ:  # a shell that `srun --pty` has started
         return Numbers()
     if "SLURM_STEP_ID" not in os.environ:
-        if (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
-            raise InputError(f"SLURM_NTASKS={tasks}: only srun starts the tasks; write srun before the command")
+        for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"):
+            if slurm_job() is not None and (number := os.environ.get(name, "1")) != "1":
+                raise InputError(f"{name}={number}: only srun starts all tasks; write srun before the command")
         return Numbers()
-    rank, local_rank, node = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
+    if "," in (tasks := os.environ["SLURM_STEP_TASKS_PER_NODE"]):
+        raise InputError(f"SLURM_TASKS_PER_NODE={tasks}: all nodes must have the same number; set --ntasks-per-node")
+    local_rank, node = (int(os.environ[f"SLURM_{name}"]) for name in ("LOCALID", "NODEID"))
     world_size, nodes = (int(os.environ[f"SLURM_STEP_NUM_{name}"]) for name in ("TASKS", "NODES"))
     local_world_size = world_size // nodes
-    if rank != node * local_world_size + local_rank or world_size % nodes:
-        where = os.environ["SLURM_STEP_TASKS_PER_NODE"]
-        raise InputError(f"SLURM_TASKS_PER_NODE={where}: all nodes must have the same number; set --ntasks-per-node")
-    return Numbers(rank, world_size, local_rank, local_world_size, "srun")
+    # SLURM_PROCID is in another order with --distribution=cyclic.
+    return Numbers(node * local_world_size + local_rank, world_size, local_rank, local_world_size, "srun")
 
 
 def slurm_job() -> str | None:
@@ -100,6 +102,8 @@ def left_together() -> Iterator[None]:
         raise
     finally:
         if join.cache_info().currsize:
+            if join().store is not None:  # a signal would change the exit code of this process only
+                signals.set_handlers(dict.fromkeys(signals.SIGNALS, signals.ignore))
             join().leave(error)
 
 
@@ -108,8 +112,9 @@ def claims_error() -> bool:
 
     The others may have the same error. Only the first one prints it.
     """
-    if not join.cache_info().currsize:  # the processes have not met
-        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    if not join.cache_info().currsize:
+        # The processes have not met. All of them see wrong numbers, but each node sees its own network.
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     group = join()
     if group.store is None:
         return True
@@ -119,15 +124,45 @@ def claims_error() -> bool:
     return False
 
 
+def end_at_once(number: int) -> int:
+    """After a signal that ends this process at once: all others end with the same exit code. Returns it.
+
+    They need up to `GRACE` seconds. The job goes into the queue again as after a checkpoint.
+    """
+    group, code = join() if join.cache_info().currsize else None, 128 + number
+    values = [value for name, _, value in (word.partition("=") for word in sys.argv) if name == "cluster.requeue"]
+    wanted = _wants_requeue(number, {"true": True, "false": False}.get(values[-1].lower()) if values else None)
+    if group is None or group.store is None:
+        is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        for child in group.children if group is not None else []:
+            child.send_signal(number)
+        return _requeue() or code if wanted and is_first else code
+    with suppress(RuntimeError):  # the first process has ended
+        if wanted and group.store.add("requeue", 1) > 1:  # another process has got the same signal
+            group.store.wait(["end"], timedelta(seconds=GRACE))
+        else:
+            group.end_all(_requeue() or code if wanted else code)
+        code = int(group.store.get("end"))
+    group.leave(SystemExit(code))
+    return code
+
+
+def _wants_requeue(number: int, setting: bool | None) -> bool:
+    """Whether the SLURM job goes into the queue again after this signal."""
+    return slurm_job() is not None and number in (signal.SIGUSR1, signal.SIGUSR2) if setting is None else setting
+
+
 def _requeue() -> int:
     """Call `scontrol`. Returns 0, or the exit code 75 (EX_TEMPFAIL of sysexits.h), which asks for a new start."""
     if (job := slurm_job()) is None:
         problem = "this is not a SLURM job"
     else:
         try:
-            subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+            subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=20)
             say(f"SLURM job {job} is in the queue again.")
             return 0
+        except subprocess.TimeoutExpired:  # SLURM kills the job 30 s after its signal
+            problem = f"scontrol requeue {job} has not answered for 20 seconds"
         except OSError as error:
             problem = f"scontrol cannot be started ({error.strerror})"
         except subprocess.CalledProcessError as error:
@@ -213,7 +248,15 @@ class Cluster:
             store.set(f"host/{self.rank}", socket.gethostname())
             if store.add("started", 1) == self.world_size:
                 store.set("all", "")
-            store.wait(["all"], MEET)
+            deadline = time.monotonic() + MEET.total_seconds()
+            while not store.check(["all"]):
+                if ended := [child.returncode for child in self.children if child.poll() is not None]:
+                    for child in self.children:
+                        child.kill()
+                    sys.exit(max(ended[0], 1))
+                if time.monotonic() > deadline:
+                    raise RuntimeError
+                time.sleep(0.05)
             store_of_thread = store.clone()
         except RuntimeError as error:
             raise InputError(
@@ -322,9 +365,9 @@ class Cluster:
         Returns:
             The exit code: 128 + number, or 75 if the caller must start the command again.
         """
-        if wanted is None:
-            wanted = slurm_job() is not None and number in (signal.SIGUSR1, signal.SIGUSR2)
-        return int(self.decide("requeue", _requeue) or 128 + number) if wanted else 128 + number
+        if not _wants_requeue(number, wanted):
+            return 128 + number
+        return int(self.decide("requeue", _requeue) or 128 + number)
 
     def end_all(self, code: int) -> None:
         """Tell all processes to end with this exit code, unless they have been told another one."""
