@@ -1,5 +1,6 @@
 """Jobs of a real SLURM: the templates of examples/slurm, signals, killed processes, and wrong numbers of processes."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -51,18 +52,14 @@ class Job:
         assert (self.show("JobState"), self.show("ExitCode")) == (state, f"{code}:0"), self.log()
         return self.log()
 
-    def processes(self, module: str = "minigpt_pl.train") -> dict[int, int]:
-        """Rank in the job -> process id."""
-        found = {}
+    def kill(self, rank: int) -> None:
+        """Kill one of the processes that train."""
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment, command = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
-            except OSError:  # it has ended
-                continue
-            variables = dict(line.split("=", 1) for line in environment.decode(errors="replace").split("\0") if line)
-            if variables.get("SLURM_JOB_ID") == self.number and f"-m\0{module}\0" in command.decode(errors="replace"):
-                found[int(variables["SLURM_PROCID"])] = int(folder.name)
-        return found
+            with contextlib.suppress(OSError):  # a process has just ended
+                variables, command = ((folder / name).read_text().split("\0") for name in ("environ", "cmdline"))
+                trains = ["-m", "minigpt_pl.train"] in (command[1:3], command[2:4])  # torchrun adds -u
+                if trains and {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}"} <= {*variables}:
+                    os.kill(int(folder.name), signal.SIGKILL)
 
 
 class Cluster:
@@ -120,3 +117,84 @@ def test_a_signal_puts_the_job_into_the_queue_again(cluster, undisturbed):
     assert log.count(f"SLURM job {job.number} is in the queue again.") == log.count("Resuming from") == 1
     assert "Traceback" not in log and "stopped at once" not in log
     assert_same_run(job.run_folder, undisturbed)
+
+
+def test_a_killed_process_ends_the_others_and_a_requeued_job_goes_on(cluster, undisturbed):
+    job = cluster.submit("several_nodes.sh", TWO_NODES)
+    job.wait_for_steps(7)
+    job.kill(rank=1)
+    began = time.monotonic()
+    log = job.wait_for_end("FAILED", code=137)
+    assert time.monotonic() - began < 60 and "task 1: Killed" in log and "Traceback" not in log
+    subprocess.run(["scontrol", "requeue", job.number], check=True)
+    assert "Resuming from" in job.wait_for_end()
+    assert_same_run(job.run_folder, undisturbed)
+
+
+def test_torchrun_starts_killed_processes_again(cluster, undisturbed):
+    job = cluster.submit("torchrun.sh", TWO_NODES)
+    job.wait_for_steps(7)
+    job.kill(rank=1)
+    assert "Resuming from" in job.wait_for_end()
+    assert_same_run(job.run_folder, undisturbed)
+
+
+def test_torchrun_and_a_signal(cluster, undisturbed):
+    job = cluster.submit("torchrun.sh", TWO_NODES)
+    job.wait_for_steps(7)
+    subprocess.run(["scancel", "--signal=USR1", job.number], check=True)
+    job.wait_for(lambda: job.show("Restarts") == "1")
+    assert "Resuming from" in job.wait_for_end()
+    assert_same_run(job.run_folder, undisturbed)
+
+
+def test_scontrol_that_fails(cluster, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho no answer >&2\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    job = cluster.submit("cpu.sh", [], PATH=f"{tmp_path}:{os.environ['PATH']}")
+    job.wait_for_steps(7)
+    subprocess.run(["scancel", "--signal=USR1", job.number], check=True)
+    log = job.wait_for_end("FAILED", code=75)
+    assert f"cluster.requeue: scontrol requeue {job.number} has failed (no answer); exit code 75 asks" in log
+
+
+def test_an_array_with_an_element_that_gets_a_signal(cluster):
+    (cluster.folder / "settings.txt").write_text("seed=1 model.dropout=0.2\n" * 2)
+    number = cluster.submit("array.sh", ["--array=1-2"], "settings.txt").number
+    jobs = [Job(cluster.folder, f"{number}_{element}") for element in (1, 2)]
+    jobs[0].wait_for_steps(7)
+    subprocess.run(["scancel", "--signal=USR1", jobs[0].number], check=True)
+    jobs[0].wait_for(lambda: jobs[0].show("Restarts") == "1")
+    assert "Resuming from" in jobs[0].wait_for_end()
+    assert "Resuming from" not in jobs[1].wait_for_end()
+    assert_same_run(jobs[0].run_folder, jobs[1].run_folder)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "error"),
+    [
+        ("srun --ntasks=2", "trainer.devices=1", "trainer.devices=1: srun has started 2 processes per node"),
+        ("salloc --ntasks=2 srun", "trainer.devices=1", "trainer.devices=1: srun has started 2 processes per node"),
+        ("srun --nodes=2 --ntasks=2", "trainer.num_nodes=3", "trainer.num_nodes=3: srun has started 2 nodes"),
+        ("srun --nodes=2 --ntasks=3", "", "SLURM_TASKS_PER_NODE=2,1: all nodes must have the same number"),
+        ("env MASTER_ADDR=nowhere.invalid srun --ntasks=2", "", "MASTER_ADDR=nowhere.invalid: no address found"),
+        ("srun --ntasks=2", "data.path=nothing.txt", "data.path=nothing.txt: no such file"),
+        ("srun --nodes=2 --ntasks=2", "model.embed_dim=0", "model.embed_dim=0: must be at least 1"),
+    ],
+)
+def test_all_processes_end_with_the_same_error(cluster, tmp_path, command, settings, error):
+    line = f"python -m minigpt_pl.train {shlex.join(cluster.settings)} {settings}; echo exit $?"
+    done = subprocess.run([*command.split(), "bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert set(done.stdout.splitlines()) == {"exit 2"}, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {error}") and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("outputs/*/run.json"))
+
+
+@pytest.mark.parametrize("option", ["--ntasks=2", "--nodes=2"])
+def test_a_job_without_srun(slurm, tmp_path, option):
+    command = ["sbatch", "--wait", option, "--output=log", "--wrap=python -m minigpt_pl.train data=text"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert re.match(r"error: SLURM_\w+=2: only srun starts all tasks; write srun before the command", line)
+    assert not (tmp_path / "outputs").exists()
