@@ -16,6 +16,8 @@
 
 head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines=1)}
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it from sbatch
-srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" \
+# The signal is for the processes that train. torchrun itself would end.
+srun --kill-on-bad-exit=1 env --ignore-signal=USR1 \
+    torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$((20000 + SLURM_JOB_ID % 10000))" \
-    --max-restarts=3 -m minigpt_pl.train "$@"
+    -m minigpt_pl.train "$@"
