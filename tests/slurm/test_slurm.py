@@ -52,6 +52,10 @@ class Job:
         assert (self.show("JobState"), self.show("ExitCode")) == (state, f"{code}:0"), self.log()
         return self.log()
 
+    def signal_and_wait_for_queue(self) -> None:
+        subprocess.run(["scancel", "--signal=USR1", self.number], check=True)  # as --signal=USR1@120
+        self.wait_for(lambda: self.show("Restarts") == "1")
+
     def kill(self, rank: int) -> None:
         """Kill one of the processes that train."""
         for folder in Path("/proc").glob("[0-9]*"):
@@ -111,8 +115,7 @@ def test_two_nodes_with_two_tasks_train_one_run(cluster):
 def test_a_signal_puts_the_job_into_the_queue_again(cluster, undisturbed):
     job = cluster.submit("one_node.sh", TWO_TASKS)
     job.wait_for_steps(7)
-    subprocess.run(["scancel", "--signal=USR1", job.number], check=True)  # as --signal=USR1@120
-    job.wait_for(lambda: job.show("Restarts") == "1")
+    job.signal_and_wait_for_queue()
     log = job.wait_for_end()
     assert log.count(f"SLURM job {job.number} is in the queue again.") == log.count("Resuming from") == 1
     assert "Traceback" not in log and "stopped at once" not in log
@@ -135,16 +138,10 @@ def test_torchrun_starts_killed_processes_again(cluster, undisturbed):
     job = cluster.submit("torchrun.sh", TWO_NODES)
     job.wait_for_steps(7)
     job.kill(rank=1)
-    assert "Resuming from" in job.wait_for_end()
-    assert_same_run(job.run_folder, undisturbed)
-
-
-def test_torchrun_and_a_signal(cluster, undisturbed):
-    job = cluster.submit("torchrun.sh", TWO_NODES)
-    job.wait_for_steps(7)
-    subprocess.run(["scancel", "--signal=USR1", job.number], check=True)
-    job.wait_for(lambda: job.show("Restarts") == "1")
-    assert "Resuming from" in job.wait_for_end()
+    job.wait_for(lambda: "Resuming from" in job.log())
+    assert job.log().count("failed (exitcode: ") == 1, "they meet at the first restart"
+    job.signal_and_wait_for_queue()
+    assert job.wait_for_end().count("Resuming from") == 2
     assert_same_run(job.run_folder, undisturbed)
 
 
@@ -163,8 +160,7 @@ def test_an_array_with_an_element_that_gets_a_signal(cluster):
     number = cluster.submit("array.sh", ["--array=1-2"], "settings.txt").number
     jobs = [Job(cluster.folder, f"{number}_{element}") for element in (1, 2)]
     jobs[0].wait_for_steps(7)
-    subprocess.run(["scancel", "--signal=USR1", jobs[0].number], check=True)
-    jobs[0].wait_for(lambda: jobs[0].show("Restarts") == "1")
+    jobs[0].signal_and_wait_for_queue()
     assert "Resuming from" in jobs[0].wait_for_end()
     assert "Resuming from" not in jobs[1].wait_for_end()
     assert_same_run(jobs[0].run_folder, jobs[1].run_folder)
