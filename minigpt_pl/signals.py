@@ -48,9 +48,12 @@ def say(line: str) -> None:
 def set_handlers(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
     """Install handlers and return the old ones. Ignored signals stay ignored: `nohup` ignores SIGHUP.
 
+    SIGUSR1 and SIGUSR2 are handled even then: examples/slurm/torchrun.sh ignores them for torchrun itself.
+
     Does nothing outside the main thread, because Python accepts handlers only there.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    used = [number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN]
+    names = ("SIGUSR1", "SIGUSR2")
+    used = [n for n in handlers if n.name in names or signal.getsignal(n) is not signal.SIG_IGN]
     return {number: signal.signal(number, handlers[number]) for number in used}

@@ -30,6 +30,7 @@ def train(config: TrainConfig) -> None:
 
     if app.in_sweep():
         _refuse_in_sweep(config)
+    cluster.join().check(config.trainer)
     from minigpt_pl.training.fit import fit  # Lightning: import it after the checks, it takes 3 s
 
     hydra = HydraConfig.get()

@@ -6,8 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import TINY_RUN, run_main
+from torch.distributed import TCPStore
 
 from minigpt_pl import InputError
 from minigpt_pl.config import TrainerConfig
@@ -148,6 +152,7 @@ PROGRAM = """
 import os, signal, sys, time
 from minigpt_pl.cli.errors import one_line_errors
 from minigpt_pl.cli import errors
+from minigpt_pl import signals
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import cluster
 
@@ -219,6 +224,16 @@ class TestTogether:
         (line,) = "".join(error for *_, error in done).splitlines()
         assert line.startswith(f"Process {rank} on {socket.gethostname()} is lost, so all processes end.")
 
+    def test_a_signal_before_the_training_ends_all(self, tmp_path):
+        code = """signals.before_exit = cluster.end_at_once
+signals.set_handlers({signal.SIGTERM: signals.exit_at_once})
+if rank == 1: os.kill(os.getpid(), signal.SIGTERM)
+group.decide('never', lambda: time.sleep(20))"""
+        done = self._run(tmp_path, code)
+        assert [code for code, _, _ in done] == [128 + signal.SIGTERM] * 3
+        (line,) = "".join(error for *_, error in done).splitlines()
+        assert line.startswith("SIGTERM: stopped at once.")
+
     def test_the_first_process_is_lost(self, tmp_path):
         done = self._run(tmp_path, "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(20)")
         assert [code for code, _, _ in done] == [-9, 1, 1]
@@ -242,5 +257,52 @@ class TestTogether:
         assert line.startswith("error: MASTER_ADDR=127.0.0.1 MASTER_PORT=") and "of 4 does not meet the others" in line
 
 
+def test_processes_that_start_again_do_not_meet_those_before(monkeypatch):
+    """torchrun keeps the store."""
+    monkeypatch.setattr(Cluster, "_meet", lambda self: None)
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+
+    def start(rank: int, seconds: float) -> str:
+        time.sleep(seconds)
+        return Cluster(Numbers(rank, 2, rank, 2))._agree_on_name(store.clone())
+
+    with ThreadPoolExecutor(2) as pool:
+        names = [list(pool.map(start, (0, 1), late)) for late in ((0, 0), (0.3, 0), (0, 0.3))]
+    assert [len({*pair}) for pair in names] == [1, 1, 1] and len({pair[0] for pair in names}) == 3
+
+
 def test_claims_error_alone():
     assert cluster.claims_error()
+
+
+class TestJobOfSlurm:
+    """The run has the name of the job."""
+
+    @pytest.fixture
+    def train(self, variables, story, tmp_path):
+        variables({"SLURM_JOB_ID": "4711"})
+        settings = [*TINY_RUN, f"data.path={story}", "text_generator.every_n_epochs=0"]
+
+        def train(*arguments, code=0):
+            done = run_main("train", *settings, *arguments, cwd=tmp_path)
+            assert done.returncode == code, done.stderr
+            return done.stderr
+
+        return train
+
+    def test_started_again(self, train, tmp_path):
+        train("trainer.max_steps=2")
+        train("trainer.max_steps=2")
+        assert [path.parent.name for path in tmp_path.glob("outputs/*/run.json")] == ["slurm-4711"]
+
+    def test_another_command(self, train):
+        train("trainer.max_steps=2")
+        error = train("trainer.max_steps=2", "seed=2", code=2)
+        assert error.startswith("error: run_name=slurm-4711: another command of this job has this run; give each")
+
+    def test_of_a_given_name(self, train, variables, tmp_path):
+        train("trainer.max_steps=2", "run_name=mine")
+        assert "run_name=mine: outputs/mine exists" in train("trainer.max_steps=2", "run_name=mine", code=2)
+        variables({"SLURM_RESTART_COUNT": "1"})
+        train("trainer.max_steps=2", "run_name=mine")
+        assert [path.parent.name for path in tmp_path.glob("outputs/*/run.json")] == ["mine"]

@@ -1,5 +1,6 @@
 """Signals before, during and after the training, in real processes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -46,6 +47,27 @@ train.main()
 
 def run(code, cwd, *arguments):
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+def test_a_job_that_has_just_started_goes_into_the_queue_again(story, tmp_path, monkeypatch, requeue):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    code = AT_IMPORT.format(module="torch", name="SIGUSR1")
+    done = run(code, tmp_path, f"data.path={story}", *TINY_RUN, *([] if requeue else ["cluster.requeue=false"]))
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert (tmp_path / "called").exists() == requeue
+    assert not requeue or (tmp_path / "called").read_text() == "requeue 4711\n"
+
+
+def test_a_process_ends_before_it_meets_the_first(story, tmp_path):
+    code = AT_IMPORT.format(module="torch", name="SIGTERM").replace("if name", "if 'RANK' in os.environ and name")
+    (tmp_path / "signalled.py").write_text(code)
+    command = [sys.executable, "signalled.py", *TINY_RUN, f"data.path={story}", "trainer.devices=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("module", "name"), [("hydra", "SIGINT"), ("torch", "SIGTERM"), ("datasets", "SIGUSR1")])

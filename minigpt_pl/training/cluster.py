@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -102,8 +103,6 @@ def left_together() -> Iterator[None]:
         raise
     finally:
         if join.cache_info().currsize:
-            if join().store is not None:  # a signal would change the exit code of this process only
-                signals.set_handlers(dict.fromkeys(signals.SIGNALS, signals.ignore))
             join().leave(error)
 
 
@@ -243,20 +242,8 @@ class Cluster:
         of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             store: Any = TCPStore(host, port, None, self.is_first and not of_torchrun, MEET, wait_for_workers=False)
-            # torchrun keeps its store when it starts the processes again.
-            store = PrefixStore(f"minigpt_pl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = PrefixStore(f"minigpt_pl/{self._agree_on_name(store)}", store)
             store.set(f"host/{self.rank}", socket.gethostname())
-            if store.add("started", 1) == self.world_size:
-                store.set("all", "")
-            deadline = time.monotonic() + MEET.total_seconds()
-            while not store.check(["all"]):
-                if ended := [child.returncode for child in self.children if child.poll() is not None]:
-                    for child in self.children:
-                        child.kill()
-                    sys.exit(max(ended[0], 1))
-                if time.monotonic() > deadline:
-                    raise RuntimeError
-                time.sleep(0.05)
             store_of_thread = store.clone()
         except RuntimeError as error:
             raise InputError(
@@ -265,6 +252,30 @@ class Cluster:
             ) from error
         self.store = store
         threading.Thread(target=self._watch, args=[store_of_thread], daemon=True).start()
+
+    def _agree_on_name(self, store: Any) -> str:
+        """Wait for all processes. Returns a name that this start of them has, and no other one.
+
+        torchrun keeps its store when it starts the processes again, and each of its nodes counts the starts otherwise.
+        So the first process gives the name, and answers with the names that all processes have given themselves.
+        """
+        mine, name, deadline = uuid.uuid4().hex, "", time.monotonic() + MEET.total_seconds()
+        if self.is_first:
+            store.set("name", mine)
+        while time.monotonic() < deadline:
+            if store.check(["name"]) and name != (name := store.get("name").decode()):
+                store.set(f"{name}/{self.rank}", mine)
+            everyone = [f"{name}/{rank}" for rank in range(self.world_size)]
+            if self.is_first and store.check(everyone):
+                store.set(f"{name}/all", b" ".join(map(store.get, everyone)))
+            if store.check([f"{name}/all"]) and mine in store.get(f"{name}/all").decode():
+                return name
+            if ended := [child.returncode for child in self.children if child.poll() is not None]:
+                for child in self.children:
+                    child.kill()
+                sys.exit(max(ended[0], 1))
+            time.sleep(0.1)
+        raise RuntimeError
 
     def _address(self) -> tuple[str, int]:
         """Host and port of the first process."""
@@ -419,10 +430,13 @@ class Cluster:
                 if self._is_of_communication(error):
                     self.end.wait(LOST + GRACE)  # until `_watch` knows which process is lost
                 self.end_all(1)  # a traceback follows
+            else:  # a signal would change the exit code of this process only
+                signals.set_handlers(dict.fromkeys(signals.SIGNALS, signals.ignore))
             self.store.add(f"life/{self.rank}", LEFT)
             self.leaving.set()
             others = range(1, self.world_size) if self.is_first else [] if self.store.check(["end"]) else [0]
-            deadline = time.monotonic() + 3 * GRACE
+            # With "end", the others need at most `GRACE`, and this process may have only 30 s until it is killed.
+            deadline = time.monotonic() + (2 if self.store.check(["end"]) else 3) * GRACE
             while any(self.store.add(f"life/{other}", 0) < LEFT for other in others) and time.monotonic() < deadline:
                 time.sleep(0.05)
         self.leaving.set()

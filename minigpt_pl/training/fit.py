@@ -64,7 +64,6 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         keep_freed_memory()
     L.seed_everything(config.seed, verbose=False)
     group = cluster.join()
-    group.check(config.trainer)
     check_machine(config)
     check_memory(config, NUM_SPECIAL + 1)  # for the smallest vocabulary, because encoding can take minutes
     if config.find_learning_rate:
