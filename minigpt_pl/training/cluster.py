@@ -198,6 +198,9 @@ class Cluster:
             self.store.set(key, value)
 
     def _meet(self) -> None:
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # else the store warns each second in which `wait_for` waits
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         # Lightning's TorchElasticEnvironment reads these variables.
@@ -258,7 +261,7 @@ class Cluster:
             decides, node = self.local_rank == 0, self.rank // self.local_world_size
         key = f"decision/{key}/{node}"
         if not decides:
-            value, code = json.loads(self._wait_for(key))
+            value, code = json.loads(self.wait_for(key))
         else:
             value = code = None
             try:
@@ -272,6 +275,19 @@ class Cluster:
             sys.exit(code)
         return value
 
+    def gather(self, key: str, value: Any) -> list[Any]:
+        """Collect a value of every process, by rank, in the first process. The others get an empty list.
+
+        Args:
+            key: name of the value.
+            value: a value that JSON can hold.
+        """
+        if self.store is None:
+            return [value]
+        self.store.set(f"values/{key}/{self.rank}", json.dumps(value))
+        ranks = range(self.world_size) if self.is_first else ()
+        return [json.loads(self.wait_for(f"values/{key}/{rank}")) for rank in ranks]
+
     def must_agree(self, key: str, value: str, problem: str) -> None:
         """Compare a value of all processes.
 
@@ -280,16 +296,17 @@ class Cluster:
         """
         if self.store is None:
             return
-        self.store.set(f"{key}/{self.rank}", value)
+        values = self.gather(key, value)
 
         def compare() -> None:
-            for rank in range(1, self.world_size):
-                if (found := self._wait_for(f"{key}/{rank}")) != value:
+            for rank, found in enumerate(values):
+                if found != value:
                     raise InputError(f"{problem} (here {value}, process {rank} on {self._host(rank)} {found})")
 
         self.decide(key, compare)
 
-    def _wait_for(self, key: str) -> str:
+    def wait_for(self, key: str) -> str:
+        """Wait for a value of the store. If another process fails meanwhile, this one ends."""
         while not self.end.is_set():
             with suppress(RuntimeError):  # the first process is lost
                 if self.store.check([key]):
