@@ -80,10 +80,9 @@ def doctor(config: DoctorConfig) -> None:
     rows: list[Check] = []
 
     def show(*checks: Check) -> None:
-        if group.is_first:
-            rows.extend(checks)
-            for name, ok, text in checks:
-                print(f"{WORDS[ok]:4}  {name:13}  {text}", flush=True)
+        rows.extend(checks)
+        for name, ok, text in checks:
+            print(f"{WORDS[ok]:4}  {name:13}  {text}", flush=True)
 
     for check in OF_MACHINE:
         found = _limited(check, config, group) if group.local_rank == 0 else None

@@ -1,5 +1,6 @@
 """A short training that is killed and continued."""
 
+import os
 import random
 import subprocess
 import sys
@@ -31,13 +32,14 @@ def drill(config: DoctorConfig) -> Check:
         quoted = str(scratch.absolute()).replace("'", r"\'")
         folders = f"data.path='{quoted}/text.txt'", f"output_dir='{quoted}'"
         command = [sys.executable, "-m", "minigpt_pl.train", *SETTINGS, *folders]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the model is too small to gain from threads
         undisturbed, killed = (scratch / name / "checkpoints" / "last.ckpt" for name in ("undisturbed", "killed"))
         try:
-            _train([*command, "run_name=undisturbed"])
-            if not _is_killed([*command, "run_name=killed"], killed):
+            _train([*command, "run_name=undisturbed"], environment)
+            if not _is_killed([*command, "run_name=killed"], environment, killed):
                 return Check("drill", False, "the training ended before it could be killed; repeat the drill")
             steps = read_checkpoint(killed)["global_step"]
-            _train([*command, "run_name=killed", "resume=auto"])
+            _train([*command, "run_name=killed", "resume=auto"], environment)
         except subprocess.TimeoutExpired:
             return Check("drill", False, f"a training of {STEPS} steps takes more than {LIMIT:g} s; end other programs")
         except subprocess.CalledProcessError as error:
@@ -48,14 +50,14 @@ def drill(config: DoctorConfig) -> Check:
     return Check("drill", True, f"killed after {steps} of {STEPS} steps and continued: the weights are the same")
 
 
-def _train(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
+def _train(command: list[str], environment: dict[str, str]) -> None:
+    subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=LIMIT)
 
 
-def _is_killed(command: list[str], checkpoint: Path) -> bool:
+def _is_killed(command: list[str], environment: dict[str, str], checkpoint: Path) -> bool:
     """Kill the training when it has written a checkpoint."""
     deadline = time.monotonic() + LIMIT
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         process.kill()

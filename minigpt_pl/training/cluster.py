@@ -198,9 +198,6 @@ class Cluster:
             self.store.set(key, value)
 
     def _meet(self) -> None:
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # else the store warns each second in which `wait_for` waits
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         # Lightning's TorchElasticEnvironment reads these variables.
