@@ -50,9 +50,14 @@ def main() -> None:
     from minigpt_pl.training import cluster
 
     errors.claims_error = cluster.claims_error
+
+    def meet(overrides: list[str]) -> list[str]:
+        cluster.join()  # before the settings are checked, so that only one process prints what is wrong
+        return overrides
+
     try:
         with cluster.left_together():
-            app.run("doctor", doctor)
+            app.run("doctor", doctor, prepare=meet)
     except SystemExit as end:
         if any(thread.name == "check" for thread in threading.enumerate()):  # it hangs, and Python could wait for it
             sys.stdout.flush()

@@ -74,6 +74,14 @@ class TestCommand:
         assert rows["shared folder"] == ("ok", "all processes write into output_dir, and see its locks")
         assert re.fullmatch(r"gloo: 43.8 MB of gradients in [\d,.]+ ms \([\d.]+ GB/s\)", rows["all-reduce"][1])
 
+    def test_one_process_prints_what_is_wrong(self, tmp_path, monkeypatch):
+        meetings = []
+        monkeypatch.setattr(cluster, "join", lambda: meetings.append(1))
+        monkeypatch.setattr(cluster, "left_together", contextlib.nullcontext)
+        monkeypatch.setattr(cluster, "claims_error", lambda: not meetings)
+        done = run_main("doctor", "nope=1", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (2, "")
+
     def test_drill_needs_one_process(self, monkeypatch):
         monkeypatch.setattr(cluster, "join", lambda: SimpleNamespace(world_size=2))
         with pytest.raises(InputError, match="drill=true: needs one process"):
@@ -106,7 +114,7 @@ class TestLimit:
         """A library may keep Python from ending while its thread waits."""
         end, codes = threading.Event(), []
 
-        def run(*_):
+        def run(*_, prepare):
             threading.Thread(target=end.wait, name="check").start()
             sys.exit(1)
 
@@ -213,8 +221,7 @@ class TestProcesses:
             rank=1,
             world_size=2,
             is_first=False,
-            store=SimpleNamespace(set=sent.setdefault),
-            wait_for=lambda key: str(time.time() - 5),
+            store=SimpleNamespace(set=sent.setdefault, get=lambda key: str(time.time() - 5).encode()),
             gather=lambda key, value: sent.setdefault(key, value),
         )
         assert processes.clocks(config, group).ok is None

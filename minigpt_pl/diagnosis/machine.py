@@ -34,7 +34,7 @@ class Check(NamedTuple):
     Attributes:
         name: the first words of its line.
         ok: whether all is well; None if the line is only information.
-        text: what was found, and if it is not well, what to do.
+        text: the finding; if `ok` is False, also the remedy.
     """
 
     name: str

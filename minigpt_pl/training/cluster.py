@@ -258,7 +258,7 @@ class Cluster:
             decides, node = self.local_rank == 0, self.rank // self.local_world_size
         key = f"decision/{key}/{node}"
         if not decides:
-            value, code = json.loads(self.wait_for(key))
+            value, code = json.loads(self._wait_for(key))
         else:
             value = code = None
             try:
@@ -283,7 +283,7 @@ class Cluster:
             return [value]
         self.store.set(f"values/{key}/{self.rank}", json.dumps(value))
         ranks = range(self.world_size) if self.is_first else ()
-        return [json.loads(self.wait_for(f"values/{key}/{rank}")) for rank in ranks]
+        return [json.loads(self._wait_for(f"values/{key}/{rank}")) for rank in ranks]
 
     def must_agree(self, key: str, value: str, problem: str) -> None:
         """Compare a value of all processes.
@@ -302,8 +302,7 @@ class Cluster:
 
         self.decide(key, compare)
 
-    def wait_for(self, key: str) -> str:
-        """Wait for a value of the store. If another process fails meanwhile, this one ends."""
+    def _wait_for(self, key: str) -> str:
         while not self.end.is_set():
             with suppress(RuntimeError):  # the first process is lost
                 if self.store.check([key]):
