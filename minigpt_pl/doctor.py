@@ -52,7 +52,7 @@ def main() -> None:
     errors.claims_error = cluster.claims_error
 
     def meet(overrides: list[str]) -> list[str]:
-        cluster.join()  # before the settings are checked, so that only one process prints what is wrong
+        cluster.join()  # before the settings are checked, so that only one process prints their errors
         return overrides
 
     try:

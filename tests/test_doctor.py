@@ -74,7 +74,7 @@ class TestCommand:
         assert rows["shared folder"] == ("ok", "all processes write into output_dir, and see its locks")
         assert re.fullmatch(r"gloo: 43.8 MB of gradients in [\d,.]+ ms \([\d.]+ GB/s\)", rows["all-reduce"][1])
 
-    def test_one_process_prints_what_is_wrong(self, tmp_path, monkeypatch):
+    def test_one_process_prints_errors(self, tmp_path, monkeypatch):
         meetings = []
         monkeypatch.setattr(cluster, "join", lambda: meetings.append(1))
         monkeypatch.setattr(cluster, "left_together", contextlib.nullcontext)
@@ -188,7 +188,8 @@ class TestMachine:
         assert not found.ok and f"data.cache_dir={config.data.cache_dir}: has only" in found.text
 
     def test_locks_that_do_nothing(self, config, monkeypatch):
-        assert machine.folder(config, ALONE).ok
+        text = "output_dir: rename and lock work, a flush takes less than 10* ms"
+        assert re.fullmatch(text, machine.folder(config, ALONE).text)
         monkeypatch.setattr(machine, "FileLock", lambda path: contextlib.nullcontext())
         found = machine.folder(config, ALONE)
         assert not found.ok and "another process does not see a lock" in found.text
@@ -210,9 +211,9 @@ class TestProcesses:
         assert found.text.startswith("cpu: a training step takes 10 ms, its batch 200 ms; end other programs")
 
     def test_the_first_call_is_not_measured(self, monkeypatch):
-        clock = [0, 100, 101, 103]
+        clock = [0, 100, 101, 103, 106]
         monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-        assert processes._seconds(lambda: clock.pop(0), 3, torch.device("cpu")) == (103 - 100) / 3
+        assert processes._seconds(lambda: clock.pop(0), 3, torch.device("cpu")) == (106 - 100) / 3
 
     def test_clock_of_another_process(self, config):
         """It is 5 s ahead of the first process."""
