@@ -341,6 +341,15 @@ class PrepareConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """Settings of `python -m minigpt_pl.doctor`. Give `output_dir` and `data` as to `train`."""
+
+    output_dir: str = setting("outputs", "folder of the run folders; it is created, and tested with small files")
+    drill: bool = setting(False, "also kill a short training and continue it, which takes half a minute")
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
 class SampleConfig(WordControls):
     """Settings of `python -m minigpt_pl.sample`."""
 
@@ -504,7 +513,7 @@ def optimizer_problems(optimizer: OptimizerConfig, model: ModelConfig) -> Iterat
         yield "optimizer.second_moment=by_occurrence: needs model.tie_embeddings=false; leave it out"
 
 
-def _prepare_problems(config: PrepareConfig) -> Iterator[str]:
+def _prepare_problems(config: PrepareConfig | DoctorConfig) -> Iterator[str]:
     yield from _data_problems(config.data)
 
 
@@ -616,6 +625,7 @@ def _run_name_problems(run_name: str | None) -> Iterator[str]:
 
 _RULES: dict[type, Any] = {
     PrepareConfig: _prepare_problems,
+    DoctorConfig: _prepare_problems,
     TrainConfig: _train_problems,
     SampleConfig: _sample_problems,
     ExploreConfig: _explore_problems,

@@ -326,6 +326,19 @@ class Cluster:
             sys.exit(code)
         return value
 
+    def gather(self, key: str, value: Any) -> list[Any]:
+        """Collect a value of every process, by rank, in the first process. The others get an empty list.
+
+        Args:
+            key: name of the value.
+            value: a value that JSON can hold.
+        """
+        if self.store is None:
+            return [value]
+        self.store.set(f"values/{key}/{self.rank}", json.dumps(value))
+        ranks = range(self.world_size) if self.is_first else ()
+        return [json.loads(self._wait_for(f"values/{key}/{rank}")) for rank in ranks]
+
     def must_agree(self, key: str, value: str, problem: str) -> None:
         """Compare a value of all processes.
 
@@ -334,11 +347,11 @@ class Cluster:
         """
         if self.store is None:
             return
-        self.store.set(f"{key}/{self.rank}", value)
+        values = self.gather(key, value)
 
         def compare() -> None:
-            for rank in range(1, self.world_size):
-                if (found := self._wait_for(f"{key}/{rank}")) != value:
+            for rank, found in enumerate(values):
+                if found != value:
                     raise InputError(f"{problem} (here {value}, process {rank} on {self._host(rank)} {found})")
 
         self.decide(key, compare)
