@@ -235,7 +235,8 @@ group.decide('never', lambda: time.sleep(20))"""
         assert line.startswith("SIGTERM: stopped at once.")
 
     def test_the_first_process_is_lost(self, tmp_path):
-        done = self._run(tmp_path, "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(20)")
+        code = "group.gather('all have met', 1)\nif rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(20)"
+        done = self._run(tmp_path, code)
         assert [code for code, _, _ in done] == [-9, 1, 1]
         (line,) = "".join(error for *_, error in done).splitlines()
         assert line.startswith("The first process is lost, so all processes end.")
