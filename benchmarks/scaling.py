@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--between-nodes", type=float, default=40, help="GB/s of a GPU between nodes")
     parser.add_argument("--latency", type=float, default=10, help="microseconds of a message")
     options = parser.parse_args()
-    print("| model | sequences per step | ms per step on one GPU | MB exchanged | " + " | ".join(map(str, GPUS)) + " |")
+    print(
+        "| model | sequences per step | ms per step on one GPU | MB of gradients | " + " | ".join(map(str, GPUS)) + " |"
+    )
     print("|---" * (len(GPUS) + 4) + "|")
     for name, sizes in MODELS.items():
         model = MiniGPT(**sizes)

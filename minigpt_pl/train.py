@@ -71,7 +71,9 @@ def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
             raise InputError("-m: a sweep needs one process; start one job per combination (docs/cluster.md)")
         return arguments
     given = {_name(argument) for argument in arguments}
-    job, started_again = cluster.slurm_job(), os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    job = cluster.slurm_job()
+    restarts = {os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")}
+    started_again = group.decide("started again", lambda: restarts != {"0"})
     in_job = job is not None and not given & {"resume", "find_learning_rate"}
     has_name_of_job = in_job and "run_name" not in given
     if has_name_of_job:

@@ -59,10 +59,16 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            (JOB, "SLURM_NTASKS=4: only srun starts all tasks; write srun before the command"),
-            ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, "SLURM_JOB_NUM_NODES=2: only srun starts all tasks"),
-            (STEP | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "SLURM_TASKS_PER_NODE=2,1: all"),
-            (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "SLURM_TASKS_PER_NODE=3,1: all nodes must have the same"),
+            (JOB, "SLURM_NTASKS=4: this job was started without srun; write srun before the command"),
+            (
+                {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
+                "SLURM_JOB_NUM_NODES=2: this job was started without srun",
+            ),
+            (
+                STEP | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"},
+                "SLURM_STEP_TASKS_PER_NODE=2,1: all",
+            ),
+            (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "SLURM_STEP_TASKS_PER_NODE=3,1: all nodes must have"),
         ],
     )
     def test_that_do_not_fit_together(self, variables, values, message):
@@ -206,10 +212,10 @@ class TestTogether:
         assert "".join(error for *_, error in done) == "error: seed=x: wrong; mend it\n"
 
     def test_different_values_are_refused(self, tmp_path):
-        done = self._run(tmp_path, "group.must_agree('text', str(rank // 2), 'data: differs')")
+        done = self._run(tmp_path, "group.must_agree('text', {'seed': 7, 'data': rank // 2}, 'give all the same')")
         assert [code for code, _, _ in done] == [2, 2, 2]
         (line,) = "".join(error for *_, error in done).splitlines()
-        assert line == f"error: data: differs (here 0, process 2 on {socket.gethostname()} 1)"
+        assert line == f"error: data=0: process 2 on {socket.gethostname()} has 1; give all the same"
 
     @pytest.mark.parametrize(("number", "rank"), [("SIGKILL", 2), ("SIGSTOP", 1)])
     def test_a_lost_process_is_named(self, tmp_path, rank, number):
@@ -223,6 +229,20 @@ class TestTogether:
         assert [code for code, _, _ in done] == [-9 if each == rank else 1 for each in range(3)]
         (line,) = "".join(error for *_, error in done).splitlines()
         assert line.startswith(f"Process {rank} on {socket.gethostname()} is lost, so all processes end.")
+
+    def test_a_traceback_comes_at_once_and_ends_all(self, tmp_path):
+        done = self._run(tmp_path, "group.gather('all have met', 1)\nif rank == 0: 1 / 0\ntime.sleep(9)")
+        assert [code for code, _, _ in done] == [1, 1, 1]
+        assert done[0][2].count("ZeroDivisionError: division by zero") == 1 and not done[1][2] + done[2][2]
+
+    def test_suspended_processes_go_on(self, tmp_path):
+        """As after `scontrol suspend`: all processes have been silent for longer than `LOST`."""
+        code = """group.gather('all have met', 1)
+os.system(f'(sleep 5; kill -CONT {os.getpid()}) > /dev/null 2>&1 &')
+os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(2)"""
+        done = self._run(tmp_path, code)
+        assert done == [(0, f"{rank} ends\n", "") for rank in range(3)]
 
     def test_a_signal_before_the_training_ends_all(self, tmp_path):
         code = """signals.before_exit = cluster.end_at_once

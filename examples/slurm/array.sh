@@ -14,5 +14,6 @@
 # module load, Apptainer, offline nodes: see one_node.sh
 
 read -ra settings < <(sed --quiet "${SLURM_ARRAY_TASK_ID}p" "$1")
+[ ${#settings[@]} -gt 0 ] || { echo "$1 has no settings in line $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it from sbatch
 srun --kill-on-bad-exit=1 python -m minigpt_pl.train "${settings[@]}" "${@:2}"

@@ -12,13 +12,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-# The programs. One of these, as your cluster has it:
+# The programs, as your cluster has them:
 # module load python cuda
 # source ~/minigpt/bin/activate
-# srun ... apptainer exec --nv minigpt.sif python -m minigpt_pl.train "$@"
+# For Apptainer, write "apptainer exec --nv minigpt.sif" before "python" in the last line.
 
-# If the nodes have no internet, download the data on the login node first:
-# export HF_HOME=$SCRATCH/huggingface HF_HUB_OFFLINE=1
+# If the nodes have no internet, download the data on the login node first (docs/cluster.md), and set:
+# export HF_HUB_OFFLINE=1
 
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not take it from sbatch
 srun --kill-on-bad-exit=1 python -m minigpt_pl.train "$@"

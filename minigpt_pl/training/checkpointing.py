@@ -248,6 +248,7 @@ class SaveAndStop(Checkpoint):
         if self.calls < self.next_vote and not now:
             return [0, 0, 0]
         calls = int(VOTE_SECONDS * self.calls / max(time_ - self.vote_time, 1e-3))
+        calls = min(calls, 2 * self.calls)  # the first batches may be faster than the next ones
         votes = torch.tensor([late, due, self.signal, -max(calls, 1)], device=trainer.strategy.root_device)
         *answer, calls = trainer.strategy.reduce(votes, reduce_op="max").tolist()
         self.calls, self.next_vote, self.vote_time = 0, -calls, time.monotonic()
@@ -267,6 +268,7 @@ class SaveAndStop(Checkpoint):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validating = False
+        self.next_vote = 1  # a training step takes longer than a batch of the validation
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])

@@ -32,8 +32,9 @@ def check_machine(config: TrainConfig) -> None:
     elif settings.accelerator == "mps" and not torch.backends.mps.is_available():
         problems.append("trainer.accelerator=mps: PyTorch finds no MPS device here; use auto or cpu")
     elif settings.accelerator != "cpu" and torch.cuda.is_available() and devices > torch.cuda.device_count():
+        remedy = "lower it" if settings.devices else "start fewer tasks, or use --gpus-per-node, not --gpus-per-task"
         gpus = torch.cuda.device_count()
-        problems.append(f"trainer.devices={devices}: this machine has only {gpus} GPUs; lower it")
+        problems.append(f"trainer.devices={devices}: this process sees only {gpus} GPUs; {remedy}")
     elif settings.accelerator == "cpu" or not torch.cuda.is_available():
         cores = max(os.cpu_count() or 2, 2)
         if (settings.devices or 1) > cores:  # srun and torchrun may start more

@@ -61,10 +61,12 @@ def numbers() -> Numbers:
     if "SLURM_STEP_ID" not in os.environ:
         for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"):
             if slurm_job() is not None and (number := os.environ.get(name, "1")) != "1":
-                raise InputError(f"{name}={number}: only srun starts all tasks; write srun before the command")
+                raise InputError(f"{name}={number}: this job was started without srun; write srun before the command")
         return Numbers()
     if "," in (tasks := os.environ["SLURM_STEP_TASKS_PER_NODE"]):
-        raise InputError(f"SLURM_TASKS_PER_NODE={tasks}: all nodes must have the same number; set --ntasks-per-node")
+        raise InputError(
+            f"SLURM_STEP_TASKS_PER_NODE={tasks}: all nodes must have the same number; set --ntasks-per-node"
+        )
     local_rank, node = (int(os.environ[f"SLURM_{name}"]) for name in ("LOCALID", "NODEID"))
     world_size, nodes = (int(os.environ[f"SLURM_STEP_NUM_{name}"]) for name in ("TASKS", "NODES"))
     local_world_size = world_size // nodes
@@ -100,6 +102,10 @@ def left_together() -> Iterator[None]:
         yield
     except BaseException as raised:
         error = raised
+        if not isinstance(error, SystemExit) and join.cache_info().currsize and join().store is not None:
+            # At once: srun may kill this process while it waits for the others.
+            sys.excepthook(type(error), error, error.__traceback__)
+            raise SystemExit(1) from None
         raise
     finally:
         if join.cache_info().currsize:
@@ -148,6 +154,8 @@ def end_at_once(number: int) -> int:
 
 def _wants_requeue(number: int, setting: bool | None) -> bool:
     """Whether the SLURM job goes into the queue again after this signal."""
+    if {"-m", "--multirun"} & {*sys.argv}:
+        return False  # the job would start the whole sweep again
     return slurm_job() is not None and number in (signal.SIGUSR1, signal.SIGUSR2) if setting is None else setting
 
 
@@ -285,7 +293,8 @@ class Cluster:
 
             host = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
         if port is None:
-            port = str(15_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000)  # as Lightning does
+            job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
+            port = str(15_000 + (job + 1009 * step) % 10_000)  # several steps of a job can run at the same time
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
         try:
             socket.getaddrinfo(host, None)
@@ -339,20 +348,25 @@ class Cluster:
         ranks = range(self.world_size) if self.is_first else ()
         return [json.loads(self._wait_for(f"values/{key}/{rank}")) for rank in ranks]
 
-    def must_agree(self, key: str, value: str, problem: str) -> None:
-        """Compare a value of all processes.
+    def must_agree(self, key: str, values: dict[str, Any], remedy: str) -> None:
+        """Compare values of all processes.
+
+        Args:
+            values: by the name of their setting; JSON can hold them.
 
         Raises:
-            InputError: a process has another value than the first. The message starts with `problem`.
+            InputError: a process has another value than the first. The message ends with `remedy`.
         """
         if self.store is None:
             return
-        values = self.gather(key, value)
+        found = self.gather(key, values)
 
         def compare() -> None:
-            for rank, found in enumerate(values):
-                if found != value:
-                    raise InputError(f"{problem} (here {value}, process {rank} on {self._host(rank)} {found})")
+            for rank, others in enumerate(found):
+                for name, value in others.items():
+                    if value != found[0][name]:
+                        where = f"process {rank} on {self._host(rank)}"
+                        raise InputError(f"{name}={found[0][name]}: {where} has {value}; {remedy}")
 
         self.decide(key, compare)
 
@@ -401,22 +415,26 @@ class Cluster:
         """Give signs of life, and end this process if another one has failed."""
         watched = (self.rank + 1) % self.world_size
         count, seen = 0, time.monotonic()
-        line = ""
+        line, before = "", seen
         while not self.leaving.wait(1):
+            if (now := time.monotonic()) - before > LOST / 2:
+                seen = now  # all processes were suspended
+            before = now
             try:
                 store.add(f"life/{self.rank}", 1)
                 if store.check(["end"]):
                     self.exit_code = int(store.get("end"))
                     break
-                if (now := store.add(f"life/{watched}", 0)) != count:
-                    count, seen = now, time.monotonic()
-                elif count < LEFT and time.monotonic() - seen > LOST:
+                if (life := store.add(f"life/{watched}", 0)) != count:
+                    count, seen = life, now
+                elif count < LEFT and now - seen > LOST:
                     line = f"Process {watched} on {self._host(watched)} is lost, so all processes end."
                     self.end_all(1)
                     break
             except RuntimeError:  # the store belongs to the first process
                 line = "The first process is lost, so all processes end."
-                line = line if self.local_rank == (self.rank < self.local_world_size) else ""  # once per node
+                speaker = 1 if self.rank < self.local_world_size else 0  # local rank; the first node has lost its 0
+                line = line if self.local_rank == speaker else ""
                 break
         else:
             return

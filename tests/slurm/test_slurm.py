@@ -52,8 +52,8 @@ class Job:
         assert (self.show("JobState"), self.show("ExitCode")) == (state, f"{code}:0"), self.log()
         return self.log()
 
-    def signal_and_wait_for_queue(self) -> None:
-        subprocess.run(["scancel", "--signal=USR1", self.number], check=True)  # as --signal=USR1@120
+    def signal_and_wait_for_queue(self, name: str = "USR1") -> None:
+        subprocess.run(["scancel", f"--signal={name}", self.number], check=True)  # as --signal=USR1@120
         self.wait_for(lambda: self.show("Restarts") == "1")
 
     def kill(self, rank: int) -> None:
@@ -140,7 +140,7 @@ def test_torchrun_starts_killed_processes_again(cluster, undisturbed):
     job.kill(rank=1)
     job.wait_for(lambda: "Resuming from" in job.log())
     assert job.log().count("failed (exitcode: ") == 1, "they meet at the first restart"
-    job.signal_and_wait_for_queue()
+    job.signal_and_wait_for_queue("URG")
     assert job.wait_for_end().count("Resuming from") == 2
     assert_same_run(job.run_folder, undisturbed)
 
@@ -172,7 +172,7 @@ def test_an_array_with_an_element_that_gets_a_signal(cluster):
         ("srun --ntasks=2", "trainer.devices=1", "trainer.devices=1: srun has started 2 processes per node"),
         ("salloc --ntasks=2 srun", "trainer.devices=1", "trainer.devices=1: srun has started 2 processes per node"),
         ("srun --nodes=2 --ntasks=2", "trainer.num_nodes=3", "trainer.num_nodes=3: srun has started 2 nodes"),
-        ("srun --nodes=2 --ntasks=3", "", "SLURM_TASKS_PER_NODE=2,1: all nodes must have the same number"),
+        ("srun --nodes=2 --ntasks=3", "", "SLURM_STEP_TASKS_PER_NODE=2,1: all nodes must have the same number"),
         ("env MASTER_ADDR=nowhere.invalid srun --ntasks=2", "", "MASTER_ADDR=nowhere.invalid: no address found"),
         ("srun --ntasks=2", "data.path=nothing.txt", "data.path=nothing.txt: no such file"),
         ("srun --nodes=2 --ntasks=2", "model.embed_dim=0", "model.embed_dim=0: must be at least 1"),
@@ -192,5 +192,5 @@ def test_a_job_without_srun(slurm, tmp_path, option):
     command = ["sbatch", "--wait", option, "--output=log", "--wrap=python -m minigpt_pl.train data=text"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2
     (line,) = (tmp_path / "log").read_text().splitlines()
-    assert re.match(r"error: SLURM_\w+=2: only srun starts all tasks; write srun before the command", line)
+    assert re.match(r"error: SLURM_\w+=2: this job was started without srun; write srun before the command", line)
     assert not (tmp_path / "outputs").exists()
