@@ -291,7 +291,7 @@ def mine(tmp_path):
 
 
 class TestHydrasFlags:
-    @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "explore", "convert", "prepare", "doctor"])
+    @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "explore", "convert", "export", "play", "prepare", "doctor"])
     def test_cfg_of_each_command(self, command, tmp_path):
         done = run_main(command, "--cfg", "job", "output_dir=elsewhere", cwd=tmp_path)
         assert done.returncode == 0 and "output_dir: elsewhere" in done.stdout.splitlines()
@@ -376,7 +376,7 @@ class TestHelp:
     def test_list_of_commands(self, tmp_path):
         done = run_main("__main__", cwd=tmp_path)
         commands = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("python")]
-        names = ("train", "sample", "evaluate", "explore", "convert", "prepare", "doctor")
+        names = ("train", "sample", "evaluate", "explore", "convert", "export", "play", "prepare", "doctor")
         assert commands == [f"python -m minigpt_pl.{name}" for name in names]
         for flag in ("-h", "--help"):
             assert run_main("__main__", flag, cwd=tmp_path).stdout == done.stdout
