@@ -21,6 +21,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,9 @@ def page_data(model: TextModel, folder: Path) -> dict[str, Any]:
         "checkpoint": model.checkpoint and f"{folder.name}/checkpoints/{model.checkpoint.name}",
         "epochs": epochs,
         "losses": {
-            name: [[row["step"], row[f"{name}/loss"]] for row in rows if f"{name}/loss" in row]
+            name: [
+                [row["step"], row[f"{name}/loss"]] for row in rows if math.isfinite(row.get(f"{name}/loss", math.nan))
+            ]
             for name in ("train", "val")
         },
         "card": run_card(model, folder),
