@@ -24,9 +24,10 @@ SAMPLES = [
 ]
 LEVELS = range(6)
 LIGHT, DARK = {"color_scheme": "light"}, {"color_scheme": "dark"}
-CONTRAST = """span => {
-    const style = getComputedStyle(span);
-    const [ink, paper] = [style.color, style.backgroundColor].map(colour => {
+CONTRAST = """element => {
+    let behind = element;
+    while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+    const [ink, paper] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(colour => {
         const parts = colour.match(/[\\d.]+/g).slice(0, 3).map(Number);
         const [r, g, b] = parts.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
@@ -44,7 +45,7 @@ def make_page(tmp_path_factory):
         network = MiniGPT(len(WORDS) + 3, 16, 32, 2, feed_forward_dim=32, num_blocks=num_blocks).eval()
         for parameter in network.parameters():
             parameter.data += 0.15 * torch.randn_like(parameter)
-        network.output.bias.data[-1] = -30  # the text does not end by itself
+        network.output.bias.data[[0, 1, -1]] = -30  # no padding and no [UNK]; the text does not end by itself
         network.load_state_dict(unpack(*pack(network)))  # the page computes with these weights
         folder = tmp_path_factory.mktemp("runs") / "tiny"
         folder.mkdir()
@@ -188,7 +189,8 @@ class TestText:
         assert 0 < count < 2000
         page.wait_for_timeout(100)
         assert len(new_words(page)) == count
-        assert len(write(page, "#go-on")) == count + 2000
+        page.fill("#num_tokens", "7")
+        assert len(write(page, "#go-on")) == count + 7
 
     def test_the_page_reacts_while_it_writes(self, page):
         gaps = page.evaluate("""() => new Promise(resolve => {
@@ -204,7 +206,7 @@ class TestText:
             }, 10);
         })""")
         assert page.inner_text("#write") == "Stop"  # it still writes
-        assert sorted(gaps)[4] < 60
+        assert max(gaps) < 1000
         page.keyboard.press("Escape")
         wait(page, "#status", "Stopped")
 
@@ -231,9 +233,10 @@ class TestText:
             len(legend) == 6
             and len({word.evaluate("w => getComputedStyle(w).backgroundColor") for word in legend}) == 6
         )
-        page.evaluate("document.body.append(...[...document.querySelectorAll('.quiet, .help, .figures')].slice(0, 3))")
-        for word in [*legend, page.locator("#write")]:
-            assert word.evaluate(CONTRAST) >= 4.5
+        page.fill("#seed", "-1")
+        for selector in ("#write", "#text-prompt", "#prompt-help", ".figures", "#chips > span", "#number-problem"):
+            assert page.locator(selector).first.evaluate(CONTRAST) >= 4.5, selector
+        assert min(word.evaluate(CONTRAST) for word in legend) >= 7
 
     def test_the_same_seed_gives_the_same_text(self, page):
         first, second = write(page), write(page)
@@ -299,8 +302,8 @@ class TestControls:
         assert len(rows) == 10 and page.locator("#versions li").count() == 0
         for name in ("temperature", "top_k", "top_p", "min_p"):
             page.click("#no-controls")
-            neutral = bars(page)
-            assert [before for _, before, _ in neutral] == [after for _, _, after in neutral]
+            for _, before, after in bars(page):
+                assert float(before[:-1]) == pytest.approx(float(after[:-1]))
             page.locator(f"#controls-{name}").fill(
                 {"temperature": "0.3", "top_k": "30", "top_p": "0.4", "min_p": "0.5"}[name]
             )
@@ -325,11 +328,11 @@ class TestControls:
         three = three / three.sum()
         after = -(three * three.log2()).sum().item()
         text = page.inner_text("#entropy")
-        assert text == f"Entropy: {before:.2f} → {after:.2f} bits. 3 of 300 words can be drawn."
+        assert text == f"Entropy {before:.2f} → {after:.2f} bits, 3 words left"
 
     def test_the_slider_of_top_k_reaches_every_size(self, page):
         page.locator("#controls-top_k").fill("100")
-        assert page.input_value("#controls-top_k-number") == "" and "299" in page.inner_text("#entropy")
+        assert page.input_value("#controls-top_k-number") == "" and "298" in page.inner_text("#entropy")
         page.locator("#controls-top_k").fill("0")
         assert page.input_value("#controls-top_k-number") == "1"
         assert page.get_attribute("#controls-top_k", "aria-valuetext") == "1 words"
@@ -385,7 +388,7 @@ class TestInside:
         write(page)
         page.locator("#words [role=option]").nth(3).click()
         context = ["the", "movie", *new_words(page)[:3]]
-        wait(page, "#inside-word", "^Word 4")
+        wait(page, "#inside-word", "as word 4, after")
         heads = page.locator("#attention .word-bars")
         assert heads.count() == 2
         ids = [made[1].tokenizer.token_to_id(word) for word in context]
@@ -452,6 +455,17 @@ class TestLinkAndHistory:
         other = start(f"#{hash}")
         assert other.input_value("#prompt") == "a good film & more #1"
         assert not other.is_checked("#new-seed") and write(other) == words
+
+    def test_copy_link(self, page):
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.fill("#controls-min_p-number", "0.25")
+        page.click("#copy-link")
+        wait(page, "#status", "^The link is copied.$")
+        link = page.evaluate("navigator.clipboard.readText()")
+        assert link == page.url and "min_p=0.25" in link
+        page.evaluate("() => { Clipboard.prototype.writeText = () => Promise.reject(new Error('forbidden')); }")
+        page.click("#copy-link")
+        wait(page, "#status", "does not allow copying. Copy the address of this page")
 
     @pytest.mark.parametrize(
         "hash, named",
@@ -580,7 +594,7 @@ class TestEverybody:
             before = page.evaluate("parseFloat(getComputedStyle(document.querySelector('.text')).fontSize)")
             page.click("#large")
             size = page.evaluate("parseFloat(getComputedStyle(document.querySelector('.text')).fontSize)")
-            assert size == 1.5 * before and page.get_attribute("#large", "aria-pressed") == "true"
+            assert size == pytest.approx(1.5 * before) and page.get_attribute("#large", "aria-pressed") == "true"
         page.click("#compare")
         wait(page, "#difference", "first difference")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -595,6 +609,7 @@ class TestEverybody:
         page.select_option("#theme", "")
         assert paper() == dark
         page.emulate_media(color_scheme="light")
+        page.locator("html[data-theme=light]").wait_for()
         assert paper() == light
 
     @pytest.mark.parametrize("motion, moves", [("no-preference", True), ("reduce", False)])

@@ -28,7 +28,8 @@ function showAlternatives(list, rows, onChoose) {
     button.disabled = !row.canFollow;
     button.setAttribute("aria-current", String(row.isCurrent));
     const figures = `${percent(row.before)} before the controls, ${percent(row.after)} after them`;
-    button.setAttribute("aria-label", `${row.isCurrent ? "Chosen: " : "Go on with "}${row.word}, ${figures}`);
+    const meaning = row.isCurrent ? "Chosen:" : row.canFollow ? "Go on with" : "Never written:";
+    button.setAttribute("aria-label", `${meaning} ${row.word}, ${figures}`);
     button.querySelector(".before").style.width = `${(100 * row.before) / full}%`;
     button.querySelector(".after").style.width = `${(100 * row.after) / full}%`;
     button.querySelector(".figures").textContent = `${percent(row.before)} → ${percent(row.after)}`;

@@ -260,11 +260,11 @@ function startPage(data, engine) {
     const full = showAlternatives(byId("bars"), rows, choose);
     byId("bar-scale").textContent = `A full bar is ${percent(full)}.`;
     const left = after.reduce((count, probability) => count + (probability > 0), 0);
-    byId("entropy").textContent = `Entropy: ${entropyBefore.toFixed(2)} → ${entropy.toFixed(2)} bits. `
-      + `${left.toLocaleString("en")} of ${vocabSize.toLocaleString("en")} words can be drawn.`;
+    const choice = `${left.toLocaleString("en")} ${left === 1 ? "word" : "words"} left`;
+    byId("entropy").textContent = `Entropy ${entropyBefore.toFixed(2)} → ${entropy.toFixed(2)} bits, ${choice}`;
     byId("word-facts").textContent = step
       ? `Probability ${percent(step.probability)}, rank ${step.rank.toLocaleString("en")}.`
-      : "The model gives each word a probability. The controls change it before one is drawn.";
+      : "Each word has a probability. The controls change it.";
     if (isNew) scheduleInside(ids, step, shown);
   }
 
@@ -278,9 +278,8 @@ function startPage(data, engine) {
 
   function showInside(ids, id, shown) {
     const window = ids.slice(-engine.maxLength), names = window.map(nameOf);
-    byId("inside-word").textContent = selected === null
-      ? "The next word, as the network sees it from the last word of the text."
-      : `Word ${selected + 1}, “${nameOf(id)}”, as the network sees it from the word before it.`;
+    const scored = selected === null ? "the next word" : `“${nameOf(id)}” as word ${selected + 1}`;
+    byId("inside-word").textContent = `How the network scores ${scored}, after “${names.at(-1)}”.`;
     const heads = engine.attention(ids).weights.flatMap((block, number, blocks) => block.map((weights, head) => {
       const name = blocks.length > 1 ? `Block ${number + 1}, head ${head + 1}` : `Head ${head + 1}`;
       const bars = element("div");
@@ -349,10 +348,12 @@ function startPage(data, engine) {
   let stateTimer;
   function showState() {
     clearTimeout(stateTimer);
-    stateTimer = setTimeout(() => {
-      const state = { prompt: version.prompt, controls: panel.values, numTokens, seed };
-      history.replaceState(null, "", writeHash(state));
-    }, 250);
+    stateTimer = setTimeout(writeState, 250); // browsers refuse too many changes in a row
+  }
+
+  function writeState() {
+    const state = { prompt: version.prompt, controls: panel.values, numTokens, seed };
+    history.replaceState(null, "", writeHash(state));
   }
 
   function readState() {
@@ -375,6 +376,7 @@ function startPage(data, engine) {
   }
 
   async function copyLink() {
+    writeState();
     const left = version.prompt.length > LONGEST_PROMPT ? " It leaves out the prompt, which is too long." : "";
     try {
       await navigator.clipboard.writeText(location.href);
@@ -513,7 +515,7 @@ function startPreferences() {
 
 try {
   const missing = ["MessageChannel", "ResizeObserver", "URLSearchParams", "matchMedia"].filter((name) => !window[name]);
-  if (missing.length) throw new Error(`The browser has no ${missing[0]}. Use Firefox, Chrome, Edge or Safari of 2022 or later.`);
+  if (missing.length) throw new Error(`The browser has no ${missing[0]}. Use Firefox, Chrome, Edge or Safari of 2023 or later.`);
   startPreferences();
   const data = JSON.parse(byId("data").textContent);
   startPage(data, MiniGPT.load(data));
