@@ -169,12 +169,12 @@ class TestPrompt:
         assert len(write(page)) == 60
         assert "prompt" not in parse_qs(page.url.partition("#")[2])
 
-    @pytest.mark.parametrize("prompt, problem", [(" ", "Type the start"), ("xyz zyx", "knows none of these words")])
-    def test_a_prompt_without_known_words(self, page, prompt, problem):
-        page.fill("#prompt", prompt)
-        page.click("#write")
-        wait(page, "#status", problem)
-        assert page.locator("#bars button").first.is_hidden() and page.locator("#versions li").count() == 0
+    def test_a_prompt_without_known_words(self, page):
+        for prompt, problem in ((" ", "Type the start"), ("xyz zyx", "knows none of these words")):
+            page.fill("#prompt", prompt)
+            page.click("#write")
+            wait(page, "#status", problem)
+            assert page.locator("#bars button").first.is_hidden() and page.locator("#versions li").count() == 0
 
 
 class TestText:
@@ -222,7 +222,8 @@ class TestText:
             shown = re.fullmatch(re.escape(word) + r": probability ([\d.]+) %, rank (\d+)", title)
             assert float(shown[1]) == pytest.approx(100 * probability, rel=0.06) and int(shown[2]) == rank
             lowest = [0.5, 0.2, 0.05, 0.01, 0.001, 0]
-            assert colour == f"coloured level-{next(i for i in LEVELS if probability >= lowest[i])}" and title == label
+            level = next(i for i in LEVELS if probability >= lowest[i])
+            assert colour.startswith(f"coloured level-{level}") and title == label
 
     @pytest.mark.parametrize("scheme", [LIGHT, DARK])
     def test_contrast(self, start, scheme):
@@ -283,6 +284,7 @@ class TestVersions:
         assert new_words(page) == [] and page.locator("#versions [aria-current]").count() == 0
         page.click("#undo")
         assert new_words(page) == words and page.input_value("#prompt") == "the movie"
+        assert page.is_disabled("#undo") and page.is_disabled("#redo")
 
     def test_the_mouse_shows_and_a_click_keeps(self, page):
         words = write(page)
@@ -335,16 +337,16 @@ class TestControls:
         assert page.input_value("#controls-top_k-number") == "" and "298" in page.inner_text("#entropy")
         page.locator("#controls-top_k").fill("0")
         assert page.input_value("#controls-top_k-number") == "1"
-        assert page.get_attribute("#controls-top_k", "aria-valuetext") == "1 words"
+        assert page.get_attribute("#controls-top_k", "aria-valuetext") == "1 word"
 
-    @pytest.mark.parametrize(
-        "name, value", [("temperature", "-1"), ("top_k", "0"), ("top_p", "0"), ("min_p", "2"), ("min_p", "")]
-    )
-    def test_bad_values(self, page, name, value):
+    def test_bad_values(self, page):
         before = bars(page)
-        page.fill(f"#controls-{name}-number", value)
-        assert page.inner_text(f"#controls-{name}-problem").endswith(".") and bars(page) == before
-        assert page.get_attribute(f"#controls-{name}-number", "aria-invalid") == "true"
+        for name, value in (("temperature", "-1"), ("top_k", "0"), ("top_p", "0"), ("min_p", "2"), ("min_p", "")):
+            page.fill(f"#controls-{name}-number", value)
+            assert page.inner_text(f"#controls-{name}-problem").endswith(".") and bars(page) == before
+            assert page.get_attribute(f"#controls-{name}-number", "aria-invalid") == "true"
+        page.click("#defaults")
+        assert page.locator("[aria-invalid=true], .problem:visible").count() == 0
 
     def test_bad_numbers_of_words(self, page):
         page.fill("#num_tokens", "0")
@@ -467,21 +469,19 @@ class TestLinkAndHistory:
         page.click("#copy-link")
         wait(page, "#status", "does not allow copying. Copy the address of this page")
 
-    @pytest.mark.parametrize(
-        "hash, named",
-        [
-            ("temperature=hot", "temperature=hot"),
-            ("seed=-1", "seed=-1"),
-            ("top_k=301", "top_k=301"),
-            ("x=%3Cb%3E", "x=<b>"),
-            ("min_p=null", "min_p=null"),
-            ("num_tokens=1e9", "num_tokens=1e9"),
-        ],
-    )
-    def test_a_bad_link_is_ignored(self, start, hash, named):
-        page = start(f"#prompt=bad&{hash}")
-        assert f"because {named} " in page.inner_text("#link-problem") and "\n" not in page.inner_text("#link-problem")
-        assert page.input_value("#prompt") == "the movie" and len(write(page)) == 60
+    def test_a_bad_link_is_ignored(self, start):
+        page = start("#prompt=bad&temperature=hot")
+        bad = ["temperature=hot", "seed=-1", "top_k=301", "x=<b>", "min_p=null", "num_tokens=1e9"]
+        for field in bad:
+            page.evaluate("hash => { location.hash = hash; }", f"prompt=bad&{field}")
+            wait(page, "#link-problem", f"^The link is ignored, because {field} must|x=<b> is not a setting")
+            assert "\n" not in page.inner_text("#link-problem")
+            assert (
+                page.input_value("#prompt") == "the movie" and page.input_value("#controls-temperature-number") == "0.8"
+            )
+        page.evaluate("location.hash = 'prompt=good&num_tokens=3'")
+        wait(page, "#text-prompt", "^good$")
+        assert page.locator("#link-problem").is_hidden() and len(write(page)) == 3
 
     def test_download(self, page, made):
         write(page)
@@ -584,20 +584,24 @@ class TestEverybody:
             page.locator("[style]").evaluate_all("all => all.filter(e => !e.matches('.bar, .track span')).length") == 0
         )
 
-    @pytest.mark.parametrize("width, is_large", [(390, False), (390, True), (1280, True), (1280, False)])
-    def test_no_horizontal_scrolling(self, start, width, is_large):
-        page = start(viewport={"width": width, "height": 844})
+    def test_no_horizontal_scrolling(self, page):
         page.fill("#prompt", "the movie " + "x" * 300)
+        page.fill("#controls-b-temperature-number", "5")
         write(page)
         page.locator("#words [role=option]").nth(5).click()
-        if is_large:
-            before = page.evaluate("parseFloat(getComputedStyle(document.querySelector('.text')).fontSize)")
-            page.click("#large")
-            size = page.evaluate("parseFloat(getComputedStyle(document.querySelector('.text')).fontSize)")
-            assert size == pytest.approx(1.5 * before) and page.get_attribute("#large", "aria-pressed") == "true"
         page.click("#compare")
         wait(page, "#difference", "first difference")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        size = "parseFloat(getComputedStyle(document.querySelector('.text')).fontSize)"
+        sizes = [page.evaluate(size)]
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.click("#large")
+        sizes.append(page.evaluate(size))
+        for width in (390, 1280):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert sizes[1] == pytest.approx(1.5 * sizes[0]) and page.get_attribute("#large", "aria-pressed") == "true"
 
     def test_colours_follow_the_system_and_the_switch(self, start):
         page = start(**DARK)

@@ -34,7 +34,7 @@ function showAlternatives(list, rows, onChoose) {
     button.querySelector(".after").style.width = `${(100 * row.after) / full}%`;
     button.querySelector(".figures").textContent = `${percent(row.before)} → ${percent(row.after)}`;
   });
-  if (hadFocus) (list.querySelector(":focus, [aria-current=true]") ?? list.querySelector("button")).focus();
+  if (hadFocus) (list.querySelector(":focus, [aria-current=true]") ?? list.querySelector("button:enabled")).focus();
   return full;
 }
 
@@ -76,7 +76,8 @@ function showLossCurve(container, losses, step) {
   const values = points.map(([, loss]) => loss).filter(Number.isFinite);
   const smallest = Math.min(...values), largest = Math.max(...values);
   const spacing = [0.1, 0.2, 0.5, 1, 2, 5].find((each) => largest - smallest <= 4 * each) ?? 10;
-  const low = Math.floor(smallest / spacing) * spacing, high = Math.max(Math.ceil(largest / spacing) * spacing, low + spacing);
+  const low = Math.floor(smallest / spacing) * spacing;
+  const high = Math.max(Math.ceil(largest / spacing) * spacing, low + spacing);
   const x = (at) => left + ((right - left) * at) / lastStep;
   const y = (loss) => bottom - ((bottom - top) * (loss - low)) / (high - low);
   const text = (content, at, to, anchor) => shape("text", { x: at, y: to, "text-anchor": anchor }, content);
@@ -89,7 +90,9 @@ function showLossCurve(container, losses, step) {
     svg.append(shape("line", { x1: left, x2: right, y1: y(loss), y2: y(loss), class: "grid" }));
     svg.append(text(loss.toFixed(1), left - size / 2, y(loss) + size / 3, "end"));
   }
-  for (const at of [0, Math.round(lastStep / 2), lastStep]) svg.append(text(at.toLocaleString("en"), x(at), bottom + 1.3 * size, "middle"));
+  for (const at of [0, Math.round(lastStep / 2), lastStep]) {
+    svg.append(text(at.toLocaleString("en"), x(at), bottom + 1.3 * size, "middle"));
+  }
   svg.append(text("training step; loss in nats per word", (left + right) / 2, bottom + 2.7 * size, "middle"));
   if (step !== null) svg.append(shape("line", { x1: x(step), x2: x(step), y1: top, y2: bottom, class: "marker" }));
   const ends = []; // [y, name] of the lines
@@ -98,7 +101,9 @@ function showLossCurve(container, losses, step) {
     if (!finite.length) continue;
     const path = finite.map(([at, loss]) => `${x(at).toFixed(1)},${y(loss).toFixed(1)}`).join(" ");
     svg.append(shape("polyline", { points: path, class: name === "train" ? "train" : "val" }));
-    if (name !== "train") finite.forEach(([at, loss]) => svg.append(shape("circle", { cx: x(at), cy: y(loss), r: size / 4, class: "val" })));
+    for (const [at, loss] of name === "train" ? [] : finite) {
+      svg.append(shape("circle", { cx: x(at), cy: y(loss), r: size / 4, class: "val" }));
+    }
     ends.push([y(finite.at(-1)[1]), name]);
   }
   ends.sort(([one], [other]) => one - other);

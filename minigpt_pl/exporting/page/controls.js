@@ -88,8 +88,9 @@ class ControlPanel {
   moveSlider(name) {
     const { slider } = this.parts[name], value = this.values[name];
     if (name === "top_k") {
-      slider.value = value === null ? 100 : Math.min(99, Math.round((100 * Math.log(value)) / Math.log(this.vocabSize)));
-      slider.setAttribute("aria-valuetext", value === null ? "all words" : `${value} words`);
+      const share = Math.log(value ?? this.vocabSize) / Math.log(this.vocabSize);
+      slider.value = value === null ? 100 : Math.min(99, Math.round(100 * share));
+      slider.setAttribute("aria-valuetext", value === null ? "all words" : value === 1 ? "1 word" : `${value} words`);
     } else slider.value = value;
   }
 

@@ -25,7 +25,8 @@ function readHash(hash, vocabSize) {
     };
     if (name === "prompt") state.prompt = text;
     else if (control) {
-      if ((value === null && control.off !== null) || !control.isValid(value, vocabSize)) fail(`must be ${control.range}`);
+      const isMissing = value === null && control.off !== null;
+      if (isMissing || !control.isValid(value, vocabSize)) fail(`must be ${control.range}`);
       state.controls[name] = value;
     } else if (name === "num_tokens") {
       if (!isNumTokens(value)) fail("must be a whole number from 1 to 2000");
@@ -40,8 +41,9 @@ function readHash(hash, vocabSize) {
 
 /** A prompt without the white space at its end, as Python's `rstrip`. */
 function withoutFinalSpace(prompt) {
+  const space = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/;
   let end = prompt.length;
-  while (end > 0 && /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/.test(prompt[end - 1])) end--;
+  while (end > 0 && space.test(prompt[end - 1])) end--;
   return prompt.slice(0, end);
 }
 

@@ -2,23 +2,11 @@
 // The page: what happens when the user types, clicks or moves a slider. engine.js computes, the other files draw.
 
 const TAIL = 20000; // characters at the end of a prompt that the page reads
-const SLICE = 25; // milliseconds of computing before the page may react
-
-/** Let the page react to input. Resolves as soon as it has. */
-function pause() {
-  return new Promise((resolve) => {
-    const channel = new MessageChannel();
-    channel.port1.onmessage = resolve;
-    channel.port2.postMessage(0);
-  });
-}
 
 /** Start the page with the data of the run and its engine. */
 function startPage(data, engine) {
   const vocabSize = engine.vocabulary.length;
   const nameOf = (id) => engine.vocabulary[id] || "(padding)";
-  const idsOf = (version, count = version.steps.length) =>
-    [...version.promptIds, ...version.steps.slice(0, count).map((step) => step.id)];
   const piecesOf = (version) => version.steps.map((step) => engine.piece(step.id));
 
   let version; // the text on the page
@@ -27,8 +15,6 @@ function startPage(data, engine) {
   let isKept = false; // whether the mouse leaves the selection alone
   let place = null; // what the panel shows: {version, at, ids, logits}, for the new word at index `at`
   let promptTimer; // reads the prompt after a pause in typing
-  let running = null; // the version that is being written
-  let explained = null; // id of the word whose logit is explained; null means the selected or the likeliest one
   let numTokens = Math.min(data.settings.num_tokens, 2000), seed = newSeed();
 
   const say = (text) => { byId("status").textContent = text; };
@@ -41,6 +27,11 @@ function startPage(data, engine) {
     if (isKept && !keep) return;
     select(index, keep);
   });
+  const writer = new Writer(engine, () => {
+    versions.show();
+    showButtons();
+  });
+  const inside = new Inside(engine, nameOf);
   const versions = new Versions(byId("versions"), describeVersion, showVersion);
 
   // ------------------------------------------------------------------------------------------------ prompt
@@ -82,7 +73,6 @@ function startPage(data, engine) {
 
   /** Show a text without new words. */
   function startDraft(prompt) {
-    running = null;
     tokens = readPrompt(prompt);
     versions.leave();
     showVersion({ ...emptyVersion(prompt), promptIds: tokens.map((token) => token.id) });
@@ -107,11 +97,12 @@ function startPage(data, engine) {
     if (each.parent === null) return `${withoutFinalSpace(each.prompt).slice(-40)} … ${start(piecesOf(each))}`;
     const replaced = each.parent.steps[position];
     if (!(position in each.forced)) return `goes on after word ${position}: ${start(piecesOf(each).slice(position))}`;
-    return `word ${position + 1}: “${engine.piece(step.id).trim()}”${replaced ? ` instead of “${engine.piece(replaced.id).trim()}”` : ""}`;
+    const instead = replaced ? ` instead of “${nameOf(replaced.id)}”` : "";
+    return `word ${position + 1}: “${nameOf(step.id)}”${instead}`;
   }
 
   function showVersion(next) {
-    if (running !== next) running = null;
+    if (writer.target !== next) writer.stop();
     version = next;
     if (byId("prompt").value !== version.prompt) {
       byId("prompt").value = version.prompt;
@@ -126,40 +117,13 @@ function startPage(data, engine) {
   }
 
   function showButtons() {
-    byId("write").textContent = running ? "Stop" : "Write";
-    byId("compare").textContent = running ? "Stop" : "Write both";
-    byId("go-on").disabled = running !== null || !version.steps.length;
-    byId("undo").disabled = !versions.next(-1);
-    byId("redo").disabled = !versions.next(1);
+    byId("write").textContent = writer.target ? "Stop" : "Write";
+    byId("compare").textContent = writer.target ? "Stop" : "Write both";
+    byId("go-on").disabled = writer.target !== null || !version.steps.length;
+    byId("undo").disabled = !versions.canMove(-1);
+    byId("redo").disabled = !versions.canMove(1);
     byId("download").disabled = !versions.all.length;
     byId("no-versions").hidden = versions.all.length > 0;
-  }
-
-  /** Write new words until there are `count`, another text starts, or the user stops. Resolves to {seconds, isStopped}. */
-  async function run(target, count, onWord) {
-    running = target;
-    showButtons();
-    const random = MiniGPT.random(target.seed);
-    target.steps.forEach(random); // each place has its own random number, also in a branch
-    const started = performance.now();
-    let sliceStarted = started;
-    try {
-      const steps = engine.generate(idsOf(target), target.controls, random);
-      while (running === target && target.steps.length < count) {
-        const { value: step, done } = steps.next();
-        if (done) break;
-        target.steps.push(step);
-        onWord(step);
-        if (performance.now() - sliceStarted < SLICE) continue;
-        await pause();
-        sliceStarted = performance.now();
-      }
-      return { seconds: (performance.now() - started) / 1000, isStopped: running !== target };
-    } finally {
-      if (running === target) running = null;
-      versions.show();
-      showButtons();
-    }
   }
 
   /** Add a version, show it and write it. */
@@ -169,8 +133,8 @@ function startPage(data, engine) {
     if (next.shared in next.forced && next.steps.length > next.shared) select(next.shared, true);
     const before = next.steps.length;
     say("Writing …");
-    const { seconds, isStopped } = await run(next, count, (step) => words.append(engine.piece(step.id), step));
-    if (version !== next || running) return; // another text has started
+    const { seconds, isStopped } = await writer.write(next, count, (step) => words.append(engine.piece(step.id), step));
+    if (version !== next || writer.target) return; // another text has started
     const written = next.steps.length - before;
     const speed = written > 1 ? ` (${Math.round(written / seconds)} words a second)` : "";
     const reason = isStopped ? "Stopped" : next.steps.length < count ? "The model ended the text" : "Finished";
@@ -178,22 +142,15 @@ function startPage(data, engine) {
     if (selected === null) showPanel();
   }
 
-  function stop() {
-    if (running === null) return;
-    running = null;
-    showButtons();
+  function changeSeed() {
+    if (byId("new-seed").checked) byId("seed").value = seed = newSeed();
   }
 
-  const nextSeed = () => {
-    if (byId("new-seed").checked) byId("seed").value = seed = newSeed();
-    return seed;
-  };
-
   function writeFromPrompt() {
-    if (running) return stop();
+    if (writer.target) return writer.stop();
     readTyped();
     if (promptProblem()) return say(promptProblem());
-    nextSeed();
+    changeSeed();
     const next = { ...emptyVersion(version.prompt), promptIds: version.promptIds, controls: { ...panel.values } };
     write(next, numTokens);
   }
@@ -206,7 +163,7 @@ function startPage(data, engine) {
   }
 
   function goOn() {
-    nextSeed();
+    changeSeed();
     const count = version.steps.length + numTokens;
     write(branch(version.steps.length, count), count);
   }
@@ -221,7 +178,7 @@ function startPage(data, engine) {
     if (id === engine.endId) return write({ ...next, isEnded: true }, at);
     const rank = 1 + probabilities.reduce((higher, other) => higher + (other > probabilities[id]), 0);
     next.steps.push({ id, probability: probabilities[id], rank, entropy });
-    next.forced[at] = engine.piece(id).trim();
+    next.forced[at] = nameOf(id);
     write(next, count);
   }
 
@@ -247,7 +204,6 @@ function startPage(data, engine) {
     if (isNew) {
       const ids = idsOf(version, at);
       place = { version, at, ids, logits: engine.logits(ids) };
-      explained = null;
     }
     const { ids, logits } = place;
     const { probabilities, after, order, entropy, entropyBefore } = engine.distribution(logits, ids, panel.values);
@@ -265,57 +221,17 @@ function startPage(data, engine) {
     byId("word-facts").textContent = step
       ? `Probability ${percent(step.probability)}, rank ${step.rank.toLocaleString("en")}.`
       : "Each word has a probability. The controls change it.";
-    if (isNew) scheduleInside(ids, step, shown);
-  }
-
-  // ------------------------------------------------------------------------------------------------ inside the block
-
-  let insideTimer;
-  function scheduleInside(ids, step, shown) {
-    clearTimeout(insideTimer);
-    insideTimer = setTimeout(() => showInside(ids, step?.id ?? shown[0], shown), 50);
-  }
-
-  function showInside(ids, id, shown) {
-    const window = ids.slice(-engine.maxLength), names = window.map(nameOf);
-    const scored = selected === null ? "the next word" : `“${nameOf(id)}” as word ${selected + 1}`;
-    byId("inside-word").textContent = `How the network scores ${scored}, after “${names.at(-1)}”.`;
-    const heads = engine.attention(ids).weights.flatMap((block, number, blocks) => block.map((weights, head) => {
-      const name = blocks.length > 1 ? `Block ${number + 1}, head ${head + 1}` : `Head ${head + 1}`;
-      const bars = element("div");
-      showWordBars(bars, names, [...weights], percent, `Attention of ${name}`);
-      return [element("h4", {}, name), bars];
-    }));
-    byId("attention").replaceChildren(...heads.flat());
-    showContributions(ids, names, explained ?? id, [...new Set([id, ...shown])]);
-  }
-
-  function showContributions(ids, names, id, choices) {
-    const parts = engine.contributions(ids, id);
-    byId("contributions").hidden = parts === null;
-    byId("no-contributions").hidden = parts !== null;
-    if (parts === null) return;
-    const select = byId("explained");
-    select.replaceChildren(...choices.map((choice) => element("option", { value: String(choice) }, nameOf(choice))));
-    select.value = String(id);
-    select.onchange = () => {
-      explained = Number(select.value);
-      showContributions(ids, names, explained, choices);
-    };
-    showWordBars(byId("contribution-bars"), names, [...parts.positions], signed, `Contributions to ${nameOf(id)}`);
-    const sum = parts.positions.reduce((total, each) => total + each, 0);
-    byId("contribution-sum").textContent = `Through attention ${signed(sum)}, directly from the last word `
-      + `${signed(parts.own)}, the same for every text ${signed(parts.bias)}: the logit of “${nameOf(id)}” is `
-      + `${signed(sum + parts.own + parts.bias)}.`;
+    const scored = step ? `“${nameOf(step.id)}” as word ${at + 1}` : "the next word";
+    if (isNew) inside.show(ids, [...new Set([step?.id ?? shown[0], ...shown])], scored);
   }
 
   // ------------------------------------------------------------------------------------------------ two settings
 
   async function compare() {
-    if (running) return stop();
+    if (writer.target) return writer.stop();
     readTyped();
     if (promptProblem()) return say((byId("difference").textContent = promptProblem()));
-    nextSeed();
+    changeSeed();
     const texts = [[panel.values, "text-a"], [panelB.values, "text-b"]].map(([controls, id]) => {
       const made = { ...emptyVersion(version.prompt), promptIds: version.promptIds, controls: { ...controls } };
       byId(id).replaceChildren(element("span", { className: "quiet" }, byId("text-prompt").textContent));
@@ -324,23 +240,26 @@ function startPage(data, engine) {
     say((byId("difference").textContent = "Writing …"));
     for (const { made, text, spans } of texts) {
       versions.add(made);
-      const { isStopped } = await run(made, numTokens, (step) => {
+      const { isStopped } = await writer.write(made, numTokens, (step) => {
         const [space, word] = colouredWord(engine.piece(step.id), step);
         text.append(space, word);
         spans.push(word);
       });
-      if (isStopped) break;
+      if (isStopped) {
+        byId("difference").textContent = "Stopped.";
+        if (!writer.target) say("Stopped.");
+        return;
+      }
     }
     const [a, b] = texts.map(({ made }) => made.steps.map((step) => step.id));
-    texts.forEach(({ spans }, number) => spans.forEach((word, at) => {
-      if (a[at] !== b[at]) word.classList.add("differs");
-      if (a[at] !== b[at]) word.append(element("span", { className: "for-readers" }, " (differs)"));
+    texts.forEach(({ spans }) => spans.filter((_, at) => a[at] !== b[at]).forEach((word) => {
+      word.classList.add("differs");
+      word.append(element("span", { className: "for-readers" }, " (differs)"));
     }));
     const first = Array.from({ length: Math.max(a.length, b.length) }, (_, at) => a[at] !== b[at]).indexOf(true);
     byId("difference").textContent = first < 0 ? "Both texts are the same."
       : `The first difference is word ${first + 1}. Underlined words differ from the word at the same place.`;
     say(`Both texts are finished. ${byId("difference").textContent}`);
-    showButtons();
   }
 
   // ------------------------------------------------------------------------------------------------ link and history
@@ -396,45 +315,6 @@ function startPage(data, engine) {
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   }
 
-  // ------------------------------------------------------------------------------------------------ the run
-
-  function showEpochs() {
-    const hasLosses = data.losses.train.length + data.losses.val.length > 0, hasTexts = data.epochs.length > 0;
-    byId("epochs").hidden = !hasLosses && !hasTexts;
-    byId("epoch-texts").hidden = !hasTexts;
-    const prompts = [...new Set(data.epochs.map((entry) => entry.prompt))];
-    byId("epoch-prompt").append(...prompts.map((prompt) => element("option", { value: prompt }, prompt)));
-    byId("epoch-prompts").hidden = prompts.length < 2;
-    const show = () => {
-      const entries = data.epochs.filter((entry) => entry.prompt === byId("epoch-prompt").value);
-      byId("epoch").max = Math.max(0, entries.length - 1);
-      byId("epoch-slider").hidden = entries.length < 2;
-      const entry = entries[Number(byId("epoch").value)];
-      if (entry) {
-        const facts = `After epoch ${entry.epoch}, step ${entry.step.toLocaleString("en")}`;
-        byId("epoch").setAttribute("aria-valuetext", facts);
-        byId("epoch-facts").textContent = `${facts}:`;
-        const isStart = entry.text.startsWith(entry.prompt);
-        byId("epoch-text").replaceChildren(
-          element("span", { className: "quiet" }, isStart ? entry.prompt : ""),
-          isStart ? entry.text.slice(entry.prompt.length) : entry.text);
-      }
-      if (hasLosses) showLossCurve(byId("loss-curve"), data.losses, entry?.step ?? null);
-    };
-    byId("epoch").max = Math.max(0, data.epochs.length - 1);
-    byId("epoch").value = byId("epoch").max; // the last epoch
-    byId("epoch").addEventListener("input", show);
-    byId("epoch-prompt").addEventListener("change", show);
-    new ResizeObserver(show).observe(byId("epochs"));
-  }
-
-  function showCard() {
-    for (const [heading, rows] of Object.entries(data.card)) {
-      const list = Object.entries(rows).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
-      byId("card").append(element("div", {}, element("h3", {}, heading), element("dl", {}, ...list)));
-    }
-  }
-
   // ------------------------------------------------------------------------------------------------ events
 
   /** Keep a number input's last valid value. */
@@ -478,13 +358,13 @@ function startPage(data, engine) {
     promptTimer = setTimeout(readTyped, 60);
   });
   document.addEventListener("keydown", (event) => {
-    const isInField = event.target.matches("input, textarea, select"), isCommand = event.ctrlKey || event.metaKey;
-    if (event.key === "Escape" && running) stop();
-    else if (event.key === "Escape" && selected !== null) select(null, false);
-    else if (isCommand && event.key === "Enter" && event.target === byId("prompt")) {
-      writeFromPrompt();
-    } else if (isCommand && !isInField && event.key === "z") versions.move(event.shiftKey ? 1 : -1);
-    else if (isCommand && !isInField && event.key === "y") versions.move(1);
+    const isCommand = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
+    const isForVersions = isCommand && !event.target.matches("input, textarea, select");
+    if (key === "escape" && writer.target) writer.stop();
+    else if (key === "escape" && selected !== null) select(null, false);
+    else if (key === "enter" && isCommand && event.target === byId("prompt")) writeFromPrompt();
+    else if (key === "z" && isForVersions) versions.move(event.shiftKey ? 1 : -1);
+    else if (key === "y" && isForVersions) versions.move(1);
     else return;
     event.preventDefault();
   });
@@ -493,29 +373,14 @@ function startPage(data, engine) {
   byId("preferences").hidden = byId("main").hidden = false;
   byId("loading").hidden = true;
   showLegend(byId("legend"));
-  showCard();
+  showCard(data);
   readState();
-  showEpochs();
-}
-
-/** Colours and size of the letters. */
-function startPreferences() {
-  const isDark = matchMedia("(prefers-color-scheme: dark)");
-  const apply = () => {
-    document.documentElement.dataset.theme = byId("theme").value || (isDark.matches ? "dark" : "light");
-  };
-  isDark.addEventListener("change", apply);
-  byId("theme").addEventListener("change", apply);
-  apply();
-  byId("large").addEventListener("click", () => {
-    const isLarge = document.documentElement.classList.toggle("large");
-    byId("large").setAttribute("aria-pressed", String(isLarge));
-  });
+  showEpochs(data);
 }
 
 try {
-  const missing = ["MessageChannel", "ResizeObserver", "URLSearchParams", "matchMedia"].filter((name) => !window[name]);
-  if (missing.length) throw new Error(`The browser has no ${missing[0]}. Use Firefox, Chrome, Edge or Safari of 2023 or later.`);
+  const missing = ["MessageChannel", "ResizeObserver", "URLSearchParams"].find((name) => !(name in window));
+  if (missing) throw new Error(`The browser has no ${missing}. Use Firefox, Chrome, Edge or Safari of 2023 or later.`);
   startPreferences();
   const data = JSON.parse(byId("data").textContent);
   startPage(data, MiniGPT.load(data));

@@ -33,17 +33,21 @@ class Versions {
     this.show();
   }
 
-  /** The version to which Undo (-1) or Redo (+1) leads; undefined if there is none. */
+  /** The place on the path to which Undo (-1) or Redo (+1) leads. It may be outside of the path. */
   next(by) {
-    return this.path[this.shown === null && by < 0 ? this.at : this.at + by];
+    return this.shown === null && by < 0 ? this.at : this.at + by;
   }
 
+  canMove(by) {
+    return this.next(by) in this.path;
+  }
+
+  /** Undo or Redo. */
   move(by) {
-    const version = this.next(by);
-    if (version === undefined) return;
-    this.at = this.shown === null && by < 0 ? this.at : this.at + by;
-    this.shown = version;
-    this.onOpen(version);
+    if (!this.canMove(by)) return;
+    this.at = this.next(by);
+    this.shown = this.path[this.at];
+    this.onOpen(this.shown);
     this.show();
   }
 
