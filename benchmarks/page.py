@@ -69,7 +69,7 @@ def contexts_of(model: minigpt_pl.TextModel, count: int) -> list[list[int]]:
 def top_10(network: MiniGPT, contexts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Ids of the ten likeliest words after each context, and all logits."""
     with torch.inference_mode():
-        logits = [network(torch.tensor([ids]))[0][0, -1] for ids in contexts]
+        logits = [network.output(network.hidden_states(torch.tensor([ids]))[0, -1]) for ids in contexts]
     return [row.topk(10).indices.tolist() for row in logits], logits
 
 

@@ -4,6 +4,7 @@ The interface of the page has its own tests, in test_page.py.
 """
 
 import base64
+import functools
 import json
 import math
 import random
@@ -69,6 +70,10 @@ def random_model(**sizes) -> TextModel:
     return TextModel(network, build_tokenizer(["", "[UNK]", *words, "[END]"]), end_id=sizes["vocab_size"] - 1)
 
 
+# JSON writes a number such as 1.0 as 1.
+numbers = functools.partial(torch.tensor, dtype=torch.float32)
+
+
 def random_contexts(model: TextModel, count: int) -> list[list[int]]:
     """Contexts of all lengths up to one and a half windows."""
     rng, longest = random.Random(0), model.network.max_length * 3 // 2
@@ -120,13 +125,13 @@ class TestNetwork:
                 logits = model.network(torch.tensor([ids[-model.network.max_length :]]))[0][0, -1]
                 expected = logits.topk(10)
                 assert [id_ for id_, _ in top] == expected.indices.tolist()
-                assert torch.allclose(torch.tensor([value for _, value in top]), expected.values, atol=1e-4)
+                assert torch.allclose(numbers([value for _, value in top]), expected.values, atol=1e-4)
 
     def test_a_text_that_grows_and_changes(self, engine, run_folder):
         """The engine keeps the positions that have not changed. A new engine gives the same logits."""
         model, page = engine
         words = random_contexts(model, 30)[-1]
-        contexts = [words[:n] for n in range(1, len(words))]
+        contexts = [words[:n] for n in range(1, len(words), 5)]
         contexts += [words[:5], words[:5], words[:3] + words[6:9], words[:4] + [2], words]
         script = "([all, data]) => all.map(ids => [engine, MiniGPT.load(data)].map(one => [...one.logits(ids)]))"
         for kept, new in page.evaluate(script, [contexts, html.page_data(model, run_folder)]):
@@ -144,7 +149,7 @@ class TestNetwork:
                 x = network.embed(torch.tensor([ids[-network.max_length :]]))  # (1, L, D)
                 for block, weights in zip(network.blocks, found, strict=True):
                     expected = block.attention.attention_weights(x)[0, :, -1]  # (H, L)
-                    assert torch.allclose(torch.tensor(weights, dtype=torch.float32), expected, atol=1e-5)
+                    assert torch.allclose(numbers(weights), expected, atol=1e-5)
                     x = block(x)
 
     def test_contributions(self, one_block):
@@ -160,7 +165,7 @@ class TestNetwork:
             positions, own, bias, logit = found
             assert sum(positions) + own + bias == pytest.approx(logit, abs=1e-4)
             expected = derivatives(model.network, ids[-model.network.max_length :], word)
-            assert torch.allclose(torch.tensor([*positions, own]), expected, atol=1e-4)
+            assert torch.allclose(numbers([*positions, own]), expected, atol=1e-4)
 
     def test_no_contributions_of_several_blocks(self, start):
         page = start(random_model(**SIZES["three blocks"]))
@@ -204,7 +209,7 @@ class TestWeights:
             half_a_step = weight.abs().amax(dim=1, keepdim=True) / (2 * 32767)
             if len(weight) == network.vocab_size:
                 half_a_step[LONG_ROWS:] *= 32767 / 127
-            assert (error <= half_a_step * 1.001 + 1e-9).all()
+            assert (error <= half_a_step * 1.001 + 1e-7).all()
         assert rounded == {}
 
     def test_eight_bits_for_rare_words(self):
@@ -257,22 +262,24 @@ HOSTILE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def texts():
+    rng = random.Random(0)
+    any_character = [chr(code) for code in range(0x3000)]
+    parts = [*HOSTILE, *rng.sample(any_character, 300)]
+    return ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(2_000)]
+
+
+@pytest.fixture(scope="module")
+def words(start, texts):
+    """A tokenizer that knows the words of half of the texts, and a page that knows the same words."""
+    vocabulary = build_vocabulary(count_words(texts[::2]), 20_000)
+    network = MiniGPT(vocab_size=len(vocabulary), max_length=4, embed_dim=4, feed_forward_dim=4)
+    tokenizer = build_tokenizer(vocabulary)
+    return tokenizer, start(TextModel(network, tokenizer, end_id=len(vocabulary) - 1))
+
+
 class TestWords:
-    @pytest.fixture(scope="class")
-    def texts(self):
-        rng = random.Random(0)
-        any_character = [chr(code) for code in range(0x3000) if not 0xD800 <= code < 0xE000]
-        parts = [*HOSTILE, *rng.sample(any_character, 300)]
-        return ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(2_000)]
-
-    @pytest.fixture(scope="class")
-    def words(self, start, texts):
-        """A tokenizer that knows the words of half of the texts, and a page that knows the same words."""
-        vocabulary = build_vocabulary(count_words(texts[::2]), 20_000)
-        network = MiniGPT(vocab_size=len(vocabulary), max_length=4, embed_dim=4, feed_forward_dim=4)
-        tokenizer = build_tokenizer(vocabulary)
-        return tokenizer, start(TextModel(network, tokenizer, end_id=len(vocabulary) - 1))
-
     def test_hostile_strings(self, words, texts):
         tokenizer, page = words
         found = page.evaluate("texts => texts.map(text => engine.tokenize(text))", texts)
@@ -317,31 +324,33 @@ def random_controls(rng: random.Random, size: int) -> dict:
 
 
 class TestControls:
-    def test_distribution(self, engine):
-        model, page = engine
-        rng, size = random.Random(0), model.network.vocab_size
+    def test_distribution(self, start):
+        page, rng, size = start(random_model(**SIZES["three blocks"])), random.Random(0), 300
         torch.manual_seed(0)
-        never = [PADDING_ID, UNKNOWN_ID]
-        for _ in range(150):
-            controls = random_controls(rng, size)
-            ids = rng.choices(range(size), k=rng.randrange(1, 100))
-            logits = torch.randn(1, size) * rng.choice([0.1, 1, 5])
-            found = page.evaluate(
-                "([logits, ids, controls]) => { const found = engine.distribution(Float32Array.from(logits), ids,"
-                "controls); return {...found, after: [...found.after], probabilities: [...found.probabilities]}; }",
-                [logits[0].tolist(), ids, controls],
+        cases = [
+            (
+                (torch.randn(size) * rng.choice([0.1, 1, 5])).tolist(),
+                rng.choices(range(size), k=rng.randrange(1, 100)),
+                random_controls(rng, size),
             )
+            for _ in range(200)
+        ]
+        script = """cases => cases.map(([logits, ids, controls]) => {
+            const found = engine.distribution(Float32Array.from(logits), ids, controls);
+            return {...found, after: [...found.after], probabilities: [...found.probabilities]};
+        })"""
+        for (values, ids, controls), found in zip(cases, page.evaluate(script, cases), strict=True):
+            logits = torch.tensor([values])
             before = logits.softmax(dim=-1)[0]
             neutral = {"temperature": 1, "top_k": None} | controls
-            on_ids = Controls(**neutral, vocab_size=size, banned_ids=never)
+            on_ids = Controls(**neutral, vocab_size=size, banned_ids=[PADDING_ID, UNKNOWN_ID])
             processed = filters.process(logits, on_ids, torch.tensor([ids]), 0)
             if on_ids.temperature == 0:
                 after = F.one_hot(processed.argmax(dim=-1), size).float()[0]
             else:
                 after = filters.warp(processed, on_ids).softmax(dim=-1)[0]
-            # The page computes in fp64. At the limit of a nucleus, one word more or less changes all probabilities.
-            assert torch.allclose(torch.tensor(found["after"]), after, atol=2e-5), controls
-            assert torch.allclose(torch.tensor(found["probabilities"]), before, atol=1e-6)
+            assert torch.allclose(numbers(found["after"]), after, atol=2e-5), controls
+            assert torch.allclose(numbers(found["probabilities"]), before, atol=1e-6)
             for name, expected in (("entropyBefore", before), ("entropy", after)):
                 bits = torch.special.entr(expected.double()).sum().item() / math.log(2)
                 assert found[name] == pytest.approx(bits, abs=1e-3)
@@ -377,9 +386,9 @@ class TestControls:
     def test_random_numbers(self, one_block):
         _, page = one_block
         draw = "seed => { const random = MiniGPT.random(seed); return Array.from({length: 5000}, () => random()); }"
-        numbers, same, other = (page.evaluate(draw, seed) for seed in (0, 0, 1))
-        assert numbers == same != other and min(numbers) >= 0 and max(numbers) < 1
-        deciles = [sum(int(10 * number) == i for number in numbers) for i in range(10)]
+        drawn, same, other = (page.evaluate(draw, seed) for seed in (0, 0, 1))
+        assert drawn == same != other and min(drawn) >= 0 and max(drawn) < 1
+        deciles = [sum(int(10 * number) == i for number in drawn) for i in range(10)]
         assert min(deciles) > 400 and max(deciles) < 600
 
 
@@ -448,11 +457,13 @@ def unfinished(folder) -> list[str]:
 
 
 class TestCommand:
-    def test_the_page_has_the_run(self, run):
+    def test_the_page_has_the_run(self, run, caplog):
+        caplog.set_level("INFO")
         done = export(run, "html", "run=tiny")
         assert done.returncode == 0, done.stderr
         page = run / "export" / "tiny.html"
-        assert f"Wrote {page}" in done.stderr.replace("\n", " ") and unfinished(run) == []
+        assert f"Wrote {page} (0.1 MB) from outputs/tiny/checkpoints/best.ckpt" in caplog.messages
+        assert unfinished(run) == []
         data, model = read_page(page), minigpt_pl.load(run)
         assert data["settings"] == {name: value for name, value in data["settings"].items() if name != "top_k"} | {
             "top_k": 20

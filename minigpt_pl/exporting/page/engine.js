@@ -39,7 +39,7 @@ const MiniGPT = (() => {
   const MARKS = "!\"#$%&'()*+,\\-./:;<=>?@\\[\\]^_`{|}~"; // ASCII punctuation without the backslash
   const SPACES = " \\t\\n\\v\\f\\r";
   const WORD = new RegExp(`[${MARKS}][^${MARKS}${SPACES}]*|[^${MARKS}${SPACES}]+`, "gu");
-  const TAKES_SPACE = /^(?![.,!?;:)\]}%/]|-[a-z]|'(?:s|t|m|d|re|ve|ll)?$|"$)/;
+  const TAKES_SPACE = /^(?!$|[.,!?;:)\]}%/]|-[a-z]|'(?:s|t|m|d|re|ve|ll)?$|"$)/;
 
   // ------------------------------------------------------------------------------------------------ weights
 
@@ -123,32 +123,44 @@ const MiniGPT = (() => {
     return out;
   }
 
+  // Plain loops: a function that is called for each of 20,000 values takes most of the time.
   function sum(x, y) {
-    return x.map((value, i) => value + y[i]);
+    const out = new Float32Array(x.length);
+    for (let i = 0; i < out.length; i++) out[i] = x[i] + y[i];
+    return out;
   }
 
   // Layer norm: {output, deviation}. deviation is the number by which the norm divides.
   function normalize({ weight, bias }, x) {
-    const mean = x.reduce((total, value) => total + value, 0) / x.length;
-    const variance = x.reduce((total, value) => total + (value - mean) ** 2, 0) / x.length;
+    let mean = 0, variance = 0;
+    for (let i = 0; i < x.length; i++) mean += x[i] / x.length;
+    for (let i = 0; i < x.length; i++) variance += (x[i] - mean) ** 2 / x.length;
     const deviation = Math.sqrt(variance + NORM_EPSILON);
-    return { output: x.map((value, i) => ((value - mean) / deviation) * weight[i] + bias[i]), deviation };
+    const output = new Float32Array(x.length);
+    for (let i = 0; i < x.length; i++) output[i] = ((x[i] - mean) / deviation) * weight[i] + bias[i];
+    return { output, deviation };
   }
 
-  function softmax(scores) {
+  // softmax(scores / temperature), for scores of which at least one is above -Infinity
+  function softmax(scores, temperature = 1) {
     let largest = -Infinity, total = 0;
-    for (const score of scores) if (score > largest) largest = score;
+    for (let i = 0; i < scores.length; i++) if (scores[i] > largest) largest = scores[i];
     const exponentials = new Float64Array(scores.length);
-    for (let i = 0; i < scores.length; i++) total += exponentials[i] = Math.exp(scores[i] - largest);
+    for (let i = 0; i < scores.length; i++) {
+      if (scores[i] > -Infinity) total += exponentials[i] = Math.exp((scores[i] - largest) / temperature);
+    }
     const probabilities = new Float32Array(scores.length);
     for (let i = 0; i < scores.length; i++) probabilities[i] = exponentials[i] / total;
     return probabilities;
   }
 
+  // in bits
   function entropy(probabilities) {
-    let bits = 0;
-    for (const p of probabilities) if (p > 0) bits -= p * Math.log2(p);
-    return bits;
+    let nats = 0;
+    for (let i = 0; i < probabilities.length; i++) {
+      if (probabilities[i] > 0) nats -= probabilities[i] * Math.log(probabilities[i]);
+    }
+    return nats / Math.LN2;
   }
 
   // The indices of the largest values, the largest first. Of equal values the first counts as larger.
@@ -202,9 +214,8 @@ const MiniGPT = (() => {
 
   // Layer norm is linear if the number that it divides by is fixed. This is its transposed matrix times y.
   function normTransposed({ weight }, deviation, y) {
-    const scaled = y.map((value, i) => value * weight[i]);
-    const mean = scaled.reduce((total, value) => total + value, 0) / scaled.length;
-    return scaled.map((value) => (value - mean) / deviation);
+    const mean = dot(weight, 0, y) / y.length;
+    return y.map((value, i) => (value * weight[i] - mean) / deviation);
   }
 
   class Engine {
@@ -343,9 +354,11 @@ const MiniGPT = (() => {
         after = new Float32Array(scores.length);
         after[top(scores, 1)[0]] = 1;
       } else {
-        const largest = scores[top(scores, 1)[0]];
-        after = softmax(scores.map((score) => (score - largest) / temperature));
-        if (top_k !== null && top_k < scores.length) keep(after, kthLargest(scores, top_k), scores);
+        if (top_k !== null && top_k < scores.length) {
+          const limit = kthLargest(scores, top_k);
+          for (let i = 0; i < scores.length; i++) if (scores[i] < limit) scores[i] = -Infinity;
+        }
+        after = softmax(scores, temperature);
         if (top_p < 1) keep(after, smallestOfNucleus(after, top_p));
         if (min_p > 0) keep(after, min_p * after[top(after, 1)[0]]);
       }
@@ -356,7 +369,7 @@ const MiniGPT = (() => {
 
     // Inverse transform sampling.
     draw(after, random) {
-      let left = random() * after.reduce((total, p) => total + p, 0), last = 0;
+      let left = random(), last = 0;
       for (let id = 0; id < after.length; id++) {
         if (after[id] === 0) continue;
         left -= after[id];
@@ -374,7 +387,7 @@ const MiniGPT = (() => {
         const id = this.draw(after, random);
         if (id === this.endId) return;
         let rank = 1;
-        for (const logit of logits) if (logit > logits[id]) rank++;
+        for (let i = 0; i < logits.length; i++) if (logits[i] > logits[id]) rank++;
         const likeliest = order.map((other) => ({ id: other, probability: probabilities[other] }));
         yield { id, probability: probabilities[id], rank, top: likeliest, entropy };
         text.push(id);
@@ -384,15 +397,18 @@ const MiniGPT = (() => {
 
   // ----------------------------------------------------------------------------------------------- controls
 
-  // Set the probabilities to 0 whose value is below the limit, and scale the others to a sum of 1.
-  function keep(probabilities, limit, values = probabilities) {
+  // Set the probabilities below the limit to 0, and scale the others to a sum of 1.
+  function keep(probabilities, limit) {
     let total = 0;
-    for (let i = 0; i < values.length; i++) total += values[i] < limit ? (probabilities[i] = 0) : probabilities[i];
-    for (let i = 0; i < values.length; i++) probabilities[i] /= total;
+    for (let i = 0; i < probabilities.length; i++) {
+      if (probabilities[i] < limit) probabilities[i] = 0;
+      total += probabilities[i];
+    }
+    for (let i = 0; i < probabilities.length; i++) probabilities[i] /= total;
   }
 
   function kthLargest(values, k) {
-    return values.slice().sort()[values.length - k];
+    return k <= 100 ? values[top(values, k)[k - 1]] : values.slice().sort()[values.length - k];
   }
 
   // Sum up the probabilities, the smallest first, while they have at most 1 - p together. The next is the first to stay.
