@@ -178,6 +178,13 @@ const MiniGPT = (() => {
     return best;
   }
 
+  // 1 for the index of the largest value
+  function rank(values, index) {
+    let larger = 0;
+    for (let i = 0; i < values.length; i++) if (values[i] > values[index]) larger++;
+    return larger + 1;
+  }
+
   // ------------------------------------------------------------------------------------------------ network
 
   // One block at the last of these positions: inputs are L arrays (D,). The keys and values of the positions are never
@@ -386,10 +393,8 @@ const MiniGPT = (() => {
         const { probabilities, after, order, entropy } = this.distribution(logits, text, controls);
         const id = this.draw(after, random);
         if (id === this.endId) return;
-        let rank = 1;
-        for (let i = 0; i < logits.length; i++) if (logits[i] > logits[id]) rank++;
         const likeliest = order.map((other) => ({ id: other, probability: probabilities[other] }));
-        yield { id, probability: probabilities[id], rank, top: likeliest, entropy };
+        yield { id, probability: probabilities[id], rank: rank(logits, id), top: likeliest, entropy };
         text.push(id);
       }
     }
