@@ -398,20 +398,25 @@ class TestInside:
             network = made[1].network
             weights = network.blocks[0].attention.attention_weights(network.embed(torch.tensor([ids])))[0, :, -1]
             word = new_words(page)[3]
-            logit = network(torch.tensor([ids]))[0][0, -1, made[1].tokenizer.token_to_id(word)].item()
+            logits = network(torch.tensor([ids]))[0][0, -1]
         for head, row in zip(heads.all(), weights, strict=True):
             columns = head.locator("[role=listitem]")
             assert columns.locator(".word").all_inner_texts() == context
             shown = [float(label.split()[-2]) for label in columns.evaluate_all("all => all.map(c => c.title)")]
             assert shown == pytest.approx([100 * float(weight) for weight in row], rel=0.06)
-        sum_ = page.inner_text("#contribution-sum").replace("−", "-")
-        parts = [float(number) for number in re.findall(r"[+-]\d+\.\d+", sum_)]
-        assert sum(parts[:3]) == pytest.approx(parts[3], abs=0.02) and parts[3] == pytest.approx(logit, abs=0.01)
-        titles = page.locator("#contribution-bars [role=listitem]").evaluate_all("all => all.map(c => c.title)")
-        columns = [float(title.split(": ")[1].replace("−", "-")) for title in titles]
-        assert sum(columns) == pytest.approx(parts[0], abs=0.05)
-        page.select_option("#explained", index=1)
-        assert page.inner_text("#contribution-sum").replace("−", "-") != sum_
+            heights = head.locator(".bar").evaluate_all("all => all.map(bar => parseFloat(bar.style.height))")
+            assert heights == pytest.approx([100 * float(weight / row.max()) for weight in row], abs=0.1)
+        shown = page.locator("#contribution-bars [role=listitem]").evaluate_all("all => all.map(c => c.title)")
+        columns = [float(title.split(": ")[1].replace("−", "-")) for title in shown]
+        for index in (0, 1):  # the word of the text, and the likeliest word or the one after it
+            page.select_option("#explained", index=index)
+            name = page.locator("#explained option").nth(index).inner_text()
+            text = page.inner_text("#contribution-sum").replace("−", "-")
+            parts = [float(number) for number in re.findall(r"[+-]\d+\.\d+", text)]
+            assert f"the logit of “{name}”" in text and sum(parts[:3]) == pytest.approx(parts[3], abs=0.02)
+            assert parts[3] == pytest.approx(logits[made[1].tokenizer.token_to_id(name)].item(), abs=0.01)
+            if index == 0:
+                assert name == word and sum(columns) == pytest.approx(parts[0], abs=0.05)
 
     def test_several_blocks_have_no_contributions(self, start, make_page):
         page = start(path=make_page(num_blocks=2)[0])
