@@ -585,6 +585,9 @@ class TestEverybody:
             control => !control.labels?.length && !control.ariaLabel && !control.textContent.trim()
         ).map(control => control.outerHTML)""")
         assert nameless == []
+        lists = page.locator("[role=list], [role=listbox], ol[id], ul[id]")
+        names = lists.evaluate_all("all => all.map(e => e.ariaLabel || e.getAttribute('aria-labelledby'))")
+        assert len(names) > 5 and all(names)
         assert (
             page.locator("[style]").evaluate_all("all => all.filter(e => !e.matches('.bar, .track span')).length") == 0
         )
