@@ -1,16 +1,16 @@
 """Speed, size and accuracy of the offline page.
 
-    python benchmarks/page.py RUN [--contexts 1000] [--rounds 5] [--json FILE]
+    python benchmarks/page.py RUN [--contexts 1000] [--rounds 5] [--long-rows 0 4000] [--json FILE]
 
 RUN is a trained run folder. Chromium runs without a window, on one core, together with this process.
 
 Accuracy: half of the contexts are parts of texts that the network writes at temperature 1 without other controls. The
 other half are random words. Their lengths are 1 to `max_length`. PyTorch computes with the rounded weights of the page,
-and with the run's own fp32 weights.
+and with the run's own fp32 weights. `--long-rows` also measures other numbers of words with 16 bits.
 """
 
 import argparse
-import base64
+import copy
 import json
 import os
 import random
@@ -26,8 +26,7 @@ from playwright.sync_api import sync_playwright
 import minigpt_pl
 from minigpt_pl.config import ExportConfig
 from minigpt_pl.export import export
-from minigpt_pl.exporting import html
-from minigpt_pl.exporting.quantization import unpack
+from minigpt_pl.exporting import quantization
 from minigpt_pl.generation.controls import Controls
 from minigpt_pl.generation.engine import generate_ids
 from minigpt_pl.model import MiniGPT
@@ -87,22 +86,31 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--contexts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--long-rows", type=int, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # Chromium inherits it
 
     model = minigpt_pl.load(arguments.run)
-    data = html.page_data(model, model.checkpoint.parents[1])
-    rounded = MiniGPT(**data["network"]).eval()
-    rounded.load_state_dict(unpack(data["tensors"], base64.b64decode(data["weights"])), strict=False)  # tied: one name
-    contexts = contexts_of(model, arguments.contexts)
+    contexts, middle = contexts_of(model, arguments.contexts), arguments.contexts // 2
     exact, exact_logits = top_10(model.network, contexts)
-    same_weights, same_logits = top_10(rounded, contexts)
+    results: dict[str, object] = {}
+    for rows in [*arguments.long_rows, quantization.LONG_ROWS]:  # the page has the last number
+        quantization.LONG_ROWS = rows
+        tensors, weights = quantization.pack(model.network)
+        rounded = copy.deepcopy(model.network)
+        rounded.load_state_dict(quantization.unpack(tensors, weights), strict=False)  # tied weights have one name
+        same_weights, same_logits = top_10(rounded, contexts)
+        results[f"{rows} words with 16 bits, and fp32 weights"] = {
+            "MB in the file": len(weights) * 4 / 3 / 1e6,
+            "generated texts": agreement(same_weights[:middle], exact[:middle]),
+            "random words": agreement(same_weights[middle:], exact[middle:]),
+        }
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         start = time.perf_counter()
         path = export(ExportConfig(run=str(arguments.run), format="html", path=f"{folder}/page.html"))
-        results: dict[str, object] = {"export, s": time.perf_counter() - start, "size, MB": path.stat().st_size / 1e6}
+        results |= {"export, s": time.perf_counter() - start, "size, MB": path.stat().st_size / 1e6}
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
         )
@@ -135,9 +143,6 @@ def main() -> None:
         found = page.evaluate(TOP, contexts)
         tops = [[id_ for id_, _ in top] for top in found]
         results["page and rounded weights"] = agreement(tops, same_weights)
-        middle = len(contexts) // 2
-        results["page and fp32 weights, generated contexts"] = agreement(tops[:middle], exact[:middle])
-        results["page and fp32 weights, random contexts"] = agreement(tops[middle:], exact[middle:])
         for name, logits in (("rounded", same_logits), ("fp32", exact_logits)):
             errors = [abs(value - logits[i][id_]) for i, top in enumerate(found) for id_, value in top]
             results[f"largest difference of a logit, {name} weights"] = float(max(errors))
