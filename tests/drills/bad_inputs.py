@@ -158,13 +158,17 @@ BAD_INPUTS: list[tuple[str, list[str], str]] = [
         ["to_keras=a.weights.h5", "vocabulary=a.weights.h5"],
         "vocabulary=a.weights.h5: to_keras writes the same",
     ),
+    ("export", ["html", "path=/dev/zero"], "path=/dev/zero: exists, and is not a page"),
+    ("export", ["html", "path=file/page.html"], "path=file: cannot be created"),
     # Damaged runs.
     ("sample", [*SAMPLE, "output_dir=nan"], "model: the network's values are NaN or infinite"),
     ("evaluate", ["output_dir=nan"], "checkpoint=nan/tiny/checkpoints/best.ckpt: the network's values are NaN"),
     ("explore", [*EXPLORE, "output_dir=nan"], "explore: the model can generate no text"),
+    ("export", ["html", "output_dir=nan"], "best.ckpt: the network's values are NaN or infinite"),
     ("sample", [*SAMPLE, "output_dir=record"], "record"),
     ("evaluate", ["output_dir=settings"], "config.yaml: not the settings of a run"),
     ("explore", [*EXPLORE, "output_dir=settings"], "config.yaml: not the settings of a run"),
+    ("export", ["html", "output_dir=settings"], "config.yaml: not the settings of a run"),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Writes a run in the formats of `python -m minigpt_pl.export`."""
