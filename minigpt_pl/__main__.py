@@ -4,7 +4,7 @@ import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-COMMANDS = ("train", "sample", "evaluate", "explore", "convert", "prepare", "doctor")
+COMMANDS = ("train", "sample", "evaluate", "explore", "convert", "export", "play", "prepare", "doctor")
 
 
 def main() -> None:

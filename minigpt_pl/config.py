@@ -418,6 +418,25 @@ class ConvertConfig:
     run: str | None = setting(None, "run to export: folder, name or checkpoint; null means the newest finished run")
 
 
+@dataclass
+class PlayConfig:
+    """Settings of `python -m minigpt_pl.play`. It writes the page of `export html`, and opens it in the browser."""
+
+    output_dir: str = setting("outputs", "folder of the run folders")
+    run: str | None = setting(None, "a run folder, its name, or a checkpoint; null means the newest finished run")
+    confirm: bool = setting(False, "allow a page of more than 100 MB, which a browser may not open")
+
+
+@dataclass
+class ExportConfig(PlayConfig):
+    """Settings of `python -m minigpt_pl.export FORMAT`."""
+
+    format: str = setting(
+        REQUIRED, "the first word of the command: html: one page that runs the model in a browser", choices=("html",)
+    )
+    path: str | None = setting(None, "the new file; null means RUN/export/NAME.html")
+
+
 # ------------------------------------------------------------------------------------------------ checks
 
 

@@ -18,6 +18,8 @@ from conftest import TINY_RUN, run_main, run_module
 import minigpt_pl
 from minigpt_pl import runs
 
+COMMANDS = ("train", "sample", "evaluate", "explore", "convert", "export", "play", "prepare", "doctor")
+
 
 def sample(cwd, *arguments, **options):
     return run_main("sample", "top_k=5", *arguments, cwd=cwd, **options)
@@ -291,7 +293,7 @@ def mine(tmp_path):
 
 
 class TestHydrasFlags:
-    @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "explore", "convert", "prepare", "doctor"])
+    @pytest.mark.parametrize("command", COMMANDS)
     def test_cfg_of_each_command(self, command, tmp_path):
         done = run_main(command, "--cfg", "job", "output_dir=elsewhere", cwd=tmp_path)
         assert done.returncode == 0 and "output_dir: elsewhere" in done.stdout.splitlines()
@@ -376,8 +378,7 @@ class TestHelp:
     def test_list_of_commands(self, tmp_path):
         done = run_main("__main__", cwd=tmp_path)
         commands = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("python")]
-        names = ("train", "sample", "evaluate", "explore", "convert", "prepare", "doctor")
-        assert commands == [f"python -m minigpt_pl.{name}" for name in names]
+        assert commands == [f"python -m minigpt_pl.{name}" for name in COMMANDS]
         for flag in ("-h", "--help"):
             assert run_main("__main__", flag, cwd=tmp_path).stdout == done.stdout
         assert run_main("__main__", "--version", cwd=tmp_path).stdout == version("minigpt_pl") + "\n"

@@ -37,7 +37,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 def register_schemas() -> None:
     """Register the typed settings with Hydra, under the names that conf/ uses."""
     groups = {"imdb": "data", "text": "data", "wandb": "logger"}
-    for name in ("train", "prepare", "doctor", "sample", "convert", "explore", "evaluate", *groups):
+    for name in ("train", "prepare", "doctor", "sample", "convert", "explore", "evaluate", "export", "play", *groups):
         schema = getattr(config, f"{name.capitalize()}Config")
         ConfigStore.instance().store(f"{name}_schema", schema, groups.get(name))
 
