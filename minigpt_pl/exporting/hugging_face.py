@@ -125,12 +125,12 @@ def read_model(folder: Path) -> TextModel:
         InputError: the extra `export` is missing, or the folder is damaged or holds another model.
     """
     require("safetensors")
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         config, generation = (
-            json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "generation_config")
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("config.json", "generation_config.json")
         )
         if config["model_type"] != MODEL_TYPE:
             raise ValueError(f"model_type={config['model_type']}")
@@ -143,9 +143,10 @@ def read_model(folder: Path) -> TextModel:
         if len(words) != network.vocab_size or words[:2] != [PAD, UNKNOWN]:
             raise ValueError("the tokenizer does not fit the weights")
         end_id = generation.get("eos_token_id")
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of json, safetensors, tokenizers or torch, depending on the damage
         reason = " ".join(str(error).split())
-        raise InputError(f"path={folder}: not a folder of `export transformers` ({reason:.200}); export it again") from error
+        remedy = "give a folder of `export transformers`, or export it again"
+        raise InputError(f"path={folder}: cannot be read ({reason:.200}); {remedy}") from error
     return TextModel(network.eval(), build_tokenizer([PADDING, *words[1:]]), end_id, folder / WEIGHTS)
 
 

@@ -2,13 +2,15 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Dimensions in comments: B batch, L new tokens, T all tokens, D width, H heads, K head width, F hidden width, V vocabulary.
+Dimensions in comments: B batch, L new tokens, T all tokens, D width, H heads, K head width, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -23,18 +25,18 @@ class MiniGPTConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vocab_size=20_000,
-        max_position_embeddings=80,
-        hidden_size=256,
-        num_attention_heads=2,
-        head_dim=256,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        hidden_dropout_prob=0.1,
-        layer_norm_eps=1e-6,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
+        vocab_size: int = 20_000,
+        max_position_embeddings: int = 80,
+        hidden_size: int = 256,
+        num_attention_heads: int = 2,
+        head_dim: int = 256,
+        intermediate_size: int = 256,
+        num_hidden_layers: int = 1,
+        hidden_dropout_prob: float = 0.1,
+        layer_norm_eps: float = 1e-6,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.num_attention_heads, self.head_dim = hidden_size, num_attention_heads, head_dim
         self.intermediate_size, self.num_hidden_layers = intermediate_size, num_hidden_layers
@@ -56,7 +58,7 @@ class MiniGPTForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True  # no assisted generation: it would need several windows at once
     _tied_weights_keys = {"output.weight": "token_embedding.weight"}
 
-    def __init__(self, config):
+    def __init__(self, config: MiniGPTConfig) -> None:
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -64,31 +66,31 @@ class MiniGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.output = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.token_embedding = value
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.output
 
-    def set_output_embeddings(self, value):
-        self.output = value
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.output = new_embeddings
 
     @can_return_tuple
     def forward(
         self,
-        input_ids,
-        attention_mask=None,
-        cache=None,
-        past_key_values=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        output_hidden_states=None,
-        **kwargs,
-    ):
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
 
         Args:
@@ -130,28 +132,39 @@ class MiniGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: cache})
 
     def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, cache=None, past_key_values=None, use_cache=None, **kwargs
-    ):
-        """The inputs of `forward` for the next token: the tokens after the cache, or the last W tokens."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of `forward` for the next token: the tokens that are not in the cache, or the last W tokens."""
         cache = past_key_values if cache is None else cache
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         total, window = attention_mask.shape[1], self.config.max_position_embeddings
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if total > window:
-            if input_ids.shape[1] < total:
-                raise ValueError(f"past {window} tokens, give all tokens of the text, not only those after the cache")
-            input_ids, attention_mask, cache, use_cache = input_ids[:, -window:], attention_mask[:, -window:], None, False
-        else:
-            input_ids = input_ids[:, past - total :]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache, "use_cache": use_cache}
         names = ("logits_to_keep", "output_hidden_states")
-        return inputs | {name: kwargs[name] for name in names if name in kwargs}
+        inputs = {name: kwargs[name] for name in names if name in kwargs}
+        if total <= window:
+            past = 0 if cache is None else int(cache.get_seq_length())
+            new_ids = input_ids[:, past - total :]  # (B, L)
+            return inputs | {
+                "input_ids": new_ids,
+                "attention_mask": attention_mask,
+                CACHE: cache,
+                "use_cache": use_cache,
+            }
+        if input_ids.shape[1] < total:
+            raise ValueError(f"after {window} tokens, give the whole text, not only the tokens after the cache")
+        last_ids, last_mask = input_ids[:, -window:], attention_mask[:, -window:]  # (B, W)
+        return inputs | {"input_ids": last_ids, "attention_mask": last_mask, "use_cache": False}
 
 
 class Block(nn.Module):
     """Self-attention and a feed-forward network, each as `norm(x + dropout(part(x)))`: (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, config, layer: int):
+    def __init__(self, config: MiniGPTConfig, layer: int) -> None:
         super().__init__()
         width, hidden = config.hidden_size, config.intermediate_size
         self.attention = CausalSelfAttention(config, layer)
@@ -160,7 +173,7 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, cache)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
@@ -168,15 +181,15 @@ class Block(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the token itself and to earlier tokens. H*K need not be D."""
 
-    def __init__(self, config, layer: int):
+    def __init__(self, config: MiniGPTConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.layer = (config.num_attention_heads, config.head_dim), layer
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
         self.output = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
-        """(B, L, D) -> (B, L, D). `mask` is true where a token attends: (L, T) or (B, 1, L, T); None without padding."""
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """(B, L, D) -> (B, L, D). `mask`, (L, T) or (B, 1, L, T), is true where a token attends; None for causal."""
         layers = (self.query, self.key, self.value)
         query, key, value = (layer(x).unflatten(-1, self.heads).transpose(1, 2) for layer in layers)  # (B, H, L, K)
         if cache is not None:

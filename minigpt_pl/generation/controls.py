@@ -44,7 +44,7 @@ class Controls(NumberControls):
         if self.min_tokens > self.num_tokens:
             yield f"min_tokens={self.min_tokens}: must be at most num_tokens={self.num_tokens}"
         if self.top_k is not None and self.top_k > size:
-            yield f"top_k={self.top_k}: must be 1 to {size}, the size of the vocabulary, or null for all words"
+            yield f"top_k={self.top_k}: must be 1 to {size}, the size of the vocabulary, or None for all words"
         if self.num_beams > 1 and self.num_beams > size // 2:
             yield f"num_beams={self.num_beams}: must be at most {size // 2}, half the size of the vocabulary"
         if self.num_beams > 1 and self.temperature > 0:
@@ -52,7 +52,7 @@ class Controls(NumberControls):
         if self.num_beams == 1 and self.length_penalty != 1:
             yield f"length_penalty={self.length_penalty}: has no effect without beam search; set num_beams=2 or more"
         if self.end_id is not None and not 0 <= self.end_id < size:
-            yield f"end_id={self.end_id}: must be 0 to {last}, or null for no end"
+            yield f"end_id={self.end_id}: must be 0 to {last}, or None for no end"
         if not all(0 <= id_ < size for id_ in self.banned_ids):
             yield f"banned_ids={self.banned_ids}: must be 0 to {last}"
         for name in ("banned_sequences", "stop_sequences"):
