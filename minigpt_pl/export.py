@@ -84,16 +84,15 @@ def _write_folder(folder: Path, config: ExportConfig, model: TextModel, run_fold
         for name in ("transformers", "onnx"):
             _write_folder(folder / name, dataclasses.replace(config, format=name), model, run_folder)
         return
+    figures = {}
     if config.format == "transformers":
         hugging_face.write_model(folder, model)
-        usage, figures = hugging_face.USAGE, {}
     else:
         onnx.write_model(folder, model)
-        usage, figures = onnx.USAGE, {}
-        if config.int8:
-            figures["8-bit weights"] = onnx.quantize(folder, model, run_folder, config.source)
-            for label, text in figures["8-bit weights"].items():
-                print(f"{label}: {text}")
+    if config.format == "onnx" and config.int8:
+        figures["8-bit weights"] = cost = onnx.quantize(folder, model, run_folder, config.source)
+        print(*(f"{label}: {text}" for label, text in cost.items()), sep="\n")
+    usage = hugging_face.USAGE if config.format == "transformers" else onnx.USAGE
     text = readme(model, run_folder, config.license, config.format, usage, figures)
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -21,15 +21,15 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
 
 
-def use(folder: str, ids: list[int], prompts: list[str], texts: list[str]) -> dict:
+def use(folder: str, ids: list[int], prompts: list[str], texts: list[str], length: int) -> dict:
     model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     window = model.config.max_position_embeddings
     context = torch.tensor([ids[:window]])
-    greedy = {"do_sample": False, "max_new_tokens": 200}
+    greedy = {"do_sample": False, "max_new_tokens": length}
     result = {"wrong": [name for names in report.values() for name in names or []]}
     with torch.inference_mode():
-        result["logits"] = [model(context[:, :length]).logits for length in range(1, window + 1)]
+        result["logits"] = [model(context[:, :end]).logits for end in range(1, window + 1)]
         outputs, stepwise = None, []
         for position in range(window):  # one token at a time, with the cache
             cache = {} if outputs is None else {"past_key_values": outputs.past_key_values}
@@ -47,9 +47,9 @@ def use(folder: str, ids: list[int], prompts: list[str], texts: list[str]) -> di
     result["without cache"] = new_ids(one, **greedy, use_cache=False)
     result["static cache"] = new_ids(one, **greedy, cache_implementation="static")
     result["batch"] = new_ids(batch, **greedy)
-    result["beams"] = new_ids(one, do_sample=False, num_beams=3, max_new_tokens=2 * window)
+    result["beams"] = new_ids(one, do_sample=False, num_beams=3, max_new_tokens=length)
     torch.manual_seed(0)
-    result["drawn"] = new_ids(batch, temperature=5.0, top_k=None, max_new_tokens=200)
+    result["drawn"] = new_ids(batch, temperature=5.0, top_k=None, max_new_tokens=length)
     generator = pipeline("text-generation", folder, trust_remote_code=True)
     result["pipeline"] = [found[0]["generated_text"] for found in generator(prompts, batch_size=2, **greedy)]
     result["default"] = generator(prompts[0])[0]["generated_text"]

@@ -29,6 +29,7 @@ VARIANTS = {
     "tied": dict(max_length=13, tie_embeddings=True, num_blocks=2, head_dim=3),
     "without an end": dict(max_length=7),
 }
+LENGTHS = {name: 200 if name == "notebook" else 40 for name in VARIANTS}  # new words
 
 
 def text_model(name: str) -> TextModel:
@@ -56,7 +57,7 @@ def results(folders, tmp_path_factory) -> dict[str, dict]:
     """What a stranger computes with each folder."""
     place = tmp_path_factory.mktemp("stranger")
     request = {
-        name: {"folder": str(folder), "ids": context(name), "prompts": PROMPTS, "texts": TEXTS}
+        name: {"folder": str(folder), "ids": context(name), "prompts": PROMPTS, "texts": TEXTS, "length": LENGTHS[name]}
         for name, folder in folders.items()
     }
     (place / "request.json").write_text(json.dumps(request))
@@ -96,7 +97,7 @@ class TestStranger:
 
     def test_greedy_texts_beyond_the_window(self, name, results):
         model = text_model(name)
-        texts = [text for [text] in generate_texts(model, PROMPTS, 200, temperature=0, seed=0)]
+        texts = [text for [text] in generate_texts(model, PROMPTS, LENGTHS[name], temperature=0, seed=0)]
         prompts = [model.tokenizer.encode(prompt).ids for prompt in PROMPTS]
         expected = [model.tokenizer.encode(text).ids[len(ids) :] for text, ids in zip(texts, prompts, strict=True)]
         assert len(expected[0]) > model.network.max_length
@@ -107,7 +108,7 @@ class TestStranger:
 
     def test_beam_search(self, name, results):
         model = text_model(name)
-        text = model.generate_text(PROMPTS[0], 2 * model.network.max_length, 0, num_beams=3)
+        text = model.generate_text(PROMPTS[0], LENGTHS[name], 0, num_beams=3)
         expected = model.tokenizer.encode(text).ids[len(model.tokenizer.encode(PROMPTS[0]).ids) :]
         assert until_end(model, results[name]["beams"]) == [expected]
 
@@ -239,7 +240,8 @@ def hub(monkeypatch):
 
 def test_push(hub, folders):
     assert hugging_face.push(folders["tied"], "minigpt/tiny") == f"{hub.address}/minigpt/tiny"
-    assert hub.created["private"] and (hub.created["organization"], hub.created["name"]) == ("minigpt", "tiny")
+    assert "private" in (hub.created.get("visibility"), hub.created.get("private") and "private")
+    assert (hub.created["organization"], hub.created["name"]) == ("minigpt", "tiny")
     assert hub.files == {path.name: path.read_bytes() for path in folders["tied"].iterdir()}
 
 

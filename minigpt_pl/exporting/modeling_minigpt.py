@@ -69,13 +69,13 @@ class MiniGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.token_embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.output = new_embeddings
 
     @can_return_tuple
@@ -110,13 +110,13 @@ class MiniGPTForCausalLM(PreTrainedModel, GenerationMixin):
         total, window = past + input_ids.shape[1], self.config.max_position_embeddings
         if total > window:
             raise ValueError(f"the input has {total} tokens; the model takes at most {window}; shorten it")
-        positions, mask = torch.arange(past, total, device=input_ids.device), None  # (L,)
-        if attention_mask is not None or past:
-            mask = positions[:, None] >= torch.arange(total, device=input_ids.device)  # (L, T)
+        columns = torch.arange(total, device=input_ids.device)  # (T,)
+        rows = columns[past:, None]  # (L, 1)
+        mask, positions = rows >= columns if past else None, columns[past:]  # (L, T), (L,)
         if attention_mask is not None:
             # A padding token attends to itself: without any token, the softmax would be NaN.
-            itself = positions[:, None] == torch.arange(total, device=input_ids.device)  # (L, T)
-            mask = (mask & attention_mask.bool()[:, None] | itself)[:, None]  # (B, 1, L, T)
+            attends = (rows >= columns) & attention_mask.bool()[:, None] | (rows == columns)  # (B, L, T)
+            mask = attends[:, None]  # (B, 1, L, T)
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]  # (B, L)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, L, D)
         states = [x]
@@ -175,7 +175,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, cache)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        output: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return output
 
 
 class CausalSelfAttention(nn.Module):
@@ -197,4 +198,5 @@ class CausalSelfAttention(nn.Module):
         if mask is not None:  # a static cache has room for later tokens
             mask = F.pad(mask, (0, key.shape[2] - mask.shape[-1]))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-        return self.output(mixed.transpose(1, 2).flatten(2))  # (B, H, L, K) -> (B, L, H*K) -> (B, L, D)
+        output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))  # (B, H, L, K) -> (B, L, H*K) -> (B, L, D)
+        return output

@@ -16,7 +16,8 @@ prompt, num_tokens, temperature, top_k, seed = sys.argv[1:] + defaults[len(sys.a
 folder, generator = Path(__file__).parent, np.random.default_rng(int(seed) if seed else None)
 session, tokenizer = InferenceSession(folder / "model.onnx"), Tokenizer.from_file(str(folder / "tokenizer.json"))
 settings = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
-ids, new = tokenizer.encode(prompt).ids, []
+ids = tokenizer.encode(prompt).ids
+new: list[int] = []
 while len(new) < int(num_tokens) and settings["end_id"] not in new[-1:]:
     window = np.array([(ids + new)[-settings["max_length"] :]])  # (1, L): the last words
     logits = session.run(["logits"], {"ids": window})[0][0, -1].astype(float)  # (V,)

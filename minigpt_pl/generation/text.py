@@ -156,7 +156,7 @@ def generate(
     **controls: Unpack[ControlArguments],
 ) -> Records:
     """The texts of `generate_texts` as a flat list of records with all details. The arguments are the same."""
-    values = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, **controls}
+    values: dict[str, Any] = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, **controls}
     return Records(stream_records(open_model(model), prompts, seed, num_samples, **values))
 
 
@@ -177,7 +177,7 @@ def stream_text(
         >>> for word in stream_text(model, "this movie is", temperature=0.8, top_k=20):
         ...     print(word, end="", flush=True)
     """
-    values = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, **controls}
+    values: dict[str, Any] = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, **controls}
     return (word for word, _ in stream_words(open_model(model), prompt, seed, **values))
 
 
