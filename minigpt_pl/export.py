@@ -73,7 +73,7 @@ def export(config: ExportConfig) -> Path:
     return path
 
 
-def _write_folder(folder: Path, config: ExportConfig, model: TextModel, run_folder: Path) -> None:
+def _write_folder(folder: Path, config: ExportConfig, model: "TextModel", run_folder: Path) -> None:
     """Write the folder of a format. That of `all` has a subfolder for each of the others, and the page."""
     from minigpt_pl.exporting import html, hugging_face, onnx
     from minigpt_pl.exporting.readme import readme

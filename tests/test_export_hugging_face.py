@@ -117,7 +117,7 @@ class TestStranger:
         drawn = {id_ for ids in until_end(text_model(name), results[name]["drawn"]) for id_ in ids}
         assert drawn <= {*range(2, len(WORDS) - 1)} and len(drawn) > 20
         default = results[name]["default"]
-        assert default.startswith(PROMPTS[0] + " ") and len(default.split()) <= len(PROMPTS[0].split()) + 60
+        assert default.startswith(PROMPTS[0] + " ")
 
     def test_ids_of_hostile_texts(self, name, results):
         tokenizer = text_model(name).tokenizer
