@@ -7,7 +7,7 @@ outputs/<run name>/
     checkpoints/     last.ckpt: the newest; step-00000391.ckpt: an older one; best.ckpt: the lowest val/loss.
                      Those of trainer.strategy=fsdp2 are folders (`sharded_checkpoints`).
     metrics.csv  samples.jsonl  loss.png
-    evaluation.json  evaluation.png  explore/
+    evaluation.json  evaluation.png  explore/  export/
 """
 
 import errno

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from minigpt_pl.signals import SIGNALS, set_handlers
 
 torch.set_num_threads(1)  # the models here are too small to gain from threads
 
-SLOW_FIXTURES = {"imdb", "imdb_texts", "trained"}  # the real reviews, and a run that the command line trains
+# The real reviews, a run that the command line trains, and Chromium.
+SLOW_FIXTURES = {"imdb", "imdb_texts", "trained", "browser"}
 STARTS_A_PROCESS = {"run_module", "subprocess", "multiprocessing"}
 
 
@@ -171,6 +173,19 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_module("train", *TINY_RUN, f"data.path={story}", "run_name=tiny", "trainer.max_epochs=2", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd
+
+
+@pytest.fixture(scope="module")  # playwright runs an event loop, which would disturb the tests of other modules
+def browser():
+    """Chromium without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'minigpt_pl[test]'")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on the PATH")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minigpt_pl.cli import app
+from minigpt_pl.export import name_the_format
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -17,7 +18,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     """The commands in a page: (name, overrides). Leaves out prompts, which the shell and Hydra read differently."""
     found = [(name, shlex.split(rest, comments=True)) for name, rest in COMMAND.findall(page.read_text())]
     return [
-        (name, [word for word in words if "=" in word and not word.startswith("prompt=")])
+        (name, [word for word in name_the_format(words) if "=" in word and not word.startswith("prompt=")])
         for name, words in found
         if "--config-dir" not in words
     ]

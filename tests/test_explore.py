@@ -395,18 +395,6 @@ class TestMarkdown:
         assert marked.markdown() == "**t**: _a film_, <b>it</b> _(loop)_<b>'s</b> _(bracket, loop)_)"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'minigpt_pl[test]'")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium on the PATH")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 class TestPage:
     @pytest.fixture
     def page(self, browser, explored):

@@ -115,7 +115,7 @@ const MiniGPT = (() => {
 
   // weight.T @ y for the rows of the weight from firstRow on: (rows, columns), (rows,) -> (columns,)
   function transposed(weight, columns, y, firstRow = 0) {
-    const out = new Float64Array(columns);
+    const out = new Float32Array(columns);
     for (let row = 0, at = firstRow * columns; row < y.length; row++, at += columns) {
       const factor = y[row];
       if (factor !== 0) for (let i = 0; i < columns; i++) out[i] += factor * weight[at + i];
@@ -184,7 +184,7 @@ const MiniGPT = (() => {
       const absorbed = transposed(block.key.weight, x.length, query.subarray(first, first + width), first); // (D,)
       const scores = inputs.map((input) => dot(input, 0, absorbed) / Math.sqrt(width)); // L
       weights.push(softmax(scores)); // (L,)
-      const mixed = new Float64Array(x.length); // (D,)
+      const mixed = new Float32Array(x.length); // (D,)
       inputs.forEach((input, j) => {
         const weight = weights[head][j];
         for (let i = 0; i < mixed.length; i++) mixed[i] += weight * input[i];
@@ -301,7 +301,7 @@ const MiniGPT = (() => {
       const [block] = this.#blocks;
       const [inputs] = this.#seen.inputs;
       const x = inputs[inputs.length - 1];
-      const row = Float64Array.from(this.#output.weight.subarray(id * x.length, (id + 1) * x.length)); // (D,)
+      const row = this.#output.weight.subarray(id * x.length, (id + 1) * x.length); // (D,)
       const ofSum = normTransposed(block.feedForwardNorm, deviations[1], row); // (D,)
       const ofHidden = transposed(block.reduce.weight, hidden.length, ofSum); // (F,)
       const active = ofHidden.map((value, i) => (hidden[i] > 0 ? value : 0));

@@ -1,0 +1,162 @@
+"""Speed, size and accuracy of the offline page.
+
+    python benchmarks/page.py RUN [--contexts 1000] [--rounds 5] [--json FILE]
+
+RUN is a trained run folder. Chromium runs without a window, on one core, together with this process.
+
+Accuracy: half of the contexts are parts of texts that the network writes at temperature 1 without other controls. The
+other half are random words. Their lengths are 1 to `max_length`. PyTorch computes with the rounded weights of the page,
+and with the run's own fp32 weights.
+"""
+
+import argparse
+import base64
+import json
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from playwright.sync_api import sync_playwright
+
+import minigpt_pl
+from minigpt_pl.config import ExportConfig
+from minigpt_pl.export import export
+from minigpt_pl.exporting import html
+from minigpt_pl.exporting.quantization import unpack
+from minigpt_pl.generation.controls import Controls
+from minigpt_pl.generation.engine import generate_ids
+from minigpt_pl.model import MiniGPT
+
+TOP = """contexts => contexts.map(ids => {
+    const logits = engine.logits(ids);
+    return MiniGPT.top(logits, 10).map(id => [id, logits[id]]);
+})"""
+WORDS_PER_SECOND = """([ids, controls, skipped, count]) => {
+    const texts = engine.generate(ids, controls, MiniGPT.random(0));
+    for (let i = 0; i < skipped; i++) texts.next();
+    const start = performance.now();
+    for (let i = 0; i < count; i++) if (texts.next().done) throw new Error("the text has ended");
+    return count / (performance.now() - start) * 1000;
+}"""
+GREEDY = """([ids, count]) => {
+    const words = [];
+    for (const step of engine.generate(ids, {temperature: 0}, MiniGPT.random(0))) {
+        if (words.push(step.id) === count) break;
+    }
+    return words;
+}"""
+
+
+def contexts_of(model: minigpt_pl.TextModel, count: int) -> list[list[int]]:
+    """Contexts of all lengths: parts of generated texts, and random words."""
+    rng, size, longest = random.Random(0), model.network.vocab_size, model.network.max_length
+    controls = Controls(num_tokens=2 * longest, temperature=1.0, top_k=None, vocab_size=size, banned_ids=[0, 1])
+    starts = [[word] for word in rng.choices(range(2, 1000), k=count // 2)]
+    texts = generate_ids(model.prepared, starts, controls, range(count // 2))
+    contexts = []
+    for i, text in enumerate(texts):
+        length = 1 + i % longest
+        end = rng.randrange(length, len(text) + 1)
+        contexts.append(text[end - length : end])
+    return contexts + [rng.choices(range(2, size - 1), k=1 + i % longest) for i in range(count // 2)]
+
+
+def top_10(network: MiniGPT, contexts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Ids of the ten likeliest words after each context, and all logits."""
+    with torch.inference_mode():
+        logits = [network(torch.tensor([ids]))[0][0, -1] for ids in contexts]
+    return [row.topk(10).indices.tolist() for row in logits], logits
+
+
+def agreement(found: list[list[int]], expected: list[list[int]]) -> dict[str, float]:
+    pairs = list(zip(found, expected, strict=True))
+    return {
+        "same ten words in the same order": statistics.mean(a == b for a, b in pairs),
+        "same ten words": statistics.mean({*a} == {*b} for a, b in pairs),
+        "same likeliest word": statistics.mean(a[0] == b[0] for a, b in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--contexts", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # Chromium inherits it
+
+    model = minigpt_pl.load(arguments.run)
+    data = html.page_data(model, model.checkpoint.parents[1])
+    rounded = MiniGPT(**data["network"]).eval()
+    rounded.load_state_dict(unpack(data["tensors"], base64.b64decode(data["weights"])), strict=False)  # tied: one name
+    contexts = contexts_of(model, arguments.contexts)
+    exact, exact_logits = top_10(model.network, contexts)
+    same_weights, same_logits = top_10(rounded, contexts)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        start = time.perf_counter()
+        path = export(ExportConfig(run=str(arguments.run), format="html", path=f"{folder}/page.html"))
+        results: dict[str, object] = {"export, s": time.perf_counter() - start, "size, MB": path.stat().st_size / 1e6}
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
+        )
+        seconds = []
+        for _ in range(arguments.rounds):
+            page = browser.new_page()
+            start = time.perf_counter()
+            page.goto(path.as_uri())
+            page.fill("#num_tokens", "1")
+            page.click("#write")
+            page.wait_for_function("document.querySelector('#text').textContent.trim().split(/\\s+/).length > 3")
+            seconds.append(time.perf_counter() - start)
+            page.close()
+        results["from opening to the first word, s"] = statistics.median(seconds)
+        page = browser.new_page()
+        page.goto(path.as_uri())
+        load = "() => { const start = performance.now(); const data = JSON.parse(document.getElementById('data')"
+        load += ".textContent); window.engine = MiniGPT.load(data); return (performance.now() - start) / 1000; }"
+        results["engine, s"] = statistics.median(page.evaluate(load) for _ in range(arguments.rounds))
+        ids = model.tokenizer.encode("this movie is").ids
+        longest, never_ends = model.network.max_length, {"temperature": 1, "top_k": 20, "min_p": 0}
+        for name, skipped, controls in (
+            ("words per second, inside the window", 0, never_ends),
+            ("words per second, past the window", longest, never_ends),
+            ("words per second, past the window, top_p", longest, {"temperature": 1, "top_p": 0.9}),
+        ):
+            prompt = ids if skipped else ids[:2]
+            rates = [page.evaluate(WORDS_PER_SECOND, [prompt, controls, skipped, 70]) for _ in range(arguments.rounds)]
+            results[name] = statistics.median(rates)
+        found = page.evaluate(TOP, contexts)
+        tops = [[id_ for id_, _ in top] for top in found]
+        results["page and rounded weights"] = agreement(tops, same_weights)
+        middle = len(contexts) // 2
+        results["page and fp32 weights, generated contexts"] = agreement(tops[:middle], exact[:middle])
+        results["page and fp32 weights, random contexts"] = agreement(tops[middle:], exact[middle:])
+        for name, logits in (("rounded", same_logits), ("fp32", exact_logits)):
+            errors = [abs(value - logits[i][id_]) for i, top in enumerate(found) for id_, value in top]
+            results[f"largest difference of a logit, {name} weights"] = float(max(errors))
+        greedy = {"rounded": 0, "fp32": 0}
+        prompts = [text[:5] for text in contexts[: len(contexts) // 2] if len(text) >= 5][:20]
+        controls = Controls(
+            num_tokens=200, temperature=0.0, vocab_size=model.network.vocab_size, end_id=model.end_id, banned_ids=[0, 1]
+        )
+        for name, network in (("rounded", rounded), ("fp32", model.network)):
+            for prompt in prompts:
+                (text,) = generate_ids(network, [prompt], controls, [0])
+                greedy[name] += page.evaluate(GREEDY, [prompt, 200]) == text
+        results["greedy texts of 200 words that are equal"] = greedy | {"of": len(prompts)}
+        browser.close()
+    for name, value in results.items():
+        print(f"{name}: {value}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
