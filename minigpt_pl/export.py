@@ -46,7 +46,8 @@ def export(config: ExportConfig) -> Path:
     path = Path(config.path or run_folder / "export" / (f"{run_folder.name}.html" if is_page else config.format))
     is_ours = html.is_page if is_page else manifest.is_export
     if path.exists() and not is_ours(path):
-        raise InputError(f"path={path}: holds something else, not an export; choose another path, or remove it")
+        kind = "a page" if is_page else "a folder"
+        raise InputError(f"path={path}: exists, and is not {kind} of this command; choose another name, or remove it")
     model = load(checkpoint)
     if not all(weight.isfinite().all() for weight in model.network.parameters()):
         raise InputError(f"checkpoint={checkpoint}: {DIVERGED}")

@@ -74,11 +74,9 @@ def test_a_window_of_one_word(tmp_path):
 
 
 def test_perplexity(folders):
-    """Documents of one token, of more than the window, and of different lengths in one batch."""
+    """Documents of more tokens than the window, and of different lengths in one batch."""
     network = text_model("tied").network
-    documents = [
-        np.random.default_rng(size).integers(1, len(WORDS), size) for size in (9, 14, 2, 1, 7, 14, 5, 6, 8, 30)
-    ]
+    documents = [np.random.default_rng(size).integers(1, len(WORDS), size) for size in (9, 14, 2, 7, 14, 5, 6, 8, 30)]
     losses = document_losses(network, [document[: network.max_length + 1] for document in documents])
     measured = onnx.perplexity(folders["tied"] / "model.onnx", documents, network.max_length)
     assert measured == pytest.approx(np.exp(losses.mean()), rel=1e-4)

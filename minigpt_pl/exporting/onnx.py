@@ -4,7 +4,9 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,6 @@ from minigpt_pl.generation.prompts import controls_on_ids
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import PADDING_ID, portable
-
-log = logging.getLogger(__name__)
 
 MODEL = "model.onnx"
 SCRIPT = Path(__file__).with_name("onnx_sample.py")
@@ -50,12 +50,24 @@ def write_model(folder: Path, model: TextModel) -> None:
     network, controls = model.network, controls_on_ids(model, {})[0]
     settings = {"max_length": network.max_length, "end_id": controls.end_id, "banned_ids": [*controls.banned_ids]}
     weight_bytes = sum(weight.nbytes for weight in network.state_dict().values())
-    program = _trace(network)
+    with _quiet():
+        program = _trace(network)
     program.model.metadata_props.update({name: json.dumps(value) for name, value in settings.items()})
     program.save(folder / MODEL, external_data=weight_bytes > MAX_BYTES)
     _check(folder / MODEL, network)
     portable(model.tokenizer).save(str(folder / "tokenizer.json"))
     shutil.copyfile(SCRIPT, folder / "sample.py")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without log lines and warnings about each node of the network."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _trace(network: MiniGPT) -> Any:
@@ -115,12 +127,15 @@ def quantize(folder: Path, model: TextModel, run_folder: Path, source: str | Non
     path, small = folder / MODEL, folder / f"int8-{MODEL}"
     label = f"Perplexity of the first {DOCUMENTS} held-out documents"
     corpus = open_run_corpus(run_folder, model.tokenizer, source)[1]
-    quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=True)
-    cost = "not measured, because the run has no held-out text"
+    with _quiet():
+        quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=True)
+    documents: list[np.ndarray] = []
     if corpus.validation is not None:
+        end = -1 if model.end_id is None else None  # the corpus has [END] after each document
         documents = np.split(corpus.validation.tokens, corpus.validation.offsets[1:-1])[:DOCUMENTS]
-        if model.end_id is None:  # the corpus has [END] after each document
-            documents = [document[:-1] for document in documents]
+        documents = [document[:end] for document in documents if len(document[:end]) > 1]
+    cost = "not measured, because the run has no held-out text"
+    if documents:
         before, after = (perplexity(file, documents, model.network.max_length) for file in (path, small))
         cost = f"{before:,.3f} with 32-bit weights, {after:,.3f} with 8-bit weights"
     for file in folder.glob(f"{MODEL}*"):
@@ -134,12 +149,12 @@ def perplexity(path: Path, documents: Sequence[np.ndarray], max_length: int) -> 
 
     Args:
         path: a file of `write_model` or `quantize`.
-        documents: token ids; at least one document has two.
+        documents: token ids, at least two per document.
     """
     import onnxruntime
 
     session, nats, count = onnxruntime.InferenceSession(str(path)), 0.0, 0
-    rows = [torch.as_tensor(document[: max_length + 1].astype(np.int64)) for document in documents if len(document) > 1]
+    rows = [torch.as_tensor(document[: max_length + 1].astype(np.int64)) for document in documents]
     for start in range(0, len(rows), BATCH):
         ids = nn.utils.rnn.pad_sequence(rows[start : start + BATCH], batch_first=True, padding_value=PADDING_ID)
         logits = torch.from_numpy(session.run(None, {"ids": ids[:, :-1].numpy()})[0])  # (B, L, V)
