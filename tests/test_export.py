@@ -26,6 +26,8 @@ from minigpt_pl.keras_weights import read_keras, write_keras
 for package in ("transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"no {package}: pip install 'minigpt_pl[export]'")
 
+pytestmark = pytest.mark.slow  # imports transformers or onnx
+
 TRANSFORMERS = {
     *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("modeling_minigpt.py", "README.md", "MANIFEST.json"),

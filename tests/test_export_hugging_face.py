@@ -20,6 +20,8 @@ from minigpt_pl.tokenizer import build_tokenizer
 pytest.importorskip("transformers", reason="no transformers: pip install 'minigpt_pl[export]'")
 pytest.importorskip("safetensors", reason="no safetensors: pip install 'minigpt_pl[export]'")
 
+pytestmark = pytest.mark.slow  # imports transformers or onnx
+
 WORDS = ["", "[UNK]", "the", ".", "'s", "-life", "É", "(", *(f"w{number}" for number in range(51)), "[END]"]
 PROMPTS = ["the w1 w2", "w3", " ".join(f"w{number % 50}" for number in range(130)), "the unheard w4 's"]
 TEXTS = ["The W1's <br /> Émile, É", "[END] of [UNK] and [PAD]", "w1-life\tw2\u00a0w3 (w4)", "  ", "w1\x0bw2 </s> <s>"]

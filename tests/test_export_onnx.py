@@ -17,6 +17,8 @@ from minigpt_pl.tokenizer import build_tokenizer
 onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime: pip install 'minigpt_pl[export]'")
 pytest.importorskip("onnxscript", reason="no onnxscript: pip install 'minigpt_pl[export]'")
 
+pytestmark = pytest.mark.slow  # imports transformers or onnx
+
 VARIANTS = ("notebook", "tied")  # tied: several blocks too
 
 
