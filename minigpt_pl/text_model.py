@@ -10,6 +10,7 @@ from minigpt_pl import notebook
 from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint, load_network
 from minigpt_pl.config import ControlArguments, NumberControls
 from minigpt_pl.errors import InputError
+from minigpt_pl.generation.controls import lists_controls
 from minigpt_pl.generation.inference import InferenceModel
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import fingerprint, load_tokenizer
@@ -39,6 +40,7 @@ class TextModel:
             self._prepared = InferenceModel(self.network)
         return self._prepared
 
+    @lists_controls
     def generate_text(
         self,
         prompt: str,

@@ -76,6 +76,9 @@ def test_everything_in_one_folder(cwd):
     [cost] = [line for line in done.stdout.splitlines() if line.startswith("Perplexity of the first 500 held-out")]
     before, after = (float(number) for number in re.findall(r"([\d.]+) with", cost))
     assert before != after and after == pytest.approx(before, rel=0.5)
+    command = [sys.executable, "-I", folder / "onnx" / "sample.py", "the cat", "40", "0"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+    assert text.startswith("the cat") and len(text.split()) > 20
     assert cost.replace(": ", " | ") in (folder / "onnx" / "README.md").read_text()
 
 

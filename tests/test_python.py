@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 import minigpt_pl
-from minigpt_pl import InputError, generate, generate_text, generate_texts, score, stream_text, to_frame
+from minigpt_pl import InputError, TextModel, generate, generate_text, generate_texts, score, stream_text, to_frame
 from minigpt_pl.config import CONTROLS, ControlArguments, WordControls
 
 LIKE = {"num_tokens": 8, "temperature": 0.5, "top_k": 5, "seed": 1}
@@ -124,7 +124,9 @@ class TestNotebook:
 class TestEditor:
     """What editors, `help` and completion know."""
 
-    @pytest.mark.parametrize("function", [generate_text, generate_texts, generate, stream_text])
+    @pytest.mark.parametrize(
+        "function", [generate_text, generate_texts, generate, stream_text, TextModel.generate_text]
+    )
     def test_signatures_have_all_controls(self, function):
         parameters = inspect.signature(function).parameters
         assert {*CONTROLS} <= parameters.keys() and parameters["top_p"].default == 1.0

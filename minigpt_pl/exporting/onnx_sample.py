@@ -15,7 +15,8 @@ defaults = ["this movie is", "60", "0.8", "20", ""]
 prompt, num_tokens, temperature, top_k, seed = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
 folder, generator = Path(__file__).parent, np.random.default_rng(int(seed) if seed else None)
 session, tokenizer = InferenceSession(folder / "model.onnx"), Tokenizer.from_file(str(folder / "tokenizer.json"))
-settings = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+metadata = session.get_modelmeta().custom_metadata_map
+settings = {name: json.loads(metadata[name]) for name in ("max_length", "end_id", "banned_ids")}
 ids = tokenizer.encode(prompt).ids
 new: list[int] = []
 while len(new) < int(num_tokens) and settings["end_id"] not in new[-1:]:

@@ -1,10 +1,14 @@
 """The sampling controls on token ids. `config.NumberControls` defines the controls that are numbers."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
 
-from minigpt_pl.config import NumberControls, range_problems
+from minigpt_pl.config import NumberControls, WordControls, range_problems
 from minigpt_pl.errors import InputError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(kw_only=True)
@@ -75,3 +79,16 @@ class Controls(NumberControls):
         if self.end_id is not None and position < self.min_tokens:
             return [*self.banned_ids, self.end_id]
         return [*self.banned_ids]
+
+
+def lists_controls(function: Function) -> Function:
+    """Replace `**controls` by all controls in the signature, for `help` and for completion in notebooks."""
+    signature = inspect.signature(function)
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    for control in fields(WordControls):
+        if control.name not in signature.parameters:
+            default = [] if control.default is MISSING else control.default
+            kind = inspect.Parameter.KEYWORD_ONLY
+            named.append(inspect.Parameter(control.name, kind, default=default, annotation=control.type))
+    function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return function

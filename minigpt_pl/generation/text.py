@@ -1,26 +1,23 @@
 """Text in, text out: `generate_text` and its variants for many prompts, for streams, and for records."""
 
-import inspect
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 from tokenizers import Tokenizer
 
 from minigpt_pl import notebook
-from minigpt_pl.config import ControlArguments, NumberControls, SampleConfig, WordControls, range_problems
+from minigpt_pl.config import ControlArguments, NumberControls, SampleConfig, range_problems
 from minigpt_pl.errors import InputError
-from minigpt_pl.generation.controls import Controls
+from minigpt_pl.generation.controls import Controls, lists_controls
 from minigpt_pl.generation.engine import generate_ids, stream_ids
 from minigpt_pl.generation.prompts import controls_on_ids, encode_prompts, unknown_words
 from minigpt_pl.text_model import TextModel, open_model
 
 BATCH_TEXTS = 256  # texts generated at once; limits the memory for many prompts
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -66,20 +63,7 @@ class Records(list[Record]):
         return "".join(record._repr_html_() for record in self)
 
 
-def _lists_controls(function: Function) -> Function:
-    """Replace `**controls` by all controls in the signature, for `help` and for completion in notebooks."""
-    signature = inspect.signature(function)
-    named = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
-    for control in fields(WordControls):
-        if control.name not in signature.parameters:
-            default = [] if control.default is MISSING else control.default
-            kind = inspect.Parameter.KEYWORD_ONLY
-            named.append(inspect.Parameter(control.name, kind, default=default, annotation=control.type))
-    function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
-    return function
-
-
-@_lists_controls
+@lists_controls
 def generate_text(
     model: TextModel | str | Path,
     prompt: str,
@@ -116,7 +100,7 @@ def generate_text(
     return generate_texts(model, [prompt], num_tokens, temperature, top_k, seed, 1, **controls)[0][0]
 
 
-@_lists_controls
+@lists_controls
 def generate_texts(
     model: TextModel | str | Path,
     prompts: str | Iterable[str],
@@ -143,7 +127,7 @@ def generate_texts(
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
 
-@_lists_controls
+@lists_controls
 def generate(
     model: TextModel | str | Path,
     prompts: str | Iterable[str],
@@ -160,7 +144,7 @@ def generate(
     return Records(stream_records(open_model(model), prompts, seed, num_samples, **values))
 
 
-@_lists_controls
+@lists_controls
 def stream_text(
     model: TextModel | str | Path,
     prompt: str,
