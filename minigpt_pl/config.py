@@ -7,10 +7,10 @@
 import math
 import numbers
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypedDict, get_args, get_origin
 
 from minigpt_pl.errors import InputError
 
@@ -274,6 +274,23 @@ class WordControls(NumberControls):
         return {control.name: getattr(self, control.name) for control in fields(WordControls)}
 
 
+class ControlArguments(TypedDict, total=False):
+    """The controls that `generate_text` takes by name only, for editors and type checkers. A test compares the two."""
+
+    min_tokens: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    num_beams: int
+    length_penalty: float
+    banned_words: Sequence[str]
+    stop_words: Sequence[str]
+    forced_words: Mapping[int, str] | None
+    max_tokens: int | None
+
+
 NUMBER_CONTROLS = tuple(control.name for control in fields(NumberControls))
 CONTROLS = tuple(control.name for control in fields(WordControls))
 # explore tries several values of these. All its texts have one length, and beam search would need temperature=0.
@@ -412,7 +429,9 @@ class ConvertConfig:
     from_keras: str | None = setting(None, "the notebook's model, saved as .keras or .weights.h5; becomes a run folder")
     to_keras: str | None = setting(None, "a new .weights.h5 file for load_weights of the notebook's Keras model")
     to_torch: str | None = setting(None, "a new .ckpt file: the checkpoint of the run, joined to one file")
-    vocabulary: str | None = setting(None, "word list, one word per line: from_keras reads it, to_keras writes it")
+    vocabulary: str | None = setting(
+        None, "word list, one word per line: from_keras reads it, to_keras writes it; null: vocab.txt next to to_keras"
+    )
     output_dir: str = setting("outputs", "folder of the run folders")
     run_name: str | None = setting(None, "name of the new run folder; null means a new name, which is printed")
     run: str | None = setting(None, "run to export: folder, name or checkpoint; null means the newest finished run")
@@ -432,9 +451,16 @@ class ExportConfig(PlayConfig):
     """Settings of `python -m minigpt_pl.export FORMAT`."""
 
     format: str = setting(
-        REQUIRED, "the first word of the command: html: one page that runs the model in a browser", choices=("html",)
+        REQUIRED,
+        "the first word of the command: html: one page that runs the model in a browser | transformers: a folder for"
+        " Hugging Face transformers | onnx: a file for onnxruntime, with a script | all: all of them, in one folder",
+        choices=("html", "transformers", "onnx", "all"),
     )
-    path: str | None = setting(None, "the new file; null means RUN/export/NAME.html")
+    path: str | None = setting(None, "the new file or folder; null means RUN/export/NAME.html, or RUN/export/FORMAT")
+    license: str = setting("unknown", "licence of the weights for the README, as the hub names it (apache-2.0, other)")
+    push: str | None = setting(None, "transformers: also upload the folder to this repository of the hub: OWNER/NAME")
+    int8: bool = setting(False, "onnx: weights in 8 bits; the cost in held-out perplexity is printed")
+    source: str | None = setting(None, "int8: path of the run's text, if it has moved")
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -472,6 +498,7 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
 
 def _field_problem(value: Any, setting_: Any) -> str | None:
     doc, limits, choices = (setting_.metadata[key] for key in ("doc", "limits", "choices"))
+    doc = doc.replace("null", "None")
     if value is None:
         return None
     if value == REQUIRED:
@@ -513,7 +540,7 @@ def type_words(type_: Any) -> str:
         return " or ".join(type_words(choice) for choice in get_args(type_))
     if get_origin(type_) is list:
         return "a list, as in [a, b]"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[type_]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "None"}[type_]
 
 
 def without_effect(config: Any, names: Iterable[str], prefix: str, reason: str) -> Iterator[str]:
@@ -636,6 +663,22 @@ def _convert_problems(config: ConvertConfig) -> Iterator[str]:
         yield from without_effect(config, ["run_name", "vocabulary"], "", "to_torch")
 
 
+def _export_problems(config: ExportConfig) -> Iterator[str]:
+    formats = {
+        "confirm": ("html", "all"),
+        "license": ("transformers", "onnx", "all"),
+        "push": ("transformers",),
+        "int8": ("onnx", "all"),
+        "source": ("onnx", "all"),
+    }
+    unused = [name for name, used in formats.items() if config.format not in used]
+    yield from without_effect(config, unused, "", f"format={config.format}")
+    if config.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.push):
+        yield f"push={config.push}: must be a repository of the hub, as in push=owner/name"
+    if not config.int8 and "source" not in unused:
+        yield from without_effect(config, ["source"], "", "int8=false")
+
+
 def _run_name_problems(run_name: str | None) -> Iterator[str]:
     name = run_name or "null"
     if set(name) & set("/\\") or name[0] == "." or name != name.strip() or not name.isprintable() or len(name) > 200:
@@ -649,4 +692,5 @@ _RULES: dict[type, Any] = {
     SampleConfig: _sample_problems,
     ExploreConfig: _explore_problems,
     ConvertConfig: _convert_problems,
+    ExportConfig: _export_problems,
 }

@@ -30,7 +30,7 @@ def convert(config: ConvertConfig) -> Path:
         return _import(config, Path(config.from_keras), Path(config.vocabulary))
     if config.to_torch is not None:
         return _join(config, Path(config.to_torch))
-    return _export(config, Path(config.to_keras or ""), Path(config.vocabulary) if config.vocabulary else None)
+    return _export(config, Path(config.to_keras or ""))
 
 
 def read_vocabulary(path: Path, size: int) -> list[str]:
@@ -142,20 +142,19 @@ def _check_new(name: str, path: Path) -> None:
         raise InputError(f"{name}={path}: there is no folder {path.parent}; create it first")
 
 
-def _export(config: ConvertConfig, target: Path, vocabulary: Path | None) -> Path:
+def _export(config: ConvertConfig, target: Path) -> Path:
     from minigpt_pl.checkpoints import choose_checkpoint
     from minigpt_pl.keras_weights import write_keras
     from minigpt_pl.text_model import load
 
+    vocabulary = target.with_name("vocab.txt") if config.vocabulary is None else Path(config.vocabulary)
     for name, path in {"to_keras": target, "vocabulary": vocabulary}.items():
-        if path is not None:
-            _check_new(name, path)
+        _check_new(name, path)
     model = load(choose_checkpoint(Path(config.output_dir), config.run))
     write_keras(target, model.network)
-    if vocabulary is not None:
-        words = list_vocabulary(model.tokenizer)[:-1]  # without [END], which Keras does not know
-        write_text(vocabulary, "\n".join(words) + "\n")
-    log.info("Wrote %s from %s", target, model.checkpoint)
+    words = list_vocabulary(model.tokenizer)[:-1]  # without [END], which Keras does not know
+    write_text(vocabulary, "\n".join(words) + "\n")
+    log.info("Wrote %s and %s from %s", target, vocabulary, model.checkpoint)
     return target
 
 

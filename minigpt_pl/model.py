@@ -39,6 +39,7 @@ class MiniGPT(nn.Module):
         tie_embeddings: use the token embedding as the output layer's weight (arXiv 1608.05859).
 
     Attributes:
+        arguments: the arguments above. `head_dim` is a number here.
         activation_checkpointing: keep only the input of each block for the backward pass, which runs the block again
             (arXiv 1604.06174). False at first.
 
@@ -62,9 +63,10 @@ class MiniGPT(nn.Module):
     ):
         super().__init__()
         sizes = (vocab_size, max_length, embed_dim, num_heads, head_dim, feed_forward_dim, num_blocks)
-        if problems := [*range_problems(ModelConfig(*sizes, dropout, tie_embeddings))]:
+        self.arguments = ModelConfig(*sizes, dropout, tie_embeddings)
+        if problems := [*range_problems(self.arguments)]:
             raise InputError(*problems)
-        head_dim = embed_dim if head_dim is None else head_dim
+        self.arguments.head_dim = head_dim = embed_dim if head_dim is None else head_dim
         self.vocab_size, self.max_length = vocab_size, max_length
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_length, embed_dim)

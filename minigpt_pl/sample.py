@@ -21,6 +21,7 @@ def sample(config: SampleConfig) -> None:
     from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint  # import PyTorch only after the checks
     from minigpt_pl.cli import display
     from minigpt_pl.cpu.allocator import keep_freed_memory
+    from minigpt_pl.notebook import LEGEND
     from minigpt_pl.text_model import load
 
     keep_freed_memory()
@@ -34,7 +35,7 @@ def sample(config: SampleConfig) -> None:
         model = load(choose_checkpoint(Path(config.output_dir), config.run))
     print(f"checkpoint: {model.checkpoint}", file=sys.stderr)
     if config.show and display.has_colours(sys.stdout):
-        print(display.LEGEND, file=sys.stderr)
+        print(LEGEND, file=sys.stderr)
     if config.interactive:
         from minigpt_pl.cli.session import Session
 

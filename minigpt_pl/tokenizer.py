@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from minigpt_pl.errors import InputError
 
 PADDING, UNKNOWN, END = "", "[UNK]", "[END]"
+PAD = "[PAD]"  # padding for other tools, which refuse an empty token
 PADDING_ID, UNKNOWN_ID = 0, 1
 NUM_SPECIAL = 3
 
@@ -76,9 +77,22 @@ def build_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
     lower = [normalizers.Replace(a, b) for a, b in zip(ascii_uppercase, ascii_lowercase, strict=True)]
     tokenizer.normalizer = normalizers.Sequence([*lower, normalizers.Replace("<br />", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
-    spaces = decoders.Replace(Regex(_TAKES_SPACE), " ")
-    tokenizer.decoder = decoders.Sequence([spaces, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence([_add_spaces(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return tokenizer
+
+
+def _add_spaces() -> decoders.Decoder:
+    return decoders.Replace(Regex(_TAKES_SPACE), " ")
+
+
+def portable(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy for other tools: `prompt + portable.decode(new_ids)` is the whole text.
+
+    It keeps the space before the first word, and it calls the padding `[PAD]`. No text contains this word.
+    """
+    copy = build_tokenizer([PAD, *list_vocabulary(tokenizer)[1:]])
+    copy.decoder = decoders.Sequence([_add_spaces(), decoders.Fuse()])
+    return copy
 
 
 def list_vocabulary(tokenizer: Tokenizer) -> list[str]:

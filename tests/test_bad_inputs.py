@@ -65,13 +65,15 @@ def test_a_warm_up_without_end_gives_a_warning(tiny_config, caplog):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: load(None), "path=None: must be a run folder or a checkpoint"),
-        (lambda model: load(5), "path=5: must be"),
+        (lambda model: load(5), "path=5: must be a run, its folder or a checkpoint"),
+        (lambda model: generate_text(None, "the"), "model=None: must be a TextModel, or a run"),
+        (lambda model: generate_text(model, "the", top_k=0), "(draw from the k likeliest tokens; None means from all)"),
+        (lambda model: generate_text(model, "the", top_k=10**6), "the size of the vocabulary, or None for all words"),
         (lambda model: generate_texts(model, None), "prompt=None: must be a text or a list of texts"),
         (lambda model: generate_texts(model, "the", num_samples=1.5), "num_samples=1.5: must be a whole number"),
         (lambda model: generate_texts(model, "the", num_samples=None), "num_samples=None: must be a whole number"),
         (lambda model: generate_text(model, "the", num_tokens=10**30), "num_tokens=1000000000000000000000000000000: "),
-        (lambda model: generate_text(model, "the", seed="a"), "seed='a': must be a whole number or null"),
+        (lambda model: generate_text(model, "the", seed="a"), "seed='a': must be a whole number or None"),
         (lambda model: generate_text(model, "the", forced_words={True: "the"}), "must be words by position"),
         (lambda model: MiniGPT(vocab_size="a"), "vocab_size='a': must be a whole number"),
         (lambda model: MiniGPT(vocab_size=0), "vocab_size=0: must be at least 4"),

@@ -198,9 +198,9 @@ def test_the_rules_of_the_other_commands(command, overrides, message):
         (SampleConfig(num_samples=True), "num_samples=True: must be a whole number"),
         (SampleConfig(num_tokens=2.0), "num_tokens=2.0: must be a whole number"),
         (SampleConfig(temperature="1"), "temperature='1': must be a number"),
-        (SampleConfig(top_k="1"), "top_k='1': must be a whole number or null"),
+        (SampleConfig(top_k="1"), "top_k='1': must be a whole number or None"),
         (SampleConfig(interactive=1), "interactive=1: must be true or false"),
-        (SampleConfig(run=3), "run=3: must be a text or null"),
+        (SampleConfig(run=3), "run=3: must be a text or None"),
         (SampleConfig(run=""), "run=: must not be empty"),
         (SampleConfig(banned_words="cat"), "banned_words='cat': must be a list, as in [a, b]"),
         (SampleConfig(stop_words=[3]), "stop_words=[3]: must be a list, as in [a, b]"),
@@ -240,7 +240,7 @@ def test_change_converts_checks_and_keeps_the_original():
         app.change(config, temperature="warm", top_k="2.5", no_such=1)
     assert caught.value.problems == (
         "temperature=warm: must be a number",
-        "top_k=2.5: must be a whole number or null",
+        "top_k=2.5: must be a whole number or None",
         "no_such=1: no such setting; --help lists them",
     )
     with pytest.raises(InputError, match="temperature=-1.0: must be at least 0"):

@@ -96,6 +96,9 @@ def test_the_file_comes_back_bit_by_bit(keras_file, vocabulary, tmp_path):
     """From file to run folder to file: all arrays, and the words."""
     folder = run(tmp_path, from_keras=keras_file, vocabulary=vocabulary)
     run(tmp_path, to_keras=tmp_path / "back.weights.h5", run=folder, vocabulary=tmp_path / "back.txt")
+    (tmp_path / "new").mkdir()
+    run(tmp_path, to_keras=tmp_path / "new" / "back.weights.h5", run=folder)
+    assert (tmp_path / "new" / "vocab.txt").read_bytes() == (tmp_path / "back.txt").read_bytes()
 
     def arrays(path: Path) -> dict[str, bytes]:
         found = {}
@@ -312,7 +315,8 @@ def test_no_file_is_overwritten(keras_file, vocabulary, tmp_path):
 def test_a_file_that_cannot_be_written(keras_file, vocabulary, tmp_path):
     folder = run(tmp_path, from_keras=keras_file, vocabulary=vocabulary)
     fails("there is no folder", run, tmp_path, to_keras=tmp_path / "none" / "x.weights.h5", run=folder)
-    fails("no such run folder", run, tmp_path, to_keras=tmp_path / "x.weights.h5", run="none")
+    new = {"to_keras": tmp_path / "x.weights.h5", "vocabulary": tmp_path / "new.txt"}
+    fails("no such run folder", run, tmp_path, **new, run="none")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class TestGrid:
         )
         grid = check_grid(settings(), model, [("short", "the cat")])
         assert {setting["top_k"] for setting in grid} == {1, 2, None}
-        with pytest.raises(InputError, match="top_k=10: the model has only 8 words; give at most that, or null"):
+        with pytest.raises(InputError, match="top_k=10: the model has only 8 words; give at most that, or None"):
             check_grid(settings("top_k=[2,10]"), model, [("short", "the cat")])
 
     def test_values_that_the_model_cannot_use(self, trained):

@@ -352,9 +352,9 @@ class TestText:
         with pytest.raises(InputError, match=message):
             generate_text(model, **({"prompt": "the", "top_k": 5} | given))
 
-    def test_a_path_is_no_model(self):
-        with pytest.raises(InputError, match=r"model='outputs/tiny': must be a TextModel"):
-            generate_text("outputs/tiny", "the")
+    def test_a_path_without_a_run(self):
+        with pytest.raises(InputError, match="path=outputs/none: no such run folder or checkpoint"):
+            generate_text("outputs/none", "the")
 
     def test_numbers_of_numpy(self, model):
         record = generate(model, "the", np.int64(4), temperature=np.float32(0.5), top_k=np.int32(5), seed=np.int64(3))[

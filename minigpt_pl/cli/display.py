@@ -17,13 +17,8 @@ from minigpt_pl.config import SampleConfig
 from minigpt_pl.generation.prompts import encode_prompts, unknown_words
 from minigpt_pl.generation.text import BATCH_TEXTS, Record, stream_records, stream_words
 from minigpt_pl.measures.repetition import distinct, repeated
+from minigpt_pl.notebook import COLOURS
 from minigpt_pl.text_model import TextModel
-
-# Lowest probability of a colour, its name, and its terminal code.
-COLOURS = ((0.5, "green", 32), (0.1, "cyan", 36), (0.01, "yellow", 33), (0.0, "red", 31))
-LEGEND = "probability of a word: " + ", ".join(
-    f"{name} {lowest} or more" if lowest else f"{name} less" for lowest, name, _ in COLOURS
-)
 
 
 def has_colours(stream: TextIO) -> bool:
@@ -35,7 +30,7 @@ def with_probability(word: str, probability: float) -> str:
     """The word, coloured by its probability. Without colours: word(0.12)."""
     if not has_colours(sys.stdout):
         return f"{word}({probability:.2g})"
-    code = next(code for lowest, _, code in COLOURS if probability >= lowest)
+    code = next(code for lowest, _, code, _ in COLOURS if probability >= lowest)
     return f"\x1b[{code}m{word}\x1b[0m"
 
 

@@ -37,8 +37,12 @@ def exit_with(*problems: str) -> NoReturn:
 
 
 def print_problem(kind: str, problem: object) -> None:
-    """Print one short line to standard error. Escapes control characters, which could move a terminal's cursor."""
+    """Print one short line to standard error. Escapes control characters, which could move a terminal's cursor.
+
+    Problems are written for Python. On the command line, None is null.
+    """
     line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], str(problem))
+    line = re.sub(r"(?<=\bor )None\b|\bNone(?= means\b)", "null", line)
     line = line if len(line) < 1000 else f"{line[:300]} ... {line[-300:]}"
     print(f"{kind}: {line}", file=sys.stderr)
 

@@ -165,7 +165,7 @@ def _open_text(config: TextConfig) -> Source:
     )
     if validation_identity == identity:
         raise InputError(
-            f"data.validation_path={config.validation_path}: is the same text as data.path; give another text, or null"
+            f"data.validation_path={config.validation_path}: is the same text as data.path; give another text, or None"
             " to hold out a share of data.path"
         )
     size = None if size is None or validation_size is None else size + validation_size

@@ -99,7 +99,7 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
     problems = [f"{name}=[]: must have at least one value" for name in GRID if not getattr(config, name)]
     for k in config.top_k:
         if k is not None and k > vocab_size:
-            problems.append(f"top_k={k}: the model has only {vocab_size} words; give at most that, or null")
+            problems.append(f"top_k={k}: the model has only {vocab_size} words; give at most that, or None")
     for count in config.min_tokens:
         if count > config.num_tokens:
             problems.append(f"min_tokens={count}: must be at most num_tokens={config.num_tokens}")

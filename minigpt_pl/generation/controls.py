@@ -1,10 +1,14 @@
 """The sampling controls on token ids. `config.NumberControls` defines the controls that are numbers."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
 
-from minigpt_pl.config import NumberControls, range_problems
+from minigpt_pl.config import NumberControls, WordControls, range_problems
 from minigpt_pl.errors import InputError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(kw_only=True)
@@ -44,7 +48,7 @@ class Controls(NumberControls):
         if self.min_tokens > self.num_tokens:
             yield f"min_tokens={self.min_tokens}: must be at most num_tokens={self.num_tokens}"
         if self.top_k is not None and self.top_k > size:
-            yield f"top_k={self.top_k}: must be 1 to {size}, the size of the vocabulary, or null for all words"
+            yield f"top_k={self.top_k}: must be 1 to {size}, the size of the vocabulary, or None for all words"
         if self.num_beams > 1 and self.num_beams > size // 2:
             yield f"num_beams={self.num_beams}: must be at most {size // 2}, half the size of the vocabulary"
         if self.num_beams > 1 and self.temperature > 0:
@@ -52,7 +56,7 @@ class Controls(NumberControls):
         if self.num_beams == 1 and self.length_penalty != 1:
             yield f"length_penalty={self.length_penalty}: has no effect without beam search; set num_beams=2 or more"
         if self.end_id is not None and not 0 <= self.end_id < size:
-            yield f"end_id={self.end_id}: must be 0 to {last}, or null for no end"
+            yield f"end_id={self.end_id}: must be 0 to {last}, or None for no end"
         if not all(0 <= id_ < size for id_ in self.banned_ids):
             yield f"banned_ids={self.banned_ids}: must be 0 to {last}"
         for name in ("banned_sequences", "stop_sequences"):
@@ -75,3 +79,16 @@ class Controls(NumberControls):
         if self.end_id is not None and position < self.min_tokens:
             return [*self.banned_ids, self.end_id]
         return [*self.banned_ids]
+
+
+def lists_controls(function: Function) -> Function:
+    """Replace `**controls` by all controls in the signature, for `help` and for completion in notebooks."""
+    signature = inspect.signature(function)
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    for control in fields(WordControls):
+        if control.name not in signature.parameters:
+            default = [] if control.default is MISSING else control.default
+            kind = inspect.Parameter.KEYWORD_ONLY
+            named.append(inspect.Parameter(control.name, kind, default=default, annotation=control.type))
+    function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return function

@@ -1,14 +1,16 @@
 """The probability of each word of a text."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from minigpt_pl import notebook
 from minigpt_pl.cpu.linear import inference_without_autocast
 from minigpt_pl.generation.engine import probabilities_and_ranks
 from minigpt_pl.generation.prompts import encode_prompts
 from minigpt_pl.measures.likelihood import predictions
-from minigpt_pl.text_model import TextModel
+from minigpt_pl.text_model import TextModel, open_model
 from minigpt_pl.tokenizer import UNKNOWN_ID
 
 
@@ -29,11 +31,19 @@ class ScoredWord:
     known: bool
 
 
-def score(model: TextModel, text: str) -> list[ScoredWord]:
+class ScoredWords(list[ScoredWord]):
+    """A list of words that a notebook shows as a text, with each word coloured by its probability."""
+
+    def _repr_html_(self) -> str:
+        words = [notebook.coloured(word.text, word.probability, word.rank) for word in self]
+        return notebook.paragraph(words, notebook.LEGEND)
+
+
+def score(model: TextModel | str | Path, text: str) -> ScoredWords:
     """The probability and rank of each word of a text.
 
     Args:
-        model: a model from `load`.
+        model: a model from `load`. Or a run or its folder, which is then loaded.
         text: of any length. The context of a word is the last `max_length` words before it, as in generation.
 
     Raises:
@@ -43,6 +53,7 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
         >>> for word in score(model, "this movie is great"):
         ...     print(word.text, word.probability, word.rank)
     """
+    model = open_model(model)
     ids = encode_prompts(model.tokenizer, [text], "text")[0]
     probabilities: list[float | None] = [None]
     ranks: list[int | None] = [None]
@@ -57,4 +68,4 @@ def score(model: TextModel, text: str) -> list[ScoredWord]:
     pairs = model.tokenizer.decode_batch([[ids[0], id_] for id_ in ids[1:]])
     words = [first, *(pair[len(first) :] for pair in pairs)]
     known = [id_ != UNKNOWN_ID for id_ in ids]
-    return [ScoredWord(*fields) for fields in zip(words, probabilities, ranks, known, strict=True)]
+    return ScoredWords(ScoredWord(*fields) for fields in zip(words, probabilities, ranks, known, strict=True))

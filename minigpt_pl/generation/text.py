@@ -3,16 +3,19 @@
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Unpack
 
 from tokenizers import Tokenizer
 
-from minigpt_pl.config import NumberControls, SampleConfig, range_problems
+from minigpt_pl import notebook
+from minigpt_pl.config import ControlArguments, NumberControls, SampleConfig, range_problems
 from minigpt_pl.errors import InputError
-from minigpt_pl.generation.controls import Controls
+from minigpt_pl.generation.controls import Controls, lists_controls
 from minigpt_pl.generation.engine import generate_ids, stream_ids
 from minigpt_pl.generation.prompts import controls_on_ids, encode_prompts, unknown_words
-from minigpt_pl.text_model import TextModel
+from minigpt_pl.text_model import TextModel, open_model
 
 BATCH_TEXTS = 256  # texts generated at once; limits the memory for many prompts
 
@@ -45,29 +48,44 @@ class Record:
     seed: int
     checkpoint: str | None
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the text, with each new word coloured by its probability."""
+        words = zip_longest(self.tokens, self.probabilities, self.ranks)  # without probabilities, None
+        parts = [(self.prompt.rstrip(), None, None), *words]
+        settings = " ".join(f"{name}={value}" for name, value in {**self.settings, "seed": self.seed}.items())
+        return notebook.paragraph([notebook.coloured(*part) for part in parts], settings)
 
+
+class Records(list[Record]):
+    """A list of records that a notebook shows as texts."""
+
+    def _repr_html_(self) -> str:
+        return "".join(record._repr_html_() for record in self)
+
+
+@lists_controls
 def generate_text(
-    model: TextModel,
+    model: TextModel | str | Path,
     prompt: str,
     num_tokens: int | None = None,
     temperature: float = NumberControls.temperature,
     top_k: int | None = NumberControls.top_k,
     seed: int | None = None,
-    **controls: Any,
+    **controls: Unpack[ControlArguments],
 ) -> str:
     """Continue a prompt. The notebook's homework asks for this function.
 
     Args:
-        model: from `load`.
+        model: from `load`. Or a run or its folder, which is then loaded in each call.
         prompt: any text. It is split into words in the same way as the training text.
         num_tokens: number of new tokens, 60 by default. Fewer only if the model ends the text. `max_tokens`, the name
             in the notebook's code, is an alias.
         temperature: 0 (greedy) or above. Below 1 the text is more predictable, above 1 more surprising.
         top_k: draw from the k likeliest words, 1 to the size of the vocabulary; None to draw from all words.
         seed: random seed, 0 to 2**31 - 1. The same seed gives the same text. None for a new text each time.
-        controls: all other fields of `config.WordControls`: `min_tokens`, `top_p`, `min_p`, `typical_p`,
-            `repetition_penalty`, `no_repeat_ngram_size`, `num_beams`, `length_penalty`, `banned_words`, `stop_words`
-            and `forced_words`.
+        controls: the other sampling controls: `min_tokens`, `top_p`, `min_p`, `typical_p`, `repetition_penalty`,
+            `no_repeat_ngram_size`, `num_beams`, `length_penalty`, `banned_words`, `stop_words` and `forced_words`.
+            docs/sampling.md explains them.
 
     Returns:
         The prompt without trailing white space, and its continuation.
@@ -82,22 +100,24 @@ def generate_text(
     return generate_texts(model, [prompt], num_tokens, temperature, top_k, seed, 1, **controls)[0][0]
 
 
+@lists_controls
 def generate_texts(
-    model: TextModel,
+    model: TextModel | str | Path,
     prompts: str | Iterable[str],
     num_tokens: int | None = None,
     temperature: float = NumberControls.temperature,
     top_k: int | None = NumberControls.top_k,
     seed: int | None = None,
     num_samples: int = 1,
-    **controls: Any,
+    **controls: Unpack[ControlArguments],
 ) -> list[list[str]]:
-    """`num_samples` texts for each prompt: a list of texts per prompt, in the order of the prompts.
+    """Texts for several prompts: `result[p][i]` is sample i of prompt p, a list of `num_samples` texts per prompt.
 
     Sample i of each prompt has the random seed `seed + i`. Other arguments and errors: `generate_text`.
     """
-    controls |= {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
-    on_ids, records, all_ids = _prepare(model, prompts, seed, num_samples, controls)
+    model = open_model(model)
+    values = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, **controls}
+    on_ids, records, all_ids = _prepare(model, prompts, seed, num_samples, values)
     texts: list[str] = []
     for start in range(0, len(records), BATCH_TEXTS):  # decoding whole texts is faster than decoding each token
         batch, ids = records[start : start + BATCH_TEXTS], all_ids[start : start + BATCH_TEXTS]
@@ -107,26 +127,42 @@ def generate_texts(
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
 
+@lists_controls
 def generate(
-    model: TextModel, prompts: str | Iterable[str], num_tokens: int | None = None, **controls: Any
-) -> list[Record]:
-    """The texts of `generate_texts` as a flat list of records with all details.
+    model: TextModel | str | Path,
+    prompts: str | Iterable[str],
+    num_tokens: int | None = None,
+    *,
+    temperature: float = NumberControls.temperature,
+    top_k: int | None = NumberControls.top_k,
+    seed: int | None = None,
+    num_samples: int = 1,
+    **controls: Unpack[ControlArguments],
+) -> Records:
+    """The texts of `generate_texts` as a flat list of records with all details. The arguments are the same."""
+    values: dict[str, Any] = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, **controls}
+    return Records(stream_records(open_model(model), prompts, seed, num_samples, **values))
 
-    `controls`: `temperature`, `top_k`, `seed`, `num_samples` and all other arguments of `generate_texts`.
-    """
-    return list(stream_records(model, prompts, num_tokens=num_tokens, **controls))
 
-
-def stream_text(model: TextModel, prompt: str, num_tokens: int | None = None, **controls: Any) -> Iterator[str]:
-    """The new words of `generate_text`, one by one. Each has the space before it, if any.
-
-    `controls`: `temperature`, `top_k`, `seed` and all other arguments of `generate_text`.
+@lists_controls
+def stream_text(
+    model: TextModel | str | Path,
+    prompt: str,
+    num_tokens: int | None = None,
+    *,
+    temperature: float = NumberControls.temperature,
+    top_k: int | None = NumberControls.top_k,
+    seed: int | None = None,
+    **controls: Unpack[ControlArguments],
+) -> Iterator[str]:
+    """The new words of `generate_text`, one by one. Each has the space before it, if any. The arguments are the same.
 
     Example:
         >>> for word in stream_text(model, "this movie is", temperature=0.8, top_k=20):
         ...     print(word, end="", flush=True)
     """
-    return (word for word, _ in stream_words(model, prompt, num_tokens=num_tokens, **controls))
+    values: dict[str, Any] = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k, **controls}
+    return (word for word, _ in stream_words(open_model(model), prompt, seed, **values))
 
 
 def stream_words(
@@ -161,9 +197,6 @@ def _prepare(
     model: TextModel, prompts: str | Iterable[str], seed: int | None, num_samples: int, controls: dict[str, Any]
 ) -> tuple[Controls, list[Record], list[list[int]]]:
     """Check everything. Returns the controls on ids, and for each text an empty record and the ids of its prompt."""
-    if not isinstance(model, TextModel):
-        text = " ".join(repr(model).split())
-        raise InputError(f"model={text:.60}: must be a TextModel, such as the result of minigpt_pl.load(RUN)")
     if not isinstance(prompts, Iterable):
         raise InputError(f"prompt={prompts!r}: must be a text or a list of texts")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
