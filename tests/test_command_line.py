@@ -83,7 +83,9 @@ class TestSample:
 
     def test_top_k_all_is_null(self, trained):
         arguments = ["prompt=the cat", "num_tokens=40", "seed=0", "temperature=2"]
-        one, all_, null = (run_main("sample", *arguments, f"top_k={k}", cwd=trained).stdout for k in ("1", "all", "null"))
+        one, all_, null = (
+            run_main("sample", *arguments, f"top_k={k}", cwd=trained).stdout for k in ("1", "all", "null")
+        )
         assert all_ == null != one
         compared = run_main("sample", *arguments, "compare={top_k: [1, all]}", cwd=trained).stdout
         assert "[top_k=null]\n" + null in compared
@@ -154,15 +156,27 @@ class TestBadInput:
             (["prompt=a", "top_p=0", "min_tokens=-1"], ["top_p=0.0: must be above 0", "min_tokens=-1: must be"]),
             (["prompt=a", "top_k=5", "min_tokens=61"], ["min_tokens=61: must be at most num_tokens=60"]),
             (["prompt=a", "topk=3"], ["topk=3: no such setting"]),
-            (["prompt=a", "run=none"], ["run=none: no such run folder or checkpoint; give a run, such as tiny, or the path"]),
+            (
+                ["prompt=a", "run=none"],
+                ["run=none: no such run folder or checkpoint; give a run, such as tiny, or the path"],
+            ),
             (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: run=tiny also chooses one"]),
             (["prompt=[]"], ["prompt=[]: must be a text or a list of texts"]),
             (["prompt=[the cat, 2.50, null]"], ["prompt=['the cat', 2.5, None]: must be a text"]),
             (["the cat"], ['the cat: is not a setting; quote the prompt, as in prompt="the cat"']),
-            (["prompt=the", "cat", "sees"], ['cat sees: is not a setting; quote the prompt, as in prompt="the cat sees"']),
+            (
+                ["prompt=the", "cat", "sees"],
+                ['cat sees: is not a setting; quote the prompt, as in prompt="the cat sees"'],
+            ),
             (["--prompt", "the cat"], ['--prompt: is a setting; write prompt="the cat"']),
-            (["--top-k=5", "--prompt=a"], ["--top-k: is a setting; write top_k=5", "--prompt: is a setting; write prompt=a"]),
-            (["prompt=a", "temprature=1"], ["temprature=1: no such setting; did you mean temperature? --help lists them"]),
+            (
+                ["--top-k=5", "--prompt=a"],
+                ["--top-k: is a setting; write top_k=5", "--prompt: is a setting; write prompt=a"],
+            ),
+            (
+                ["prompt=a", "temprature=1"],
+                ["temprature=1: no such setting; did you mean temperature? --help lists them"],
+            ),
             (["prompt=a", "qqq=1"], ["qqq=1: no such setting; --help lists them"]),
             (["prompt=a", "show=probs"], ["show=probs: must be probabilities"]),
             (["prompt=a", "num_tokens=[1"], ["num_tokens=[1: cannot be read; put quotes around the value"]),
@@ -289,7 +303,9 @@ class TestBadInput:
         (folder / "typo.yaml").write_text("# @package _global_\ntrainer:\n  max_epoch: 1\n")
         (folder / "type.yaml").write_text("# @package _global_\ntrainer:\n  max_epochs: x\n")
         done = run_main("train", "--config-dir=mine", "experiment=typo", cwd=tmp_path)
-        assert_refused(done, "trainer.max_epoch: no such setting; did you mean trainer.max_epochs? --help lists them (in")
+        assert_refused(
+            done, "trainer.max_epoch: no such setting; did you mean trainer.max_epochs? --help lists them (in"
+        )
         done = run_main("train", "--config-dir=mine", "experiment=type", cwd=tmp_path)
         assert_refused(done, "trainer.max_epochs: must be a whole number (in experiment/type.yaml)")
 

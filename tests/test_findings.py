@@ -56,7 +56,7 @@ class TestEffects:
         [
             (1.5, "Raising temperature from 0.5 to 2 makes the texts more unusual: the n-gram loss changes by +1.50 ["),
             (-1.5, "makes the texts more usual: the n-gram loss changes by -1.50 ["),
-            (0, "makes no clear difference: the n-gram loss changes by +0.0000 ["),
+            (0, "makes no clear difference: the n-gram loss changes by +0.00 ["),
         ],
     )
     def test_coherence(self, effect, words):
@@ -80,7 +80,9 @@ class TestFailures:
         real = NO_FAILURES | {"failure: drift": Estimate(0.9, 0.8, 0.95), "failure: loop": Estimate(0.01, 0.0, 0.02)}
         text = findings.failures(some, real)
         assert text.startswith("The failure that is furthest above real text is loop: 50.0% [")
-        assert "of your texts, 1.0% [0%, 2%] of real texts. Also clearly more frequent than in real text: drift." in text
+        assert (
+            "of your texts, 1.0% [0%, 2%] of real texts. Also clearly more frequent than in real text: drift." in text
+        )
 
     def test_intervals_that_overlap_do_not_count(self):
         some = [sample(prompt, kinds=["loop"] * (prompt == "a")) for prompt in "abcdefgh"]
@@ -89,7 +91,9 @@ class TestFailures:
 
     def test_without_real_texts(self):
         nan = {name: Estimate(*[math.nan] * 3) for name in NO_FAILURES}
-        assert "is loop: 100.0% [100%, 100%] of your texts, – of real" in findings.failures([sample(kinds=["loop"])], nan)
+        assert "is loop: 100.0% [100%, 100%] of your texts, – of real" in findings.failures(
+            [sample(kinds=["loop"])], nan
+        )
 
 
 class TestContext:
@@ -99,7 +103,7 @@ class TestContext:
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(0.04, 0.03, 0.05)}
         text = findings.context(self.LOSS, further)
         assert text.startswith("The network hardly uses more than 5 words of its context: 80 words instead of 5 lower")
-        assert "by only 0.0400 [0.0300, 0.0500] nats" in text
+        assert "by only 0.04 [0.03, 0.05] nats" in text
 
     def test_all_of_it(self):
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(0.06, 0.05, 0.07)}

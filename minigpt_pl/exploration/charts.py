@@ -87,7 +87,9 @@ def trade_off(
             if np.isnan(points[i]).any():
                 continue
             x, y = summary["ngram_loss"], summary[diversity]
-            shape: dict[str, Any] = {"fmt": "s", "color": BEST_COLOUR} if i in best else {"fmt": "o", "color": OTHER_COLOUR}
+            shape: dict[str, Any] = (
+                {"fmt": "s", "color": BEST_COLOUR} if i in best else {"fmt": "o", "color": OTHER_COLOUR}
+            )
             axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), markersize=4, linewidth=0.6, **shape)
             if i in front or i in best[:1]:  # names of all points would overlap
                 name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
@@ -97,7 +99,9 @@ def trade_off(
         if not np.isnan(real_text["ngram_loss"].mean):
             axis.axvline(real_text["ngram_loss"].mean, **REAL_TEXT_LINE)
         axis.plot([], [], "s", color=BEST_COLOUR, label="best settings of the report")
-        axis.set(xlabel="n-gram loss, nats (lower: more usual)", ylabel=f"{METRICS[diversity].label} (lower: more varied)")
+        axis.set(
+            xlabel="n-gram loss, nats (lower: more usual)", ylabel=f"{METRICS[diversity].label} (lower: more varied)"
+        )
 
     return [panel]
 

@@ -1,4 +1,4 @@
-"""The five findings of a report: sentences with figures, chosen by thresholds. They leave the reasons to the student."""
+"""The five findings of a report: sentences with figures, chosen by thresholds. The student finds the reasons."""
 
 import math
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def _effect(
         return "You tried only one setting. Give several values, as in temperature=[0.5,1.0], to see an effect."
     low, high, difference = effect(samples, control, name)
     change = f"Raising {control} from {value_text(low)} to {value_text(high)}"
-    figures = f"{measure} changes by {' '.join([estimate_text(difference, sign=True), unit]).rstrip()}"
+    figures = f"{measure} changes by {' '.join([estimate_text(difference, sign=True, digits=2), unit]).rstrip()}"
     if difference.low > 0 or difference.high < 0:
         return f"{change} makes the texts {directions[difference.high < 0]}: {figures}."
     return f"{change} makes no clear difference: {figures}."
@@ -109,10 +109,10 @@ def context(loss: dict[int, Estimate], further: dict[int, Estimate]) -> str:
         last = max(further)
         return (
             f"The network uses all of its context: {longest} words instead of {last}"
-            f" lower the loss by {estimate_text(further[last])} nats."
+            f" lower the loss by {estimate_text(further[last], digits=2)} nats."
         )
     words = "word" if enough == 1 else "words"
     return (
         f"The network hardly uses more than {enough} {words} of its context: {longest} words instead of {enough}"
-        f" lower the loss by only {estimate_text(further[enough])} nats."
+        f" lower the loss by only {estimate_text(further[enough], digits=2)} nats."
     )

@@ -101,9 +101,10 @@ class Chart:
         for figure, panel in zip(figures, self.panels, strict=True):
             panel(figure.subplots())
         if legend := {name: line for figure in reversed(figures) for name, line in _legend(figure).items()}:
-            figure = Figure(figsize=(self.size[0], 0.2 + 0.2 * math.ceil(len(legend) / 2)))
-            figure.legend(legend.values(), legend, loc="center", ncols=2, frameon=False)
-            figures.append(figure)
+            columns = 2 if max(map(len, legend)) < 18 else 1
+            figure = Figure(figsize=(self.size[0], 0.2 + 0.2 * math.ceil(len(legend) / columns)))
+            figure.legend(legend.values(), legend, loc="center left", ncols=columns, frameon=False)
+            figures.insert(0, figure)
         return list(map(self._svg, figures))
 
     def _svg(self, figure: Figure) -> str:
@@ -162,7 +163,9 @@ def render(template: str, **values: Any) -> list[Block]:
 
     environment = jinja2.Environment(loader=LOADER, undefined=jinja2.StrictUndefined, finalize=finalize)
     environment.filters["number"] = "{:,}".format
-    texts = re.split(r"\n\s*\n", environment.get_template(template).render(values, Table=Table, Steps=Steps, Chart=Chart).strip())
+    texts = re.split(
+        r"\n\s*\n", environment.get_template(template).render(values, Table=Table, Steps=Steps, Chart=Chart).strip()
+    )
     blocks = iter(inserted)
     return [next(blocks) if text.strip() == "\0" else Text(" ".join(text.split())) for text in texts]
 

@@ -109,9 +109,7 @@ METRICS = {
         f"{ARXIV}/1802.01886",
         REPETITION,
     ),
-    "tokens": Measure(
-        "length", "words and marks in the text", "lower: the network ended it earlier", "", REPETITION
-    ),
+    "tokens": Measure("length", "words and marks in the text", "lower: the network ended it earlier", "", REPETITION),
     "recurring": Measure(
         "returning words",
         "share of the second half's words that occurred before; rare words count more",
@@ -229,7 +227,10 @@ class TextMetrics:
 
     def _measure(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
         copies = longest_copies([ids for _, ids in texts], self.train.tokens, self.train.offsets, [UNKNOWN_ID])
-        all_scores, to_word = score_texts(self.model.network, texts, show_progress=True), self.model.tokenizer.id_to_token
+        all_scores, to_word = (
+            score_texts(self.model.network, texts, show_progress=True),
+            self.model.tokenizer.id_to_token,
+        )
         progress = tqdm(texts, desc="Measuring", unit=" texts", disable=None, leave=False)
         records = []
         for (context, ids), scores, copy in zip(progress, all_scores, copies, strict=True):

@@ -124,7 +124,9 @@ def _behaviour(results: Exploration) -> dict[str, Any]:
         effects.append((control, low, high, rows))
     for title, names_ in TABLES.items():
         measures = [METRICS[name] for name in names_]
-        meanings = [[m.label, m.meaning, m.direction, Link("definition", m.source) if m.source else "–"] for m in measures]
+        meanings = [
+            [m.label, m.meaning, m.direction, Link("definition", m.source) if m.source else "–"] for m in measures
+        ]
         rows = [[name, *(estimate_text(summary[metric]) for metric in names_)] for name, summary in summaries.items()]
         tables[title] = [m.label for m in measures], meanings, rows
     return {"tables": tables, "effects": effects, "best": [results.names[i] for i in results.best]}

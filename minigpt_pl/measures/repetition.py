@@ -57,7 +57,7 @@ def longest_loop(ids: Sequence[object]) -> Loop:
     `a b a b a` has period 2 and length 5. The length is 0 if nothing repeats. Of equally long stretches, the shortest
     period wins, then the first. Source: the "runs" of Main, Discrete Applied Mathematics 25 (1989).
 
-    Punctuation marks do not count: `a b , a b .` has period 2 and length 4. Only words show which are marks, ids do not.
+    Punctuation marks do not count: `a b , a b .` has period 2 and length 4. This needs words. All ids count.
     """
     positions = [i for i, word in enumerate(ids) if not isinstance(word, str) or any(map(str.isalnum, word))]
     words, best = [ids[i] for i in positions], Loop(0, 0, 0)
