@@ -391,6 +391,7 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
     num_seeds: int = setting(4, "texts per prompt and combination", minimum=1, maximum=MAX_SAMPLES)
     seed: int = setting(0, "random seed of the first text; each next text adds 1", minimum=0, maximum=2**31 - 1)
     banned_words: list[str] = setting([], "words that are never generated; [UNK] is always banned")
+    num_real: int = setting(2_000, "compare with at most this many held-out texts", minimum=1)
     confirm: bool = setting(False, "allow more than 10,000 texts")
 
 

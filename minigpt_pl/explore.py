@@ -65,7 +65,7 @@ def explore(config: ExploreConfig) -> None:
     if not generated:
         raise InputError("explore: the model can generate no text with these settings; give other settings")
     grid = [setting for setting in grid if any(sample["settings"] == setting for sample in generated)]
-    metrics = TextMetrics.fit(model, corpus.train, held_out, config.num_tokens)
+    metrics = TextMetrics.fit(model, corpus.train, held_out, config.num_tokens, config.num_real)
     log.info("Measuring %s texts and %s held-out texts.", f"{len(generated):,}", f"{len(metrics.real_texts):,}")
     metrics.add_to(generated)
     samples.write_samples(folder / samples.SAMPLES, generated)

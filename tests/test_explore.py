@@ -114,7 +114,7 @@ class TestPrompts:
         config = settings("explore=quick")
         prompts = read_prompts(samples_.Path(app.CONFIG_DIR) / "prompts.yaml", config.prompts_per_kind)
         assert [kind for kind, _ in prompts] == ["short", "medium", "long", "ambiguous", "incomplete", "out_of_domain"]
-        assert len(settings_grid(config)) == 8 and config.num_seeds == 2
+        assert len(settings_grid(config)) == 8 and (config.num_seeds, config.num_real) == (2, 500)
 
     def test_the_default_set(self):
         prompts = read_prompts(samples_.Path(app.CONFIG_DIR) / "prompts.yaml")
@@ -154,10 +154,11 @@ class TestCommand:
         assert all(len(sample["words"]) <= 12 and sample["text"].startswith(sample["prompt"]) for sample in made)
 
     def test_no_loop_in_any_text(self, explored):
-        one_word = ["num_tokens=1", "temperature=1", "top_k=null", "num_seeds=1", "folder=one_word"]
+        one_word = ["num_tokens=1", "temperature=1", "top_k=all", "num_seeds=1", "folder=one_word", "num_real=3"]
         done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *one_word, cwd=explored)
         assert done.returncode == 0, done.stderr
         assert not (explored / "one_word/attention_loop.png").exists()
+        assert len(records(explored, "held_out.jsonl", "one_word")) == 3 < len(records(explored, "held_out.jsonl"))
         assert "### loop: the worst examples\n\nNo text was marked." in (explored / "one_word/report.md").read_text()
 
     def test_held_out_documents_too_short_to_measure(self, tmp_path):

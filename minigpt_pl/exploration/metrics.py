@@ -142,7 +142,7 @@ FAILURES = [*(f"failure: {kind}" for kind in KINDS), "failure: any"]
 PAIRS = "pair_loss"  # key in the records of real texts: the loss of a 2-gram model, which counts pairs of words
 NGRAM_ORDER = 4
 REAL_CONTEXT = 5  # words; the beginning of a real text serves as its prompt
-NUM_CALIBRATION, NUM_REAL = 500, 2_000  # real texts that set the thresholds, and other real texts
+NUM_CALIBRATION = 500  # real texts that set the thresholds
 NUM_PLANTED = 200  # real texts into which each failure is planted
 
 
@@ -159,8 +159,12 @@ class TextMetrics:
     num_calibration: int  # held-out texts that set the thresholds of the detector
 
     @classmethod
-    def fit(cls, model: TextModel, train: Ids, held_out: Ids, num_tokens: int) -> "TextMetrics":
-        """Count the n-grams of the training text, and calibrate the detector on held-out text, cut to `num_tokens`."""
+    def fit(cls, model: TextModel, train: Ids, held_out: Ids, num_tokens: int, num_real: int) -> "TextMetrics":
+        """Count the n-grams of the training text, and calibrate the detector on held-out text, cut to `num_tokens`.
+
+        Args:
+            num_real: at most this many other held-out texts are kept, to compare with.
+        """
         vocab_size, tokens, offsets = model.network.vocab_size, train.tokens, train.offsets
         log.info("Counting the n-grams of %s words.", f"{len(tokens):,}")
         with ThreadPoolExecutor(2) as pool:
@@ -175,7 +179,7 @@ class TextMetrics:
                 texts[i] = (ids[:REAL_CONTEXT], ids[REAL_CONTEXT:])
         order = np.random.default_rng(0).permutation(sorted(texts)).tolist()
         num_calibration = min(NUM_CALIBRATION, len(order) // 2)
-        calibration, chosen = order[:num_calibration], sorted(order[num_calibration : num_calibration + NUM_REAL])
+        calibration, chosen = order[:num_calibration], sorted(order[num_calibration : num_calibration + num_real])
         ngrams, calibration_texts = words.result(), [texts[i] for i in calibration]
         detector = FailureDetector(ngrams, skeletons.result(), topics, model.tokenizer, calibration_texts)
         return cls(model, train, ngrams, pairs.result(), detector, {i: texts[i] for i in chosen}, num_calibration)
