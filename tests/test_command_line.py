@@ -89,7 +89,7 @@ class TestSample:
         assert all_ == null != one
         compared = run_main("sample", *arguments, "compare={top_k: [1, all]}", cwd=trained).stdout
         assert "[top_k=null]\n" + null in compared
-        session = run_main("sample", "interactive=true", cwd=trained, input="/top_k all\n/settings\n").stdout
+        session = run_module("sample", "interactive=true", cwd=trained, input="/top_k all\n/settings\n").stdout
         assert "  top_k=null\n" in session
 
     def test_min_tokens(self, trained):
