@@ -42,8 +42,8 @@ GREEDY_LINE: dict[str, Any] = {"color": GREEDY_COLOUR, "linestyle": "--", "linew
 def _plot_estimates(axis: Axes, x: Sequence[float], estimates: Sequence[Estimate], **style: Any) -> None:
     """Draw a line through the means, and a band for the intervals."""
     mean, low, high = np.array(estimates).T
-    style = {"marker": "o", "markersize": 4, "linewidth": 1.4} | style
-    (line,) = axis.plot(x, mean, **style)
+    drawn: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.4} | style
+    (line,) = axis.plot(x, mean, **drawn)
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
