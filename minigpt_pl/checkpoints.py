@@ -16,6 +16,8 @@ from minigpt_pl.model import MiniGPT
 
 log = logging.getLogger(__name__)
 
+MAX_NAMES = 8  # runs that an error lists, the newest first
+
 
 class DamagedError(InputError):
     """The contents of a checkpoint are damaged."""
@@ -38,7 +40,10 @@ def find_checkpoint(path: str | Path, output_dir: Path | None = None, setting: s
         if found := runs.checkpoints_of(place):
             return found[-1] if found[-1].name == "best.ckpt" else found[0]
     reason = "holds no checkpoint" if any(place.is_dir() for place in places) else "no such run folder or checkpoint"
-    raise InputError(f"{setting}={path}: {reason}; give the folder of a trained run, or the path of a checkpoint")
+    folders = runs.runs_by_status(output_dir) if output_dir is not None else []
+    names = [folder.name for folder in folders if runs.checkpoints_of(folder)][:MAX_NAMES]
+    run = f"a run, such as {', '.join(names)}" if names else "the folder of a trained run"
+    raise InputError(f"{setting}={path}: {reason}; give {run}, or the path of a checkpoint")
 
 
 def choose_checkpoint(output_dir: Path, run: str | None) -> Path:

@@ -247,7 +247,7 @@ class NumberControls:
     )
     min_tokens: int = setting(0, "the text does not end before this many new tokens", minimum=0)
     temperature: float = setting(0.8, "randomness; 0 means always the likeliest token (greedy)", minimum=0)
-    top_k: int | None = setting(20, "draw from the k likeliest tokens; null means from all", minimum=1)
+    top_k: int | None = setting(20, "draw from the k likeliest tokens; all or null means from all", minimum=1)
     top_p: float = setting(1.0, "draw from the likeliest tokens with this total probability", above=0, maximum=1)
     min_p: float = setting(0.0, "draw from tokens with at least min_p * highest probability", minimum=0, maximum=1)
     typical_p: float = setting(1.0, "draw from typical tokens with this total probability", above=0, maximum=1)
@@ -403,10 +403,12 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
     folder: str | None = setting(None, "folder of the report; null means RUN/explore, or compare/ in output_dir")
     source: str | None = setting(None, "path of the run's text, if it has moved")
     prompts: str | None = setting(None, "YAML file of prompts by kind; null means the 14 prompts of conf/prompts.yaml")
+    prompts_per_kind: int | None = setting(None, "use the first prompts of each kind only; null means all", minimum=1)
     num_tokens: int = _field_of(NumberControls, "num_tokens")
     num_seeds: int = setting(4, "texts per prompt and combination", minimum=1, maximum=MAX_SAMPLES)
     seed: int = setting(0, "random seed of the first text; each next text adds 1", minimum=0, maximum=2**31 - 1)
     banned_words: list[str] = setting([], "words that are never generated; [UNK] is always banned")
+    num_real: int = setting(2_000, "compare with at most this many held-out texts", minimum=1)
     confirm: bool = setting(False, "allow more than 10,000 texts")
 
 
@@ -509,7 +511,7 @@ def _field_problem(value: Any, setting_: Any) -> str | None:
     if setting_.type is not Any and any(isinstance(item, str) and "\0" in item for item in values):
         return "must not contain a null character"
     if choices and not set(values) <= set(choices):
-        return f"must be one of {', '.join(choices)}"
+        return f"must be {'one of ' if len(choices) > 1 else ''}{', '.join(choices)}"
     if any(isinstance(item, float) and not math.isfinite(item) for item in values):
         return "must be a finite number"
     if any(not _LIMITS[words](item, limit) for item in values for words, limit in limits.items()):

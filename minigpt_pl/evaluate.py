@@ -14,6 +14,7 @@ from minigpt_pl.files import write_figure, write_text
 
 log = logging.getLogger(__name__)
 
+SPECIAL = ("[UNK]", "[END]")  # rows of by_frequency without a rank
 BANDS = {"by_position": "by number of tokens before", "by_frequency": "by frequency rank of the word"}
 
 
@@ -43,11 +44,12 @@ def evaluate(config: EvaluateConfig) -> None:
     parts = ["evaluation", config.text and Path(config.text).stem, config.num_documents]
     name = "-".join(str(part) for part in parts if part is not None)
     write_text(run_folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    log.info("Wrote %s.json", run_folder / name)
     try:
         write_figure(run_folder / f"{name}.png", _draw(result, MODELS))
+        log.info("Wrote %s.png", run_folder / name)
     except ImportError:
         log.info("No %s.png: pip install 'minigpt_pl[show]' draws it.", name)
-    log.info("Wrote %s.json", run_folder / name)
 
 
 def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[str, list[str], Any]:
@@ -103,8 +105,11 @@ def _draw(result: dict[str, Any], models: Sequence[str]) -> Any:
     first.bar_label(bars, fmt="{:,.1f}")
     first.set(ylabel="word perplexity", title="all tokens")
     for axes, (part, title) in zip(others, BANDS.items(), strict=True):
-        for name in models:
-            axes.plot([row["band"] for row in result[part]], [row[name] for row in result[part]], "o-", label=name)
+        ordered = [row for row in result[part] if row["band"] not in SPECIAL]  # only these are joined by a line
+        special = [row for row in result[part] if row["band"] in SPECIAL]
+        for name, colour in zip(models, colours, strict=True):
+            axes.plot([row["band"] for row in ordered], [row[name] for row in ordered], "o-", color=colour, label=name)
+            axes.plot([row["band"] for row in special], [row[name] for row in special], "D", color=colour)
         axes.set(title=title, ylabel="loss (nats per token)")
         axes.tick_params(axis="x", rotation=45)
         axes.grid(alpha=0.3)

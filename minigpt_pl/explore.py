@@ -41,7 +41,9 @@ def explore(config: ExploreConfig) -> None:
     from minigpt_pl.files import make_folder
     from minigpt_pl.text_model import load
 
-    prompts = samples.read_prompts(Path(config.prompts or Path(app.CONFIG_DIR) / "prompts.yaml"))
+    prompts = samples.read_prompts(
+        Path(config.prompts or Path(app.CONFIG_DIR) / "prompts.yaml"), config.prompts_per_kind
+    )
     if config.compare is not None:
         folder = Path(config.folder or Path(config.output_dir) / "compare")
         compare(config, prompts, folder)
@@ -63,7 +65,7 @@ def explore(config: ExploreConfig) -> None:
     if not generated:
         raise InputError("explore: the model can generate no text with these settings; give other settings")
     grid = [setting for setting in grid if any(sample["settings"] == setting for sample in generated)]
-    metrics = TextMetrics.fit(model, corpus.train, held_out, config.num_tokens)
+    metrics = TextMetrics.fit(model, corpus.train, held_out, config.num_tokens, config.num_real)
     log.info("Measuring %s texts and %s held-out texts.", f"{len(generated):,}", f"{len(metrics.real_texts):,}")
     metrics.add_to(generated)
     samples.write_samples(folder / samples.SAMPLES, generated)

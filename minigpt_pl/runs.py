@@ -151,12 +151,12 @@ def lock(folder: Path) -> FileLock:
 
 
 def runs_by_status(output_dir: Path, *statuses: str) -> list[Path]:
-    """Runs with one of these statuses. The run with the newest record is the first."""
+    """Runs with one of these statuses, or all runs if none is given. The run with the newest record is the first."""
     updated = {}
     for path in output_dir.glob(f"*/{RECORD}"):
         try:
             record = read_record(path.parent)
-            if record.get("status") in statuses:
+            if not statuses or record.get("status") in statuses:
                 updated[path.parent] = float(record["updated"])
         except (InputError, KeyError, TypeError, ValueError) as error:
             log.warning("%s: left out, because its %s is damaged (%s)", path.parent, RECORD, error)

@@ -18,6 +18,7 @@ def main() -> None:
 
 def sample(config: SampleConfig) -> None:
     """Write texts to standard output. The checkpoint and unknown words go to standard error."""
+    from minigpt_pl import runs
     from minigpt_pl.checkpoints import choose_checkpoint, find_checkpoint  # import PyTorch only after the checks
     from minigpt_pl.cli import display
     from minigpt_pl.cpu.allocator import keep_freed_memory
@@ -30,10 +31,12 @@ def sample(config: SampleConfig) -> None:
     if config.checkpoint is not None and config.run is not None:
         raise InputError(f"checkpoint={config.checkpoint}: run={config.run} also chooses one; leave one of them out")
     if config.checkpoint is not None:
-        model = load(find_checkpoint(config.checkpoint, setting="checkpoint"))
+        checkpoint = find_checkpoint(config.checkpoint, setting="checkpoint")
     else:
-        model = load(choose_checkpoint(Path(config.output_dir), config.run))
-    print(f"checkpoint: {model.checkpoint}", file=sys.stderr)
+        checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
+    model, newest = load(checkpoint), config.checkpoint is None and config.run is None
+    steps = runs.read_record(checkpoint.parent.parent).get("steps") if newest else None  # it may be a short trial
+    print(f"checkpoint: {checkpoint}" + (f" ({steps:,} steps)" if steps is not None else ""), file=sys.stderr)
     if config.show and display.has_colours(sys.stdout):
         print(LEGEND, file=sys.stderr)
     if config.interactive:
@@ -55,7 +58,14 @@ def quote_prompts(arguments: list[str]) -> list[str]:
     """Quote prompts such as `prompt=it's a, b`. Hydra would read quotes, commas and brackets as its grammar.
 
     Hydra still reads a list (`prompt=[...]`), null, and a value that is quoted as a whole.
+
+    Raises:
+        InputError: words without a setting, such as the rest of a prompt that the user did not quote.
     """
+    if words := [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]:
+        beginning = [argument.partition("=")[2] for argument in arguments if argument.startswith("prompt=")]
+        prompt = " ".join([*beginning[-1:], *words])
+        raise InputError(f"{' '.join(words)}: is not a setting; quote the prompt, as in prompt=" + f'"{prompt}"')
     hydra_value = r"""null|\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'"""
     quoted = []
     for argument in arguments:

@@ -29,7 +29,8 @@ class TestSample:
     def test_newest_finished_run(self, trained):
         done = run_module("sample", "prompt=the cat", "seed=1", "num_tokens=12", "top_k=5", cwd=trained)
         assert done.returncode == 0, done.stderr
-        assert "checkpoint: outputs/tiny/checkpoints/best.ckpt" in done.stderr
+        steps = runs.read_record(trained / "outputs/tiny")["steps"]
+        assert f"checkpoint: outputs/tiny/checkpoints/best.ckpt ({steps} steps)\n" in done.stderr
         model = minigpt_pl.load(trained / "outputs" / "tiny")
         expected = minigpt_pl.generate_text(model, "the cat", num_tokens=12, top_k=5, seed=1)
         assert done.stdout == expected + "\n"
@@ -81,6 +82,17 @@ class TestSample:
         plain, changed = (run_main("sample", *arguments, *more, cwd=trained) for more in ([], [control]))
         assert changed.returncode == 0, changed.stderr
         assert changed.stdout != plain.stdout
+
+    def test_top_k_all_is_null(self, trained):
+        arguments = ["prompt=the cat", "num_tokens=40", "seed=0", "temperature=2"]
+        one, all_, null = (
+            run_main("sample", *arguments, f"top_k={k}", cwd=trained).stdout for k in ("1", "all", "null")
+        )
+        assert all_ == null != one
+        compared = run_main("sample", *arguments, "compare={top_k: [1, all]}", cwd=trained).stdout
+        assert "[top_k=null]\n" + null in compared
+        session = run_module("sample", "interactive=true", cwd=trained, input="/top_k all\n/settings\n").stdout
+        assert "  top_k=null\n" in session
 
     def test_min_tokens(self, trained):
         arguments = ["prompt=the cat", "num_samples=30", "num_tokens=40", "seed=0", "top_k=20"]
@@ -146,11 +158,29 @@ class TestBadInput:
             (["prompt=a", "top_p=0", "min_tokens=-1"], ["top_p=0.0: must be above 0", "min_tokens=-1: must be"]),
             (["prompt=a", "top_k=5", "min_tokens=61"], ["min_tokens=61: must be at most num_tokens=60"]),
             (["prompt=a", "topk=3"], ["topk=3: no such setting"]),
-            (["prompt=a", "run=none"], ["run=none: no such run folder"]),
+            (
+                ["prompt=a", "run=none"],
+                ["run=none: no such run folder or checkpoint; give a run, such as tiny, or the path"],
+            ),
             (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: run=tiny also chooses one"]),
             (["prompt=[]"], ["prompt=[]: must be a text or a list of texts"]),
             (["prompt=[the cat, 2.50, null]"], ["prompt=['the cat', 2.5, None]: must be a text"]),
-            (["the cat"], ["the cat: is not a setting; write SETTING=VALUE"]),
+            (["the cat"], ['the cat: is not a setting; quote the prompt, as in prompt="the cat"']),
+            (
+                ["prompt=the", "cat", "sees"],
+                ['cat sees: is not a setting; quote the prompt, as in prompt="the cat sees"'],
+            ),
+            (["--prompt", "the cat"], ['--prompt: is a setting; write prompt="the cat"']),
+            (
+                ["--top-k=5", "--prompt=a"],
+                ["--top-k: is a setting; write top_k=5", "--prompt: is a setting; write prompt=a"],
+            ),
+            (
+                ["prompt=a", "temprature=1"],
+                ["temprature=1: no such setting; did you mean temperature? --help lists them"],
+            ),
+            (["prompt=a", "qqq=1"], ["qqq=1: no such setting; --help lists them"]),
+            (["prompt=a", "show=probs"], ["show=probs: must be probabilities"]),
             (["prompt=a", "num_tokens=[1"], ["num_tokens=[1: cannot be read; put quotes around the value"]),
             (
                 ["prompt=a", "seed=1,2"],
@@ -217,6 +247,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "messages"),
         [
+            (["quick"], ["quick: is not a setting; write SETTING=VALUE"]),
+            (["--resume"], ["--resume: is a setting; write resume=VALUE"]),
+            (["--resume", "auto"], ["--resume: is a setting; write resume=auto"]),
+            (["embed_dim=8"], ["embed_dim=8: no such setting; did you mean model.embed_dim?"]),
+            (["schedule.warmup=8"], ["schedule.warmup=8: no such setting; did you mean schedule.warmup_steps?"]),
+            (["+epochs=8"], ["epochs: no such setting; did you mean trainer.max_epochs?"]),
             (["data=text", "data.path=none.txt"], ["data.path=none.txt: no such file or folder"]),
             (["data=text"], ["data.path=???: must be given"]),
             (["data=movies"], ["data=movies: no such choice; choose from imdb, text"]),
@@ -269,7 +305,9 @@ class TestBadInput:
         (folder / "typo.yaml").write_text("# @package _global_\ntrainer:\n  max_epoch: 1\n")
         (folder / "type.yaml").write_text("# @package _global_\ntrainer:\n  max_epochs: x\n")
         done = run_main("train", "--config-dir=mine", "experiment=typo", cwd=tmp_path)
-        assert_refused(done, "trainer.max_epoch: no such setting; --help lists them (in experiment/typo.yaml)")
+        assert_refused(
+            done, "trainer.max_epoch: no such setting; did you mean trainer.max_epochs? --help lists them (in"
+        )
         done = run_main("train", "--config-dir=mine", "experiment=type", cwd=tmp_path)
         assert_refused(done, "trainer.max_epochs: must be a whole number (in experiment/type.yaml)")
 

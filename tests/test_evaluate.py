@@ -16,7 +16,7 @@ import minigpt_pl
 from minigpt_pl import InputError, MiniGPT, score
 from minigpt_pl.config import EvaluateConfig
 from minigpt_pl.data.corpus import held_out_texts, open_corpus
-from minigpt_pl.evaluate import evaluate
+from minigpt_pl.evaluate import _draw, evaluate
 from minigpt_pl.measures import likelihood, ngrams
 from minigpt_pl.measures.evaluation import ngram_losses, spelling_nats, summarize_losses
 from minigpt_pl.measures.likelihood import document_losses
@@ -238,9 +238,19 @@ class TestRun:
         assert max(len(line) for line in lines if re.match(r" |[\w\[\]-]+ +[\d.]", line)) <= 60, "wide row"
         files = {path.name for path in (a_run / "outputs" / "tiny").glob("*evaluation*")}
         assert files == {"evaluation.json", "evaluation.png"}
+        assert "Wrote outputs/tiny/evaluation.png" in done.stderr
         refused = run_module("evaluate", "num_documents=0", "document=page", cwd=a_run)
         assert refused.returncode == 2 and "Traceback" not in refused.stderr
         assert refused.stderr.count("error: ") == 2
+
+    def test_the_chart_joins_only_ranks(self):
+        """[UNK] and [END] have no rank, so they are points beside the line."""
+        rows = [{"band": band, "network": 5.0} for band in ("1-10", "11-100", "[UNK]", "[END]")]
+        result = {"checkpoint": "c", "text": "t", "whole": {"network": {"word_perplexity": 200.0}}}
+        figure = _draw(result | {"by_position": rows[:2], "by_frequency": rows}, ["network"])
+        line, points = figure.axes[2].lines
+        assert (list(line.get_xdata()), line.get_linestyle()) == (["1-10", "11-100"], "-")
+        assert (list(points.get_xdata()), points.get_linestyle()) == (["[UNK]", "[END]"], "None")
 
     @pytest.mark.parametrize(
         "contents, message",

@@ -110,6 +110,12 @@ class TestGrid:
 
 
 class TestPrompts:
+    def test_the_quick_exploration(self):
+        config = settings("explore=quick")
+        prompts = read_prompts(samples_.Path(app.CONFIG_DIR) / "prompts.yaml", config.prompts_per_kind)
+        assert [kind for kind, _ in prompts] == ["short", "medium", "long", "ambiguous", "incomplete", "out_of_domain"]
+        assert len(settings_grid(config)) == 8 and (config.num_seeds, config.num_real) == (2, 500)
+
     def test_the_default_set(self):
         prompts = read_prompts(samples_.Path(app.CONFIG_DIR) / "prompts.yaml")
         assert len(prompts) >= 12
@@ -138,7 +144,7 @@ class TestPrompts:
 class TestCommand:
     def test_the_folder(self, explored):
         folder = explored / "outputs/tiny/explore"
-        charts = {"behaviour", "trade_off", "failures", "context", "attention_best", "attention_loop"}
+        charts = {"behaviour", "trade_off", "context", "attention_best", "attention_loop"}
         files = {"samples.jsonl", "held_out.jsonl", "network.json", "plan.json", "report.md", "report.html"}
         assert {path.name for path in folder.iterdir()} == files | {f"{name}.png" for name in charts}
         made = records(explored)
@@ -148,10 +154,11 @@ class TestCommand:
         assert all(len(sample["words"]) <= 12 and sample["text"].startswith(sample["prompt"]) for sample in made)
 
     def test_no_loop_in_any_text(self, explored):
-        one_word = ["num_tokens=1", "temperature=1", "top_k=null", "num_seeds=1", "folder=one_word"]
+        one_word = ["num_tokens=1", "temperature=1", "top_k=all", "num_seeds=1", "folder=one_word", "num_real=3"]
         done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *one_word, cwd=explored)
         assert done.returncode == 0, done.stderr
         assert not (explored / "one_word/attention_loop.png").exists()
+        assert len(records(explored, "held_out.jsonl", "one_word")) == 3 < len(records(explored, "held_out.jsonl"))
         assert "### loop: the worst examples\n\nNo text was marked." in (explored / "one_word/report.md").read_text()
 
     def test_held_out_documents_too_short_to_measure(self, tmp_path):
@@ -186,7 +193,7 @@ class TestCommand:
         report = (explored / "outputs/tiny/explore/report.md").read_text()
         behaviour, failures = (
             next(line for line in part.splitlines() if line.startswith("| temperature=1.5 top_k=5 |"))
-            for part in (report[report.index("| setting | ngram_loss") :], report[report.index("| setting, worst") :])
+            for part in (report[report.index("| setting | n-gram loss") :], report[report.index("| setting | loop") :])
         )
         loss = np.mean([np.mean([s["metrics"]["ngram_loss"] for s in group]) for group in by.values()])
         assert f"| {loss:.2f} [" in behaviour
@@ -208,7 +215,7 @@ class TestCommand:
         assert any("it's" in run for run in copied) and all(any(run in text for text in texts) for run in copied)
         page = (folder / "report.html").read_text()
         data = json.loads(re.search(r'<script id="data"[^>]*>(.*)</script>', page)[1])
-        joined = ["".join([sample["prompt"], *sample["tokens"]]) for sample in data]
+        joined = ["".join([sample["prompt"], *sample["tokens"]]) for sample in data["samples"]]
         assert joined == [sample["text"] for sample in records(explored)]
 
     def test_metrics_of_a_sample(self, explored):
@@ -397,35 +404,109 @@ class TestMarkdown:
 
 class TestPage:
     @pytest.fixture
-    def page(self, browser, explored):
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        page.set_default_timeout(600_000)
-        messages, requests = [], []
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(f"file://{explored}/outputs/tiny/explore/report.html")
-        yield page
+    def open_page(self, browser, explored):
+        """A function that opens the report. At the end, no script has failed, and nothing but the file was read."""
+        messages, requests, pages = [], [], []
+
+        def open_page(width=1280, **options):
+            page = browser.new_context(viewport={"width": width, "height": 900}, **options).new_page()
+            page.set_default_timeout(600_000)
+            page.on("console", lambda message: messages.append(message.text))
+            page.on("pageerror", lambda error: messages.append(str(error)))
+            page.on("request", lambda request: requests.append(request.url))
+            page.goto(f"file://{explored}/outputs/tiny/explore/report.html")
+            pages.append(page)
+            return page
+
+        yield open_page
+        for page in pages:
+            page.context.close()
         assert messages == []
-        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-        page.close()
+        assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+    @pytest.fixture
+    def page(self, open_page):
+        return open_page()
 
     def test_tables_sort_by_number(self, page):
-        table = page.locator("table:has(th:text-is('self_bleu'))").first
-        column = table.locator("th", has_text="ngram_loss")
-        for order in (1, -1):
-            column.click()
+        table = page.locator("table:has(button:text-is('n-gram loss'))").first
+        header = table.locator("th", has_text="n-gram loss")
+        header.locator("button").focus()
+        for order, name in ((1, "ascending"), (-1, "descending")):
+            page.keyboard.press("Enter")
             numbers = [float(text.split()[0]) for text in table.locator("tbody tr td:nth-child(2)").all_inner_texts()]
             assert numbers == sorted(numbers, reverse=order < 0) and len(set(numbers)) > 2
+            assert header.get_attribute("aria-sort") == name
 
-    def test_a_wide_table_scrolls_next_to_its_first_column(self, page):
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        frame = page.locator(".scroll:has(th:text-is('self_bleu'))").first
+    @pytest.mark.parametrize("colour_scheme", ["light", "dark"])
+    def test_a_phone(self, open_page, colour_scheme):
+        """Nothing is wider than the screen, apart from tables, which scroll next to their first column."""
+        page = open_page(390, color_scheme=colour_scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.locator("svg").evaluate_all("all => all.every(svg => svg.getBoundingClientRect().width <= 360)")
+        assert page.locator("svg text").first.evaluate("text => getComputedStyle(text).fill") == (
+            page.evaluate("getComputedStyle(document.body).color")
+        )
+        frame = page.locator(".scroll:has(button:text-is('self-BLEU'))").first
         assert frame.evaluate("frame => frame.scrollWidth > frame.clientWidth")
         frame.evaluate("frame => { frame.scrollLeft = 9999; frame.scrollTop = 60; }")
         left = frame.bounding_box()["x"]
         for cell in ("th", "tbody tr:last-child td"):
             assert abs(frame.locator(cell).first.bounding_box()["x"] - left) < 3
+
+    def test_dark_mode(self, open_page):
+        colours = [
+            open_page(color_scheme=scheme).evaluate("getComputedStyle(document.body).backgroundColor")
+            for scheme in ("light", "dark")
+        ]
+        assert colours == ["rgb(255, 255, 255)", "rgb(21, 24, 29)"]
+
+    @pytest.mark.parametrize("width", [390, 1280])
+    def test_the_contents_stay_in_view(self, open_page, width):
+        page = open_page(width)
+        if width < 1000:
+            page.locator("nav summary").click()
+        page.locator("nav a", has_text="Q4 B").click()
+        page.wait_for_function("document.querySelector('nav [aria-current]')?.textContent.startsWith('Q4 B')")
+        assert page.locator("nav").bounding_box()["y"] == 0
+        assert page.locator("nav li").last.is_visible() == (width > 1000)
+
+    @pytest.mark.parametrize("colour_scheme", ["light", "dark"])
+    def test_accessibility(self, open_page, colour_scheme):
+        """axe-core finds no problem: contrast, names, roles, headings, keyboard."""
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'minigpt_pl[test]'")
+        found = axe.Axe().run(open_page(color_scheme=colour_scheme)).response["violations"]
+        assert [(problem["id"], problem["nodes"][0]["html"][:200]) for problem in found] == []
+
+    def test_answers_stay(self, page):
+        answer, name = page.locator(".answer").nth(1), page.get_by_label("Name")
+        answer.click()
+        page.keyboard.type("Short prompts <b>drift</b>.")
+        name.fill('Ada "A" L.')
+        page.reload()
+        assert (answer.inner_text(), name.input_value()) == ("Short prompts <b>drift</b>.", 'Ada "A" L.')
+
+    def test_a_saved_page_has_the_answers(self, page, open_page, tmp_path):
+        page.locator(".answer").first.fill("two\nlines")
+        page.get_by_label("Name").fill('Ada "A" L.')
+        with page.expect_download() as download:
+            page.locator("#save").click()
+        download.value.save_as(tmp_path / "homework.html")
+        saved = open_page()
+        saved.goto(f"file://{tmp_path}/homework.html")
+        assert saved.locator(".answer").first.inner_text() == "two\nlines"
+        assert saved.get_by_label("Name").input_value() == 'Ada "A" L.'
+        assert saved.locator("#samples tbody tr").count() == page.locator("#samples tbody tr").count()
+
+    def test_print(self, page):
+        """On A4 paper, no table is wider than the page, and what needs a mouse is left out."""
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 672, "height": 1000})  # 178 mm at 96 dots per inch
+        assert page.evaluate("document.documentElement.scrollWidth") == 672
+        wide = "all => all.filter(table => table.offsetWidth && table.scrollWidth > 672).length"
+        assert page.locator("table").evaluate_all(wide) == 0
+        assert not any(page.locator(part).first.is_visible() for part in ("nav", "#save", "#samples", "#side"))
+        assert page.get_by_label("Course").is_visible() and page.locator(".answer").first.is_visible()
 
     def test_samples_filter(self, page, explored):
         made = records(explored)
@@ -433,7 +514,7 @@ class TestPage:
         assert rows.count() == len(made)
         page.fill("#words", "greedy king")
         shown = [row for row in rows.all() if row.is_visible()]
-        assert len(shown) == 1 and page.inner_text("#count") == f"1 of {len(made)} samples"
+        assert len(shown) == 1 and page.inner_text("#count") == f"1 of {len(made)} texts"
 
     def test_samples_side_by_side(self, page, explored):
         page.select_option("#prompt", "a dog")
@@ -442,6 +523,8 @@ class TestPage:
         (sample,) = [s for s in samples if (s["settings"]["temperature"], s["settings"]["top_k"]) == (1.5, 5)]
         text = page.locator("#side div p").nth(1).inner_text()
         assert text == sample["text"]
+        measures = page.locator("#side dl").nth(1).inner_text()
+        assert f"n-gram loss\n{sample['metrics']['ngram_loss']:.4g}"[:16] in measures and "null" not in measures
 
     def test_failures_are_marked_on_the_words(self, page, explored):
         marked = [(s, span) for s in records(explored) for span in s["failures"]]

@@ -1,5 +1,6 @@
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,6 +55,9 @@ class TestRepetition:
             ([1, 1, 2, 3, 2, 3, 2, 4], (2, 2, 5)),  # the longest, not the first
             ([1, 1, 2, 3, 3], (0, 1, 2)),  # equal length and period: the first
             ([1, 2, 1, 2, 9, 3, 3, 3, 3], (5, 1, 4)),  # equal length: the shortest period
+            (split_words("i was a lot of the movie, i was a lot of the movie."), (0, 7, 14)),  # marks do not count
+            (split_words("well, so it is. so it is! wait ..."), (2, 3, 6)),
+            (split_words("wait ! ! ! !"), (0, 0, 0)),
         ],
     )
     def test_longest_loop(self, ids, loop):
@@ -96,9 +100,17 @@ class TestCopying:
         assert self.copies([7, 8, 99, 9, 8])[0].length == 5  # only because the text contains the end id
 
     def test_ids_that_match_nothing(self):
-        assert self.copies([1, 1, 1, 1])[0].length == 4
-        assert self.copies([1, 1, 1, 1], ignored_ids=[1])[0].length == 0
+        assert self.copies([3, 4, 5, 6, 7, 8])[0].length == 6
+        assert self.copies([3, 4, 5, 6, 7, 8], ignored_ids=[8])[0].length == 5
         assert self.copies([3, 4, 5, 6, 1, 7, 8], ignored_ids=[1])[0].length == 4
+
+    def test_a_row_of_the_same_word_is_no_copy(self):
+        row, inside = self.copies([1, 1, 1, 1, 1], [8, 1, 1, 1, 1, 2, 3, 4, 5, 6])
+        assert (row.length, row.seen_4grams) == (0, 0.0)
+        assert (inside.start, inside.length) == (5, 5)
+        tokens = np.array([3, 4, 5, 5, 6, 7, 8, 99])
+        (doubled,) = copying.longest_copies([[3, 4, 5, 5, 6, 7, 8]], tokens, np.array([0, 8]))
+        assert (doubled.start, doubled.length) == (3, 4)  # from the second 5; "3 4 5 | 5 6 7 8" is cut there
 
     def test_equals_a_plain_search_on_random_texts(self):
         rng = np.random.default_rng(0)
@@ -107,6 +119,7 @@ class TestCopying:
         texts = [rng.integers(2, 6, rng.integers(1, 30)).tolist() for _ in range(40)]
         for ids, copy in zip(texts, copying.longest_copies(texts, tokens, np.array([0, 401])), strict=True):
             runs = [(a, b) for a in range(len(ids)) for b in range(a + 4, len(ids) + 1)]
+            runs = [(a, b) for a, b in runs if all(one != two for one, two in pairwise(ids[a:b]))]
             copied = [(b - a, -a) for a, b in runs if "".join(map(str, ids[a:b])) in text]
             length, start = max(copied, default=(0, 0))
             assert (copy.length, copy.start) == (length, -start)

@@ -22,7 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt_pl import config
-from minigpt_pl.cli.errors import exit_with, explain, one_line_errors, print_problem, problem_of
+from minigpt_pl.cli.errors import (
+    exit_with,
+    explain,
+    no_such_setting,
+    one_line_errors,
+    print_problem,
+    problem_of,
+    raise_for_flags,
+)
 from minigpt_pl.cli.help import each_setting, print_help
 from minigpt_pl.errors import InputError
 
@@ -81,6 +89,7 @@ def run(
             # hydra.main() refuses overrides on both sides of a flag. Lightning appends some for its processes.
             parser = get_args_parser()
             parser.error = lambda message: exit_with(f"{message}; --hydra-help lists the flags")  # type: ignore
+            raise_for_flags(sys.argv[1:], OmegaConf.structured(getattr(config, f"{config_name.capitalize()}Config")))
             args = parser.parse_intermixed_args()
             if args.help:
                 show_help, args.help, args.multirun = True, False, False
@@ -89,7 +98,9 @@ def run(
             if wrong := [o for o in args.overrides if re.fullmatch(rf"\+*({_GROUPS}|hydra|)=([\d.[\]]*|null)", o)]:
                 raise InputError(*(f"{override}: is not a choice; --help lists them" for override in wrong))
             # Users write +experiment=mine. Hydra refuses a + in front of a group that is already in the defaults list.
-            args.overrides = prepare([re.sub(r"^\+(?=(experiment|debug)=)", "", o) for o in args.overrides])
+            overrides = [re.sub(r"^\+(?=(experiment|debug)=)", "", o) for o in args.overrides]
+            top_k = re.compile(r"\+*(text_generator\.)?top_k=")  # users write top_k=all for top_k=null
+            args.overrides = prepare([re.sub(r"\ball\b", "null", o) if top_k.match(o) else o for o in overrides])
             _run_hydra(args, parser, job, CONFIG_DIR, config_name)
     except Exception as error:
         if full_error or started:
@@ -113,7 +124,7 @@ def to_settings(composed: DictConfig) -> Any:
     problems = []
     for name, value, field in each_setting(composed):
         if field is None:  # from +name=value
-            problems.append(f"{name}: no such setting; --help lists them")
+            problems.append(f"{name}: {no_such_setting(name, composed)}")
         elif value == config.REQUIRED:
             problems.append(f"{name}={value}: must be given ({field.metadata['doc']})")
     if problems:
@@ -135,7 +146,7 @@ def change(settings: Any, **values: Any) -> Any:
     typed, problems = OmegaConf.structured(settings), []
     for name, value in values.items():
         try:
-            typed[name] = value
+            typed[name] = None if (name, value) == ("top_k", "all") else value
         except OmegaConfBaseException as error:
             problems.append(f"{name}={value}: {problem_of(error)}")
     if problems:

@@ -1,12 +1,14 @@
 """Turns every error into one line on standard error and an exit code."""
 
+import difflib
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -20,7 +22,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from minigpt_pl.cli.help import choices_of
+from minigpt_pl.cli.help import choices_of, each_setting
 from minigpt_pl.config import type_words
 from minigpt_pl.errors import InputError
 
@@ -93,12 +95,40 @@ def explain(error: Exception) -> str:
     return f"{setting or 'settings'}: {problem_of(cause)}{f' (in {file[1]}.yaml)' if file else ''}"
 
 
+def no_such_setting(name: str, composed: Any) -> str:
+    """Problem and remedy of an unknown setting, with the known name that is most like it."""
+    group, _, wanted = name.rpartition(".")
+    known = [other for other, _, field in each_setting(composed) if field is not None and "doc" in field.metadata]
+    known.sort(key=lambda other: not other.startswith(f"{group}."))  # first those of the same group
+    by_last = {other.rpartition(".")[2]: other for other in reversed(known)}
+    similar = [last for last in by_last if len(wanted) >= 3 and wanted in last][::-1]
+    similar = similar or difflib.get_close_matches(wanted, by_last, 1)
+    return f"no such setting; {f'did you mean {by_last[similar[0]]}? ' if similar else ''}--help lists them"
+
+
+def raise_for_flags(arguments: Sequence[str], settings: Any) -> None:
+    """Refuse settings that are written as flags, such as `--prompt "a film"` or `--resume=auto`.
+
+    Raises:
+        InputError: one line for each.
+    """
+    names, problems = {name for name, *_ in each_setting(settings)}, []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, _, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in names and flag != "--run":  # --run is a flag of Hydra
+            value = value or ("VALUE" if not following or following.startswith("-") or "=" in following else following)
+            problems.append(f"{flag}: is a setting; write {name}=" + (f'"{value}"' if " " in value else value))
+    if problems:
+        raise InputError(*problems)
+
+
 def problem_of(error: OmegaConfBaseException) -> str:
     """Problem and remedy of an error, without the setting."""
-    if isinstance(error, ConfigAttributeError | ConfigKeyError):
-        return "no such setting; --help lists them"
     node: Any = error.parent_node
     key = error.key
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return no_such_setting(str(error.full_key), node._get_root())
     if isinstance(node, ListConfig) or (node is not None and key is None):  # of the list or group as a whole
         node, key = node._get_parent(), node._key()
     field = getattr(OmegaConf.get_type(node), "__dataclass_fields__", {}).get(key)

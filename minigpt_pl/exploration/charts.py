@@ -1,166 +1,163 @@
-"""The charts of the reports, as matplotlib figures."""
+"""The charts of the reports. Each chart is a list of panels, and a panel is a function that draws into axes.
 
-from collections.abc import Sequence
+Colours are readable on white and on black. Text and lines in `INK` take the colour of the page in report.html.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from minigpt_pl.exploration.metrics import FAILURES
+from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, value_text, varied_controls
 from minigpt_pl.exploration.scaling import ComparedRun
 from minigpt_pl.exploration.summary import Estimate, Summary, none_last, pareto_front
 
-matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9}
-matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+INK = "#222222"
+BEST_COLOUR, OTHER_COLOUR, GREEDY_COLOUR = "#1a8a4a", "#4a7fd0", "#c8553d"
+# From low to high values. All have about the same brightness.
+RAMP = LinearSegmentedColormap.from_list("ramp", ["#3d7fe0", "#8a63d2", "#c2479f", "#d3503f", "#b06a00"])
+ATTENTION = LinearSegmentedColormap.from_list("attention", ["#2f7fd000", "#2f7fd0ff"])  # from transparent to blue
+MARKERS = "os^Dv*P"
 
-BEHAVIOUR = {
-    "ngram_loss": "n-gram loss (nats)",
-    "loss": "own loss (nats)",
-    "seen_4grams": "4-word sequences of the training text",
-    "entropy": "entropy of the model (bits)",
-    "repeated_4grams": "repeated 4-word sequences",
-    "loop": "longest loop (words)",
-    "distinct_2": "different pairs of words",
-    "self_bleu": "self-BLEU",
-    "failure: any": "texts with a failure",
-}
-REAL_TEXT_LINE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2, "label": "real text"}
-GREEDY_LINE: dict[str, Any] = {"color": "#a33", "linestyle": "--", "linewidth": 1, "label": "greedy"}
-BEST_COLOUR, OTHER_COLOUR = "#1b7837", "#4575b4"
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9, "axes.titlesize": 9}
+matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.2, "axes.spines.top": False, "axes.spines.right": False}
+matplotlib.rcParams |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK)
+matplotlib.rcParams |= dict.fromkeys(("xtick.color", "ytick.color", "axes.titlecolor"), INK)
+
+Panel = Callable[[Axes], object]
+
+_SHOWN = ("ngram_loss", "loss", "seen_4grams", "entropy", "repeated_4grams", "loop", "distinct_2", "self_bleu")
+BEHAVIOUR = {name: METRICS[name].label for name in _SHOWN} | {"failure: any": "texts with a failure"}
+REAL_TEXT_LINE: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1.4, "label": "real text"}
+GREEDY_LINE: dict[str, Any] = {"color": GREEDY_COLOUR, "linestyle": "--", "linewidth": 1.2, "label": "greedy"}
 
 
 def _plot_estimates(axis: Axes, x: Sequence[float], estimates: Sequence[Estimate], **style: Any) -> None:
     """Draw a line through the means, and a band for the intervals."""
     mean, low, high = np.array(estimates).T
-    (line,) = axis.plot(x, mean, "o-", markersize=3, linewidth=1.3, **style)
+    drawn: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.4} | style
+    (line,) = axis.plot(x, mean, **drawn)
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary) -> Figure:
+def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary) -> list[Panel]:
     """Each metric against the first varied control, with one line for each setting of the other controls."""
     x_name, *others = varied_controls(grid) or ["temperature"]
     sampled = [i for i, setting in enumerate(grid) if not is_greedy(setting)]
     lines: dict[str, list[int]] = {}
     for i in sampled:
         lines.setdefault(label(grid[i], others) if others else "", []).append(i)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
+    colours = RAMP(np.linspace(0, 1, len(lines)))
     ticks = sorted({grid[i][x_name] for i in sampled}, key=none_last)
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    axes = figure.subplots(3, 3)
-    for axis, (name, title) in zip(axes.flat, BEHAVIOUR.items(), strict=True):
-        for colour, (text, line) in zip(colours, lines.items(), strict=True):
+
+    def panel(name: str, title: str, axis: Axes) -> None:
+        for colour, marker, (text, line) in zip(colours, cycle(MARKERS), lines.items(), strict=False):
             x = [ticks.index(grid[i][x_name]) for i in line]
-            _plot_estimates(axis, x, [summaries[i][name] for i in line], color=colour, label=text or None)
+            style = {"color": colour, "marker": marker, "label": text or None}
+            _plot_estimates(axis, x, [summaries[i][name] for i in line], **style)
         for setting, summary in zip(grid, summaries, strict=True):
             if is_greedy(setting) and not np.isnan(summary[name].mean):
                 axis.axhline(summary[name].mean, **GREEDY_LINE)
         if not np.isnan(real_text[name].mean):
             axis.axhline(real_text[name].mean, **REAL_TEXT_LINE)
-        axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(ticks)), list(map(value_text, ticks)))
-        axis.set_xlabel(x_name)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
-    return figure
+        axis.set(title=title, xlabel=x_name)
+
+    return [partial(panel, name, title) for name, title in BEHAVIOUR.items()]
 
 
-def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary, best: Sequence[int]) -> Figure:
+def trade_off(
+    summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary, best: Sequence[int]
+) -> list[Panel]:
     """Coherence against diversity. Low is good in both."""
-    diversity, title = "self_bleu", "self-BLEU (lower: more diverse)"
+    diversity = "self_bleu"
     if all(np.isnan(summary[diversity].mean) for summary in summaries):
-        diversity, title = "repeated_4grams", "repeated 4-word sequences (lower: more diverse)"
+        diversity = "repeated_4grams"
     points = [(summary["ngram_loss"].mean, summary[diversity].mean) for summary in summaries]
     front, varied = pareto_front(points), varied_controls(grid)
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axis = figure.subplots()
-    for i, summary in enumerate(summaries):
-        if np.isnan(points[i]).any():
-            continue
-        x, y = summary["ngram_loss"], summary[diversity]
-        style: dict[str, Any] = {"color": BEST_COLOUR if i in best else OTHER_COLOUR, "markersize": 4, "linewidth": 0.5}
-        axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), fmt="o", **style)
-        if i in front or i in best[:1]:  # names of all points would overlap
-            name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
-            axis.annotate(name, points[i], xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555")
-    front_x, front_y = zip(*(points[i] for i in front), strict=True) if front else ((), ())
-    axis.plot(front_x, front_y, color="#999", linewidth=1, label="no other setting is better in both")
-    if not np.isnan(real_text["ngram_loss"].mean):
-        axis.axvline(real_text["ngram_loss"].mean, **REAL_TEXT_LINE)
-    axis.plot([], [], "o", color=BEST_COLOUR, label="best settings of the report")
-    axis.set(xlabel="n-gram loss, nats (lower: more usual)", ylabel=title)
-    axis.legend(frameon=False)
-    return figure
+
+    def panel(axis: Axes) -> None:
+        for i, summary in enumerate(summaries):
+            if np.isnan(points[i]).any():
+                continue
+            x, y = summary["ngram_loss"], summary[diversity]
+            shape: dict[str, Any] = (
+                {"fmt": "s", "color": BEST_COLOUR} if i in best else {"fmt": "o", "color": OTHER_COLOUR}
+            )
+            axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), markersize=4, linewidth=0.6, **shape)
+            if i in front or i in best[:1]:  # names of all points would overlap
+                name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
+                axis.annotate(name, points[i], xytext=(5, 5), textcoords="offset points", fontsize=8)
+        front_x, front_y = zip(*(points[i] for i in front), strict=True) if front else ((), ())
+        axis.plot(front_x, front_y, color=INK, alpha=0.5, linewidth=1, label="no other setting is better in both")
+        if not np.isnan(real_text["ngram_loss"].mean):
+            axis.axvline(real_text["ngram_loss"].mean, **REAL_TEXT_LINE)
+        axis.plot([], [], "s", color=BEST_COLOUR, label="best settings of the report")
+        axis.set(
+            xlabel="n-gram loss, nats (lower: more usual)", ylabel=f"{METRICS[diversity].label} (lower: more varied)"
+        )
+
+    return [panel]
 
 
 def _error_bar(estimate: Estimate) -> list[list[float]]:
     return [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
 
 
-def failures(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary) -> Figure:
-    """The share of texts with each failure. Real text is the first row, then one row for each setting."""
-    names = ["real text", *(label(setting, varied_controls(grid)) for setting in grid)]
-    table = np.array([[summary[name].mean for name in FAILURES] for summary in (real_text, *summaries)])
-    figure = Figure(figsize=(8, 1.2 + 0.24 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(table, aspect="auto", cmap="Reds", vmin=0, vmax=1)
-    axis.grid(False)
-    for (row, column), value in np.ndenumerate(table):
-        text, colour = "–" if np.isnan(value) else f"{value:.0%}", "white" if value > 0.6 else "black"
-        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
-    axis.set_xticks(range(len(FAILURES)), [name.removeprefix("failure: ") for name in FAILURES])
-    axis.xaxis.tick_top()
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    return figure
-
-
-def context(network_study: dict[str, Any]) -> Figure:
+def context(network_study: dict[str, Any]) -> list[Panel]:
     """The effect of the words further back on the loss, the attention and the generated texts."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    attention = [
+        (f"block {block}, head {head}", weights)
+        for block, heads in enumerate(network_study["attention"], start=1)
+        for head, weights in enumerate(heads, start=1)
+    ]
+
+    def losses(title: str, estimates: dict[int, Estimate], axis: Axes) -> None:
+        _plot_estimates(axis, list(estimates), list(estimates.values()), color=OTHER_COLOUR)
+        axis.set_xscale("log")
+        axis.set_xticks(list(estimates), [str(c) for c in estimates])
+        axis.minorticks_off()
+        axis.set(title=title, xlabel="words of context that the network sees")
+
+    def weights_by_distance(axis: Axes) -> None:
+        for colour, (name, weights) in zip(RAMP(np.linspace(0, 1, len(attention))), attention, strict=True):
+            axis.plot(weights, linewidth=1.4, color=colour, label=name)
+        axis.set(title="mean attention weight", xlabel="words back")
+
     of_texts = {context: estimates["ngram_loss"] for context, estimates in network_study["cut"].items()}
-    axes = {"loss of a held-out word (nats)": (left, network_study["context"])}
-    axes |= {"n-gram loss of generated texts (nats)": (right, of_texts)}
-    for title, (axis, estimates) in axes.items():
-        if estimates:
-            _plot_estimates(axis, list(estimates), list(estimates.values()))
-            axis.set_xscale("log")
-            axis.set_xticks(list(estimates), [str(c) for c in estimates])
-            axis.minorticks_off()
-        axis.set(xlabel="words of context that the network sees")
-        axis.set_title(title, fontsize=9)
-    for block, heads in enumerate(network_study["attention"], start=1):
-        for head, weights in enumerate(heads, start=1):
-            middle.plot(weights, linewidth=1.2, label=f"block {block}, head {head}")
-    if network_study["attention"]:
-        middle.legend(frameon=False)
-    middle.set(xlabel="words back")
-    middle.set_title("mean attention weight", fontsize=9)
-    return figure
+    panels = {
+        "loss of a held-out word (nats)": network_study["context"],
+        "n-gram loss of generated texts (nats)": of_texts,
+    }
+    drawn: list[Panel] = [partial(losses, title, estimates) for title, estimates in panels.items() if estimates]
+    return [*drawn, weights_by_distance] if attention else drawn
 
 
-def attention(maps: np.ndarray, words: Sequence[str]) -> Figure:
+def attention(maps: np.ndarray, words: Sequence[str]) -> list[Panel]:
     """The attention weights of each head in one text of L words. `maps` is (blocks, H, L, L)."""
-    blocks, heads, length, _ = maps.shape
-    figure = Figure(figsize=(5 * heads, 5.2 * blocks), layout="constrained")
-    for (block, head), axis in np.ndenumerate(figure.subplots(blocks, heads, squeeze=False)):
-        axis.imshow(maps[block, head], cmap="magma_r", vmin=0)
+
+    def panel(block: int, head: int, axis: Axes) -> None:
+        axis.imshow(maps[block, head], cmap=ATTENTION, vmin=0, interpolation="none")
         axis.grid(False)
-        axis.set_xticks(range(length), words, rotation=90, fontsize=6)
-        axis.set_yticks(range(length), words, fontsize=6)
-        axis.set_title(f"block {block + 1}, head {head + 1}", fontsize=9)
-    return figure
+        axis.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(words)), words, fontsize=7)
+        axis.set_title(f"block {block + 1}, head {head + 1}")
+
+    return [partial(panel, *place) for place in np.ndindex(*maps.shape[:2])]
 
 
-def compared(runs: Sequence[ComparedRun], record: dict[str, Any]) -> Figure:
+def compared(runs: Sequence[ComparedRun], record: dict[str, Any]) -> list[Panel]:
     """Loss against parameters and tokens, with power laws, and by position. `record` is the content of compare.json."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    *scaling_axes, right = figure.subplots(1, 3)
     by_name = {run.name: run for run in runs}
-    labels = {"parameters": "parameters", "tokens": "training tokens, counted in each pass"}
-    for axis, (variable, text) in zip(scaling_axes, labels.items(), strict=True):
+
+    def scaling(variable: str, text: str, axis: Axes) -> None:
         for i, run in enumerate(runs):
             x, loss = getattr(run, variable), record["runs"][run.name]["word_loss"]
             axis.errorbar(x, loss.mean, _error_bar(loss), fmt="o", color=f"C{i}", markersize=4, linewidth=0.8)
@@ -172,11 +169,14 @@ def compared(runs: Sequence[ComparedRun], record: dict[str, Any]) -> Figure:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.minorticks_off()
-    bands = [row["band"] for row in record["by_position"]]
-    for i, run in enumerate(runs):
-        losses = [row[run.name] for row in record["by_position"]]
-        right.plot(bands, losses, "o-", markersize=3, color=f"C{i}", label=run.name)
-    right.set(xlabel="number of tokens before it in the document", ylabel="loss (nats)")
-    right.tick_params(axis="x", rotation=45)
-    figure.legend(loc="outside lower center", ncols=8, frameon=False)
-    return figure
+
+    def by_position(axis: Axes) -> None:
+        bands = [row["band"] for row in record["by_position"]]
+        for i, run in enumerate(runs):
+            losses = [row[run.name] for row in record["by_position"]]
+            axis.plot(bands, losses, "o-", markersize=3, color=f"C{i}", label=run.name)
+        axis.set(xlabel="number of tokens before it in the document", ylabel="loss (nats)")
+        axis.tick_params(axis="x", rotation=45)
+
+    labels = {"parameters": "parameters", "tokens": "training tokens, counted in each pass"}
+    return [*(partial(scaling, *item) for item in labels.items()), by_position]

@@ -49,7 +49,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
     for run in compared:
         log.info("Loss of %s on %s held-out documents.", run.name, f"{len(documents):,}")
         losses[run.name] = document_losses(run.model.network, documents, show_progress=True)
-    metrics = TextMetrics.fit(first.model, first.corpus.train, first.held_out, config.num_tokens)
+    metrics = TextMetrics.fit(first.model, first.corpus.train, first.held_out, config.num_tokens, config.num_real)
     real_text = summarize_real(metrics.of_real_texts(folder / "held_out.jsonl"))
     for run in compared:
         log.info("Texts of %s.", run.name)

@@ -1,17 +1,20 @@
 """The blocks of a report. Its sentences are in report.jinja and compare.jinja, its HTML is in page.html."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from matplotlib.figure import Figure
 
+from minigpt_pl.exploration.charts import INK, Panel
 from minigpt_pl.files import write_figure, write_text
+from minigpt_pl.measures.failures import KINDS
 
 QUESTION = "Question:"
 LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -27,6 +30,7 @@ class Text:
         mark, _, text = self.text.partition(" ")
         is_marked = mark == QUESTION or not mark.strip("#")
         self.mark, self.text = (mark, text) if is_marked else ("", self.text)
+        self.anchor = re.sub(r"\W+", "-", self.text.lower()).strip("-")  # of a heading
 
     def markdown(self) -> str:
         text = escape_markdown(self.text)
@@ -35,29 +39,87 @@ class Text:
         return f"{self.mark} {text}".lstrip()
 
 
+class Link(NamedTuple):
+    """A table cell that leads to another page."""
+
+    text: str
+    url: str
+
+
 @dataclass
 class Table:
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Link]]
 
     def markdown(self) -> str:
-        header, *rows = ([escape_markdown(cell) for cell in line] for line in (self.header, *self.rows))
+        header, *rows = ([_cell(cell) for cell in line] for line in (self.header, *self.rows))
         return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def _cell(cell: str | Link) -> str:
+    return f"[{escape_markdown(cell.text)}]({cell.url})" if isinstance(cell, Link) else escape_markdown(cell)
+
+
+@dataclass
+class Steps:
+    """A numbered list."""
+
+    items: Sequence[tuple[str, str]]  # title and text of each
+
+    def markdown(self) -> str:
+        items = ([escape_markdown(part) for part in item] for item in self.items)
+        return "\n".join(f"{i}. **{title}.** {text}" for i, (title, text) in enumerate(items, start=1))
 
 
 @dataclass
 class Chart:
+    """Panels: side by side in one PNG for Markdown, and as one SVG each for HTML, where a phone shows one per row."""
+
     name: str
     title: str
-    figure: Figure
+    panels: Sequence[Panel]
+    size: tuple[float, float] = (3.4, 2.6)  # of a panel, in inches
 
     def markdown(self) -> str:
         return f"![{self.title}]({self.name}.png)"
 
-    def svg(self) -> str:
+    def figure(self) -> Figure:
+        columns = min(3, len(self.panels))
+        rows = math.ceil(len(self.panels) / columns)
+        figure = Figure(figsize=(columns * self.size[0], rows * self.size[1]), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for panel, axis in zip(self.panels, axes, strict=False):
+            panel(axis)
+        for axis in [*axes][len(self.panels) :]:
+            axis.remove()
+        if legend := _legend(figure):
+            figure.legend(legend.values(), legend, loc="outside lower center", ncols=2 * columns, frameon=False)
+        return figure
+
+    def svgs(self) -> list[str]:
+        figures = [Figure(figsize=self.size, layout="constrained") for _ in self.panels]
+        for figure, panel in zip(figures, self.panels, strict=True):
+            panel(figure.subplots())
+        if legend := {name: line for figure in reversed(figures) for name, line in _legend(figure).items()}:
+            columns = 2 if max(map(len, legend)) < 18 else 1
+            figure = Figure(figsize=(self.size[0], 0.2 + 0.2 * math.ceil(len(legend) / columns)))
+            figure.legend(legend.values(), legend, loc="center left", ncols=columns, frameon=False)
+            figures.insert(0, figure)
+        return list(map(self._svg, figures))
+
+    def _svg(self, figure: Figure) -> str:
         file = StringIO()
-        self.figure.savefig(file, format="svg", metadata={"Date": None})
-        return file.getvalue()[file.getvalue().index("<svg") :]
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        svg = file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor")
+        svg = re.sub(r' id="[a-zA-Z.]*\d*_\d+"', "", svg)  # matplotlib numbers the parts of each figure from 1
+        title = " ".join(axis.get_title() for axis in figure.axes) or ("legend" if not figure.axes else self.title)
+        return svg.replace("<svg", f'<svg role="img" aria-label="{self.title}: {title}"', 1)
+
+
+def _legend(figure: Figure) -> dict[str, Any]:
+    """The labels of all axes, with a line or marker for each."""
+    handles = (zip(*reversed(axis.get_legend_handles_labels()), strict=True) for axis in figure.axes)
+    return {name: line for pairs in handles for name, line in pairs}
 
 
 @dataclass
@@ -86,7 +148,7 @@ class MarkedSample:
             yield " " * text.startswith(" "), text.removeprefix(" "), sorted(kinds)
 
 
-Block = Text | Table | Chart | MarkedSample
+Block = Text | Table | Steps | Chart | MarkedSample
 
 
 def render(template: str, **values: Any) -> list[Block]:
@@ -101,7 +163,9 @@ def render(template: str, **values: Any) -> list[Block]:
 
     environment = jinja2.Environment(loader=LOADER, undefined=jinja2.StrictUndefined, finalize=finalize)
     environment.filters["number"] = "{:,}".format
-    texts = re.split(r"\n\s*\n", environment.get_template(template).render(values, Table=Table, Chart=Chart).strip())
+    texts = re.split(
+        r"\n\s*\n", environment.get_template(template).render(values, Table=Table, Steps=Steps, Chart=Chart).strip()
+    )
     blocks = iter(inserted)
     return [next(blocks) if text.strip() == "\0" else Text(" ".join(text.split())) for text in texts]
 
@@ -110,7 +174,7 @@ def write_markdown(path: Path, blocks: Sequence[Block]) -> None:
     """Write a Markdown report, and its charts as PNG into the same folder."""
     for block in blocks:
         if isinstance(block, Chart):
-            write_figure(path.with_name(f"{block.name}.png"), block.figure, dpi=130)
+            write_figure(path.with_name(f"{block.name}.png"), block.figure(), dpi=130)
     write_text(path, "\n\n".join(block.markdown() for block in blocks) + "\n")
 
 
@@ -120,8 +184,8 @@ def write_html(path: Path, title: str, blocks: Sequence[Block], data: Any) -> No
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     # A number in a table cell, with % and interval if it has them. The table is sorted by the number.
     number = re.compile(r"([-+]?[\d.]+)(%?)( \[.*\])?")
-    page = environment.get_template("page.html")
-    write_text(path, page.render(title=title, blocks=blocks, data=data, match_number=number.fullmatch) + "\n")
+    values = {"title": title, "blocks": blocks, "data": data, "kinds": KINDS, "match_number": number.fullmatch}
+    write_text(path, environment.get_template("page.html").render(values) + "\n")
 
 
 def escape_markdown(text: str) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm  # comes with lightning
 
 from minigpt_pl.data.corpus import Ids
-from minigpt_pl.exploration.metrics import TextMetrics
+from minigpt_pl.exploration.metrics import TextMetrics, ngram_loss
 from minigpt_pl.exploration.samples import without_nan
 from minigpt_pl.exploration.summary import Estimate, bootstrap
 from minigpt_pl.files import write_text
@@ -51,7 +52,8 @@ def study_network(
         attention = probes.attention_by_distance(network, windows[:NUM_INDUCTION, :length])
         result["attention"] = attention.round(4).tolist()
     contexts = [*(c for c in probes.CONTEXTS if c < length), length]
-    result["cut"] = {c: _with_context(metrics, prompts, num_tokens, c) for c in contexts}
+    progress = tqdm(contexts, desc="Short contexts", unit=" contexts", disable=None, leave=False)
+    result["cut"] = {c: _with_context(metrics, prompts, num_tokens, c) for c in progress}
     result |= {"planted": metrics.detection_rates(), "thresholds": metrics.detector.thresholds}
     write_text(folder / "network.json", json.dumps(without_nan(result), indent=1) + "\n")
     return result
@@ -69,7 +71,7 @@ def _with_context(metrics: TextMetrics, prompts: Sequence[str], num_tokens: int,
         texts += [(ids, encode(text).ids[len(ids) :]) for text in group]
     values = {
         "loss": [scores.loss for scores in probes.score_texts(model.network, texts)],
-        "ngram_loss": [metrics.ngram_loss(text) for text in texts],
+        "ngram_loss": [ngram_loss(metrics.ngrams, text) for text in texts],
         "repeated_4grams": [repeated(ids) for _, ids in texts],
         "distinct_2": [distinct(ids, 2) for _, ids in texts],
     }

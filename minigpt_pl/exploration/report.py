@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import MarkedSample, render, write_html, write_markdown
-from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT
+from minigpt_pl.exploration.findings import MIN_GAIN, five_findings
+from minigpt_pl.exploration.markup import Link, MarkedSample, render, write_html, write_markdown
+from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT, REPETITION, TOPIC, USUAL
 from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls, without_nan
 from minigpt_pl.exploration.summary import best_settings, effect, estimate_text, summarize, summarize_real
 from minigpt_pl.generation.text import decode_continuation
 from minigpt_pl.measures.failures import KINDS
 from minigpt_pl.measures.probes import attention_maps
+from minigpt_pl.measures.repetition import longest_loop
 from minigpt_pl.text_model import TextModel
 
 NUM_EXAMPLES = 3  # examples of each failure
 NUM_COPIES = 10  # longest copied sequences
-MAP_WORDS = 40  # words in an attention map
-SHOWN = [name for name in METRICS if name not in ("distinct_1", "distinct_3", "grammar", "nonsense")]
+MAP_WORDS = 24  # words in an attention map
+TABLES = {table: [n for n in METRICS if METRICS[n].table == table] for table in (USUAL, REPETITION, TOPIC)}
+CUT = ("ngram_loss", "loss", "repeated_4grams")  # of texts that were generated with a short context
+ANY_FAILURE = "failure: any"
 
 
 @dataclass
@@ -65,17 +69,36 @@ class Exploration:
 def report(results: Exploration, folder: Path) -> None:
     """Write report.md, report.html and the charts as PNG into the folder."""
     values = {"results": results, "charts": charts, "real_context": REAL_CONTEXT}
-    for section in (_outputs, _behaviour, _failures, _network, _copying):
+    for section in (_findings, _controls, _outputs, _behaviour, _failures, _network, _copying):
         values |= section(results)
     blocks = render("report.jinja", **values)
     write_markdown(folder / "report.md", blocks)
-    data = [
-        {name: sample[name] for name in ("prompt", "kind", "seed", "failures", "copied")}
+    shown = [name for names in TABLES.values() for name in names]
+    samples = [
+        {name: sample[name] for name in ("prompt", "seed", "failures")}
         | {"tokens": results.tokens(sample), "setting": label(sample["settings"], results.varied)}
-        | {"metrics": without_nan({name: v and round(v, 4) for name, v in sample["metrics"].items()})}
+        | {"metrics": without_nan([v and round(v, 4) for v in map(sample["metrics"].get, shown)])}
         for sample in results.samples
     ]
+    data = {"labels": [METRICS[name].label for name in shown], "samples": samples}
     write_html(folder / "report.html", f"Exploring {results.run_name}", blocks, data)
+
+
+def _findings(results: Exploration) -> dict[str, Any]:
+    measured = results.real_records, results.real_summary, results.network_study
+    return {"findings": five_findings(results.samples, results.varied, *measured), "min_gain": MIN_GAIN}
+
+
+def _controls(results: Exploration) -> dict[str, Any]:
+    """Texts of one prompt and seed. One control changes, the others stay as in the best setting that draws words."""
+    sampled = [i for i in (*results.best, *range(len(results.grid))) if not is_greedy(results.grid[i])]
+    prompt, base = results.prompts[0][1], results.grid[sampled[0]] if sampled else {}
+    texts = {}
+    for control in results.varied:
+        changed = [i for i, s in enumerate(results.grid) if s | {control: None} == base | {control: None}]
+        samples = [(results.first_sample(i, prompt), results.names[i]) for i in changed]
+        texts[control] = [results.marked(text, name) for text, name in samples if text]
+    return {"control_texts": texts}
 
 
 def _outputs(results: Exploration) -> dict[str, Any]:
@@ -91,26 +114,29 @@ def _outputs(results: Exploration) -> dict[str, Any]:
 
 def _behaviour(results: Exploration) -> dict[str, Any]:
     summaries = {"real text": results.real_summary, **dict(zip(results.names, results.summaries, strict=True))}
-    effects = []
+    effects, tables = [], {}
     for control in results.varied:
-        differences = {name: effect(results.samples, control, name) for name in [*SHOWN, "failure: any"]}
+        names = {name: METRICS[name].label for table in TABLES.values() for name in table}
+        names |= {ANY_FAILURE: "texts with a failure"}
+        differences = {name: effect(results.samples, control, name) for name in names}
         low, high = map(value_text, differences["loss"][:2])
-        rows = [[name, estimate_text(difference, sign=True)] for name, (*_, difference) in differences.items()]
+        rows = [[names[name], estimate_text(difference, sign=True)] for name, (*_, difference) in differences.items()]
         effects.append((control, low, high, rows))
-    return {
-        "shown_metrics": SHOWN,
-        "meanings": [[name, METRICS[name]] for name in SHOWN],
-        "means": [[name, *(estimate_text(s[metric]) for metric in SHOWN)] for name, s in summaries.items()],
-        "effects": effects,
-        "best": [results.names[i] for i in results.best],
-    }
+    for title, names_ in TABLES.items():
+        measures = [METRICS[name] for name in names_]
+        meanings = [
+            [m.label, m.meaning, m.direction, Link("definition", m.source) if m.source else "–"] for m in measures
+        ]
+        rows = [[name, *(estimate_text(summary[metric]) for metric in names_)] for name, summary in summaries.items()]
+        tables[title] = [m.label for m in measures], meanings, rows
+    return {"tables": tables, "effects": effects, "best": [results.names[i] for i in results.best]}
 
 
 def _failures(results: Exploration) -> dict[str, Any]:
     found = results.network_study["planted"]
     planted = [[name, *(f"{rates[kind]:.0%}" for kind in KINDS)] for name, rates in found.items() if rates]
     settings = zip(results.names, results.summaries, strict=True)
-    worst_first = sorted(settings, key=lambda pair: -pair[1]["failure: any"].mean)
+    worst_first = sorted(settings, key=lambda pair: -pair[1][ANY_FAILURE].mean)
     summaries = [("real text (false alarms)", results.real_summary), *worst_first]
     rows = [[name, *(estimate_text(s[failure], percent=True) for failure in FAILURES)] for name, s in summaries]
     examples = {
@@ -141,24 +167,25 @@ def _network(results: Exploration) -> dict[str, Any]:
     for c in sorted({*network_study["context"], *network_study["cut"]}):
         of_texts = network_study["cut"].get(c, {})
         estimates = [network_study["context"].get(c), network_study["further"].get(c)]
-        estimates += [of_texts.get(name) for name in ("ngram_loss", "loss", "repeated_4grams")]
+        estimates += [of_texts.get(name) for name in CUT]
         rows.append([str(c), *map(estimate_text, estimates)])
     losses = [
         [name.replace("first", "after another").replace("again", "after itself"), estimate_text(loss)]
         for name, loss in network_study["copying"].items()
     ]
+    model, best = results.model, results.first_sample(results.best[0], results.prompts[0][1])
     looping = max(results.samples, key=lambda sample: sample["metrics"]["loop"])
-    mapped = {
-        "attention_best": ("a text of the best setting", results.first_sample(results.best[0], results.prompts[0][1])),
-        "attention_loop": ("the longest loop", looping if looping["metrics"]["loop"] else None),
-    }
+    onset = longest_loop([str(model.tokenizer.id_to_token(id_)) for id_ in looping["ids"]]).onset
+    mapped = {"attention_best": ("a text of the best setting", [*best["prompt_ids"], *best["ids"]])} if best else {}
+    if looping["metrics"]["loop"]:
+        mapped["attention_loop"] = "the longest loop", looping["ids"][onset:]
     attention = []
-    for name, (title, sample) in mapped.items():
-        if sample is not None:
-            ids = [*sample["prompt_ids"], *sample["ids"]][: min(MAP_WORDS, results.model.network.max_length)]
-            words = [str(results.model.tokenizer.id_to_token(id_)) for id_ in ids]
-            attention.append((name, title, charts.attention(attention_maps(results.model.network, ids).numpy(), words)))
-    return {"contexts": rows, "copying": losses, "attention": attention}
+    for name, (title, ids) in mapped.items():
+        ids = ids[: min(MAP_WORDS, model.network.max_length)]
+        words = [str(model.tokenizer.id_to_token(id_)) for id_ in ids]
+        attention.append((name, title, charts.attention(attention_maps(model.network, ids).numpy(), words)))
+    of_texts = [f"{METRICS[name].label} of texts" for name in CUT]
+    return {"contexts": rows, "copying": losses, "attention": attention, "of_texts": of_texts}
 
 
 def _copying(results: Exploration) -> dict[str, Any]:

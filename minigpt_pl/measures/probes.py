@@ -35,12 +35,14 @@ class TextScores(NamedTuple):
 
 
 @torch.inference_mode()
-def score_texts(network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TextScores]:
+def score_texts(
+    network: MiniGPT, texts: Sequence[tuple[Sequence[int], Sequence[int]]], show_progress: bool = False
+) -> list[TextScores]:
     """Score texts. Each is (context ids, ids), with at least one context id. The scores of an empty text are nan."""
     output = pack_linear_layers(network).output
     documents = [[*context, *ids] for context, ids in texts]
     scores = []  # (N, 3) of each batch
-    for hidden, targets in predictions(network, documents, stride=1, show_progress=False):
+    for hidden, targets in predictions(network, documents, stride=1, show_progress=show_progress):
         for rows, ids in zip(torch.split(hidden, ROWS), torch.split(targets, ROWS), strict=True):
             log_p = output(rows).log_softmax(dim=-1)  # (R, V)
             p = log_p.exp()

@@ -9,9 +9,9 @@ import numpy as np
 class Loop(NamedTuple):
     """A stretch of a text that repeats itself."""
 
-    onset: int  # position of its first token
-    period: int  # length of the repeated phrase
-    length: int  # tokens from the onset to the end, which may be inside a phrase
+    onset: int  # position of its first word
+    period: int  # words in the repeated phrase
+    length: int  # words from the onset to the end, which may be inside a phrase
 
 
 def distinct(ids: Sequence[object], n: int) -> float:
@@ -56,12 +56,15 @@ def longest_loop(ids: Sequence[object]) -> Loop:
 
     `a b a b a` has period 2 and length 5. The length is 0 if nothing repeats. Of equally long stretches, the shortest
     period wins, then the first. Source: the "runs" of Main, Discrete Applied Mathematics 25 (1989).
+
+    Punctuation marks do not count: `a b , a b .` has period 2 and length 4. This needs words. All ids count.
     """
-    best = Loop(0, 0, 0)
-    for period in range(1, len(ids) // 2 + 1):
-        for start, length in equal_stretches(ids, period):
+    positions = [i for i, word in enumerate(ids) if not isinstance(word, str) or any(map(str.isalnum, word))]
+    words, best = [ids[i] for i in positions], Loop(0, 0, 0)
+    for period in range(1, len(words) // 2 + 1):
+        for start, length in equal_stretches(words, period):
             if length >= period and length + period > best.length:
-                best = Loop(start, period, length + period)
+                best = Loop(positions[start], period, length + period)
     return best
 
 
