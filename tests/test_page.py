@@ -244,6 +244,10 @@ class TestText:
         assert first != second
         page.uncheck("#new-seed")
         assert write(page) == second
+        page.fill("#num_tokens", "25")
+        write(page)
+        page.fill("#num_tokens", "35")
+        assert write(page, "#go-on") == second  # each place has its own random number
 
 
 class TestVersions:
