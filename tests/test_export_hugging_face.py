@@ -29,18 +29,18 @@ VARIANTS = {
     "notebook": dict(max_length=80),
     "several blocks": dict(max_length=13, num_blocks=3, num_heads=3, head_dim=5),
     "tied": dict(max_length=13, tie_embeddings=True, num_blocks=2, head_dim=3),
-    "without an end": dict(max_length=7),
+    "without an end": dict(max_length=10),
 }
 LENGTHS = {name: 200 if name == "notebook" else 40 for name in VARIANTS}  # new words
 
 
 def text_model(name: str) -> TextModel:
-    """A network whose logits differ much, so that rounding changes no word."""
+    """A network whose logits differ much, so that rounding changes no word. Its greedy texts do not repeat one word."""
     torch.manual_seed(0)
     network = MiniGPT(len(WORDS), **dict(embed_dim=16, feed_forward_dim=24) | VARIANTS[name])
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 1))
         network.output.bias[-1] = -5.0  # a text ends late
     return TextModel(network.eval(), build_tokenizer(WORDS), None if name == "without an end" else len(WORDS) - 1)
 
@@ -85,11 +85,12 @@ class TestStranger:
         network, ids = text_model(name).network, torch.tensor([context(name)])
         with torch.inference_mode():
             expected, hidden = network(ids)
+        tolerance = 1e-5 * float(expected.abs().max())  # the logits are large
         for length, logits in enumerate(results[name]["logits"], start=1):
-            assert (logits - expected[:, :length]).abs().max() < 1e-5
+            assert (logits - expected[:, :length]).abs().max() < tolerance
         assert length == network.max_length
-        assert (results[name]["stepwise"] - expected).abs().max() < 1e-5
-        assert (results[name]["hidden"] - hidden).abs().max() < 1e-5
+        assert (results[name]["stepwise"] - expected).abs().max() < tolerance
+        assert (results[name]["hidden"] - hidden).abs().max() < tolerance
 
     def test_loss(self, name, results):
         network, ids = text_model(name).network, torch.tensor([context(name)])
@@ -102,7 +103,7 @@ class TestStranger:
         texts = [text for [text] in generate_texts(model, PROMPTS, LENGTHS[name], temperature=0, seed=0)]
         prompts = [model.tokenizer.encode(prompt).ids for prompt in PROMPTS]
         expected = [model.tokenizer.encode(text).ids[len(ids) :] for text, ids in zip(texts, prompts, strict=True)]
-        assert len(expected[0]) > model.network.max_length
+        assert len(expected[0]) > 2 * model.network.max_length and len({*expected[0][-20:]}) > 2
         for way in ("greedy", "without cache", "static cache"):
             assert until_end(model, results[name][way]) == expected[:1], way
         assert until_end(model, results[name]["batch"]) == expected  # with padding on the left

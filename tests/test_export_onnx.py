@@ -38,7 +38,7 @@ def test_logits_of_all_lengths(name, folders):
             ids = torch.randint(len(WORDS), (texts, length))
             with torch.inference_mode():
                 expected = network(ids)[0].numpy()
-            assert np.abs(session.run(None, {"ids": ids.numpy()})[0] - expected).max() < 1e-4
+            assert np.abs(session.run(None, {"ids": ids.numpy()})[0] - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -47,7 +47,8 @@ def test_the_script_writes_the_same_greedy_text(name, folders):
     command = [sys.executable, "-I", folders[name] / "sample.py", PROMPTS[3], "200", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == text_model(name).generate_text(PROMPTS[3], 200, temperature=0) + "\n"
+    expected = text_model(name).generate_text(PROMPTS[3], 200, temperature=0)
+    assert len({*expected.split()[-20:]}) > 2 and done.stdout == expected + "\n"
 
 
 def test_the_script_draws_and_needs_three_packages(folders):
