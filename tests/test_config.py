@@ -30,7 +30,10 @@ def settings(*overrides: str) -> TrainConfig:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_file_of_conf_composes_to_valid_settings(choice):
     extra = ["data.path=my.txt"] if choice == "data=text" else []
-    assert isinstance(settings(choice, *extra), TrainConfig)
+    if choice.startswith("explore="):
+        assert isinstance(app.to_settings(app.compose("explore", [choice])), ExploreConfig)
+    else:
+        assert isinstance(settings(choice, *extra), TrainConfig)
 
 
 @pytest.mark.parametrize(

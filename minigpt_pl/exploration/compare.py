@@ -13,7 +13,7 @@ from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig, NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import render, write_markdown
+from minigpt_pl.exploration.markup import Link, render, write_markdown
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
@@ -134,6 +134,7 @@ def _write(
     ]
     summaries = {"real text": real_text} | {name: run["consistency"] for name, run in record["runs"].items()}
     consistency = [[name, *(estimate_text(s[metric]) for metric in CONSISTENCY)] for name, s in summaries.items()]
+    measures = [METRICS[name] for name in CONSISTENCY if name in METRICS]
     blocks = render(
         "compare.jinja",
         record=record,
@@ -141,7 +142,7 @@ def _write(
         source=first.corpus.record["source"],
         runs=rows,
         differing=differing,
-        figure=charts.compared(compared, record),
+        panels=charts.compared(compared, record),
         estimate_text=estimate_text,
         min_sizes=MIN_SIZES,
         names=names,
@@ -150,8 +151,8 @@ def _write(
         num_texts=len(samples) // len(names),
         num_tokens=samples[0]["num_tokens"],
         setting=label(samples[0]["settings"], ["temperature", "top_k"]),
-        meanings=[[name, METRICS[name]] for name in CONSISTENCY if name in METRICS],
-        metrics=[*CONSISTENCY],
+        meanings=[[m.label, m.meaning, m.direction, Link("definition", m.source)] for m in measures],
+        metrics=[METRICS[name].label if name in METRICS else name for name in CONSISTENCY],
         consistency=consistency,
     )
     write_markdown(path, blocks)
