@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def export(config: ExportConfig) -> Path:
     is_page = config.format == "html"
     path = Path(config.path or run_folder / "export" / (f"{run_folder.name}.html" if is_page else config.format))
     is_ours = html.is_page if is_page else manifest.is_export
-    if path.exists() and not is_ours(path):
+    if os.path.exists(path) and not is_ours(path):  # Path.exists raises an error for a name that is too long
         kind = "a page" if is_page else "a folder"
         raise InputError(f"path={path}: exists, and is not {kind} of this command; choose another name, or remove it")
     model = load(checkpoint)
