@@ -168,7 +168,6 @@ BAD_INPUTS: list[tuple[str, list[str], str]] = [
     ("sample", [*SAMPLE, "output_dir=record"], "record"),
     ("evaluate", ["output_dir=settings"], "config.yaml: not the settings of a run"),
     ("explore", [*EXPLORE, "output_dir=settings"], "config.yaml: not the settings of a run"),
-    ("export", ["html", "output_dir=settings"], "config.yaml: not the settings of a run"),
 ]
 
 
