@@ -67,7 +67,10 @@ def test_a_warm_up_without_end_gives_a_warning(tiny_config, caplog):
     [
         (lambda model: load(5), "path=5: must be a run, its folder or a checkpoint"),
         (lambda model: generate_text(None, "the"), "model=None: must be a TextModel, or a run"),
-        (lambda model: generate_text(model, "the", top_k=0), "(draw from the k likeliest tokens; all or None means from all)"),
+        (
+            lambda model: generate_text(model, "the", top_k=0),
+            "(draw from the k likeliest tokens; all or None means from all)",
+        ),
         (lambda model: generate_text(model, "the", top_k=10**6), "the size of the vocabulary, or None for all words"),
         (lambda model: generate_texts(model, None), "prompt=None: must be a text or a list of texts"),
         (lambda model: generate_texts(model, "the", num_samples=1.5), "num_samples=1.5: must be a whole number"),

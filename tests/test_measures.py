@@ -1,6 +1,5 @@
 import math
 import random
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,7 +109,7 @@ class TestCopying:
         assert (inside.start, inside.length) == (5, 5)
         tokens = np.array([3, 4, 5, 5, 6, 7, 8, 99])
         (doubled,) = copying.longest_copies([[3, 4, 5, 5, 6, 7, 8]], tokens, np.array([0, 8]))
-        assert (doubled.start, doubled.length) == (3, 4)  # from the second 5; "3 4 5 | 5 6 7 8" is cut there
+        assert (doubled.start, doubled.length) == (0, 7)  # two equal words may follow each other
 
     def test_equals_a_plain_search_on_random_texts(self):
         rng = np.random.default_rng(0)
@@ -119,7 +118,7 @@ class TestCopying:
         texts = [rng.integers(2, 6, rng.integers(1, 30)).tolist() for _ in range(40)]
         for ids, copy in zip(texts, copying.longest_copies(texts, tokens, np.array([0, 401])), strict=True):
             runs = [(a, b) for a in range(len(ids)) for b in range(a + 4, len(ids) + 1)]
-            runs = [(a, b) for a, b in runs if all(one != two for one, two in pairwise(ids[a:b]))]
+            runs = [(a, b) for a, b in runs if not any(len({*ids[i : i + 3]}) == 1 for i in range(a, b - 2))]
             copied = [(b - a, -a) for a, b in runs if "".join(map(str, ids[a:b])) in text]
             length, start = max(copied, default=(0, 0))
             assert (copy.length, copy.start) == (length, -start)
@@ -127,7 +126,8 @@ class TestCopying:
     @pytest.mark.slow
     def test_copies_from_13_million_words(self):
         rng = np.random.default_rng(0)
-        tokens = rng.zipf(1.2, 13_000_000).clip(2, 19_999).astype(np.uint16)
+        tokens = rng.zipf(1.2, 13_000_000).clip(2, 9_999).astype(np.uint16)
+        tokens[::2] += 10_000  # no word follows itself
         texts = [tokens[i * 1000 : i * 1000 + 60].tolist() for i in range(1000)]
         copies = copying.longest_copies(texts, tokens, np.array([0, len(tokens)]))
         assert all(copy.length == 60 for copy in copies)

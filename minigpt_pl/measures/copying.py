@@ -14,7 +14,7 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: Knuth's m
 class Copy(NamedTuple):
     """The longest sequence of words in a text that also occurs in the training text. Of several, the first.
 
-    A sequence with the same word twice in a row never counts. So a row such as `* * * *` is no copy.
+    A sequence with the same word three times in a row never counts. So a row such as `* * * *` is no copy.
 
     `seen_4grams` is the share of the text's 4-word sequences that occur in the training text. It is nan for a text of
     fewer than 4 words. A much lower value than that of real held-out text means odd phrases. A much higher value means
@@ -45,12 +45,13 @@ def longest_copies(
     # are 1e13 pairs, and each matches with a probability of 2^-64.
     size = 1 + max(int(tokens.max()), int(text_ids.max(initial=0)))
     values = np.random.default_rng(0).integers(2**63, size=size, dtype=np.uint64)
-    # A sequence ends at the end of its text, before the next ignored id, or before a word that follows itself.
+    # A sequence ends at the end of its text, before the next ignored id, or before the third of three equal words.
     positions, ends = np.arange(len(text_ids)), np.repeat(text_offsets[1:], np.diff(text_offsets))
     ignored = np.append(np.flatnonzero(np.isin(text_ids, ignored_ids)), len(text_ids))
-    second = np.append(np.flatnonzero(text_ids[1:] == text_ids[:-1]) + 1, len(text_ids))
+    equal = text_ids[1:] == text_ids[:-1]
+    third = np.append(np.flatnonzero(equal[1:] & equal[:-1]) + 2, len(text_ids) + 1)
     ends = np.minimum(ends, ignored[np.searchsorted(ignored, positions)])
-    ends = np.minimum(ends, second[np.searchsorted(second, positions, side="right")])
+    ends = np.minimum(ends, third[np.searchsorted(third, positions + 1, side="right")])
 
     lengths, found_at = np.zeros(len(text_ids), np.int64), np.full(len(text_ids), -1)
     text_starts = np.flatnonzero(positions + MIN_LENGTH <= ends)
