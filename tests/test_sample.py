@@ -294,7 +294,7 @@ class TestInteractive:
             "/top_k 27": "top_k=27: must be 1 to 26",
             "/min_tokens 61": "min_tokens=61: must be at most num_tokens=60",
             "/num_beams 2": "num_beams=2: beam search does not draw at random",
-            "/show colours": "show=colours: must be one of probabilities",
+            "/show colours": "show=colours: must be probabilities",
             "/seed -1": "seed=-1: must be at least 0",
             "/stop_words zebra": "stop_words=['zebra']: not in the model's vocabulary",
             "/forced_words 0": "/forced_words 0: alternate positions and words, as in /forced_words 0 good 5 bad",
@@ -382,7 +382,7 @@ class TestBadInput:
         ("arguments", "messages"),
         [
             (["format=html"], ["format=html: must be one of text, jsonl, markdown"]),
-            (["show=colours"], ["show=colours: must be one of probabilities"]),
+            (["show=colours"], ["show=colours: must be probabilities"]),
             (["format=jsonl", "show=probabilities"], ["show=probabilities: needs format=text"]),
             (["forced_words=[cat]"], ["forced_words=['cat']: must be words by position"]),
             (["forced_words={a: cat}"], ["forced_words={'a': 'cat'}: must be words by position"]),
