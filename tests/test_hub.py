@@ -280,7 +280,8 @@ class TestStreaming:
         hub.faults = [*faults]
         assert self.rows(loader) == whole and not hub.faults
         # The 8 seconds are the server's 7, and one of huggingface_hub. Its sixth failure is an error, so we wait too.
-        assert waits == (expected or [1, 2, 4, 8, 8, 1])
+        # Two threads read, so the last two waits have no order.
+        assert sorted(waits) == sorted(expected or [1, 2, 4, 8, 8, 1])
         assert sum(status in faults for _, _, status in hub.requests) == len(faults)
 
     def test_a_hub_that_stays_away_ends_in_one_line(self, hub, waits, tmp_path):

@@ -1,3 +1,12 @@
+#!/bin/bash
+# Train with torchrun, which starts all processes again when one of them fails. Without it, use several_nodes.sh.
+#   sbatch --nodes=4 torchrun.sh experiment=large
+#SBATCH --job-name=minigpt
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1     # torchrun starts the processes of its node
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=04:00:00
 #SBATCH --signal=URG@120        # 120 seconds before the end: the tasks save, and the job is queued again
 #SBATCH --requeue               # also after the failure of a node
 #SBATCH --open-mode=append

@@ -248,7 +248,6 @@ class SaveAndStop(Checkpoint):
         if self.calls < self.next_vote and not now:
             return [0, 0, 0]
         calls = int(VOTE_SECONDS * self.calls / max(time_ - self.vote_time, 1e-3))
-        calls = min(calls, 2 * self.calls)  # the first batches may be faster than the next ones
         votes = torch.tensor([late, due, self.signal, -max(calls, 1)], device=trainer.strategy.root_device)
         *answer, calls = trainer.strategy.reduce(votes, reduce_op="max").tolist()
         self.calls, self.next_vote, self.vote_time = 0, -calls, time.monotonic()
@@ -261,6 +260,13 @@ class SaveAndStop(Checkpoint):
 
     # -------------------------------------------------------------------------------------------- validation
 
+    def _restart_votes(self) -> None:
+        """Measure the calls per second anew. A training step takes longer than a batch of the validation."""
+        self.calls, self.next_vote, self.vote_time = 0, 2, time.monotonic()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restart_votes()
+
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.validating = True
         if number := self._vote(trainer)[2]:
@@ -268,7 +274,7 @@ class SaveAndStop(Checkpoint):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validating = False
-        self.next_vote = 1  # a training step takes longer than a batch of the validation
+        self._restart_votes()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])

@@ -102,7 +102,8 @@ def left_together() -> Iterator[None]:
         yield
     except BaseException as raised:
         error = raised
-        if not isinstance(error, SystemExit) and join.cache_info().currsize and join().store is not None:
+        together = join.cache_info().currsize and join().store is not None
+        if together and not isinstance(error, SystemExit) and not _is_of_communication(error):
             # At once: srun may kill this process while it waits for the others.
             sys.excepthook(type(error), error, error.__traceback__)
             raise SystemExit(1) from None
@@ -110,6 +111,11 @@ def left_together() -> Iterator[None]:
     finally:
         if join.cache_info().currsize:
             join().leave(error)
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    """Whether another process has broken the connection."""
+    return isinstance(error, RuntimeError) and bool(re.search("gloo|nccl|connection", str(error), re.IGNORECASE))
 
 
 def claims_error() -> bool:
@@ -458,7 +464,7 @@ class Cluster:
             return
         with suppress(RuntimeError):  # the first process has ended
             if not (error is None or isinstance(error, SystemExit)):
-                if self._is_of_communication(error):
+                if _is_of_communication(error):
                     self.end.wait(LOST + GRACE)  # until `_watch` knows which process is lost
                 self.end_all(1)  # a traceback follows
             else:  # a signal would change the exit code of this process only
@@ -471,7 +477,3 @@ class Cluster:
             while any(self.store.add(f"life/{other}", 0) < LEFT for other in others) and time.monotonic() < deadline:
                 time.sleep(0.05)
         self.leaving.set()
-
-    def _is_of_communication(self, error: BaseException) -> bool:
-        """Whether another process has broken the connection."""
-        return isinstance(error, RuntimeError) and bool(re.search("gloo|nccl|connection", str(error), re.IGNORECASE))

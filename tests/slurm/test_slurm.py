@@ -16,7 +16,7 @@ from conftest import EVERY_STEP, TINY_RUN, checkpoint, losses
 
 TEMPLATES = Path(__file__).parents[2] / "examples" / "slurm"
 TIMEOUT = 300  # seconds; a job that takes longer hangs
-SETTINGS = [*TINY_RUN, EVERY_STEP, "trainer.max_epochs=8", "text_generator.num_tokens=5", "checkpoint.every_n_steps=5"]
+SETTINGS = [*TINY_RUN, EVERY_STEP, "trainer.max_epochs=16", "text_generator.num_tokens=5", "checkpoint.every_n_steps=5"]
 TWO_TASKS = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
 
