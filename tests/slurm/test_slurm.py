@@ -122,15 +122,15 @@ def test_a_signal_puts_the_job_into_the_queue_again(cluster, undisturbed):
     assert_same_run(job.run_folder, undisturbed)
 
 
-def test_a_killed_process_ends_the_others_and_a_requeued_job_goes_on(cluster, undisturbed):
+def test_a_killed_process_ends_the_others_and_a_new_job_goes_on(cluster, undisturbed):
     job = cluster.submit("several_nodes.sh", TWO_NODES)
     job.wait_for_steps(7)
     job.kill(rank=1)
     began = time.monotonic()
     log = job.wait_for_end("FAILED", code=137)
     assert time.monotonic() - began < 60 and "task 1: Killed" in log and "Traceback" not in log
-    subprocess.run(["scontrol", "requeue", job.number], check=True)
-    assert "Resuming from" in job.wait_for_end()
+    again = cluster.submit("several_nodes.sh", TWO_NODES, f"resume=slurm-{job.number}")
+    assert "Resuming from" in again.wait_for_end()
     assert_same_run(job.run_folder, undisturbed)
 
 
