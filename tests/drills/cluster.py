@@ -1,7 +1,7 @@
 """The drill for several processes: signals at random moments of a training with two processes.
 
     python tests/drills/cluster.py             # 20 signals
-    python tests/drills/cluster.py --short     # 5 signals
+    python tests/drills/cluster.py --short     # 3 signals
 
 One process or both get the signal: while they start, in the first epoch, in a validation, at any time. Both must end
 within a minute, and no step may be lost. The same command continues the run, until it is
@@ -126,10 +126,10 @@ def finish(folder: Path, expected: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="5 signals")
+    parser.add_argument("--short", action="store_true", help="3 signals")
     parser.add_argument("--seed", type=int, default=0, help="decides the random moments")
     options = parser.parse_args()
-    rng, began, wanted = random.Random(options.seed), time.monotonic(), 5 if options.short else 20
+    rng, began, wanted = random.Random(options.seed), time.monotonic(), 3 if options.short else 20
     work = Path(tempfile.mkdtemp(prefix="drill-"))
     words = [f"{a}{b}" for a in ("da", "ki", "mo", "ne", "ru") for b in ("bel", "dim", "fa", "go", "lis", "tun")]
     sentences = [" ".join(["the", *rng.choices(words, k=rng.randint(8, 16))]) for _ in range(2000)]
@@ -140,7 +140,7 @@ def main() -> None:
     check(undisturbed.wait(300) == 0, f"the undisturbed run fails\n{undisturbed.log.read_text()[-3000:]}")
     print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
     expected, sent = rows(undisturbed.run_folder), 0
-    moments = [*MOMENTS * (wanted // len(MOMENTS))]
+    moments = (MOMENTS * 4)[:wanted]
     rng.shuffle(moments)
     in_first, folder = len([row for row in expected if row["epoch"] == "0"]), work / "disturbed"
     while sent < wanted:
