@@ -5,7 +5,7 @@ import json
 import shutil
 import signal
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from conftest import EVERY_STEP, checkpoint, train
 
 from minigpt_pl import runs
 from minigpt_pl.checkpoints import DamagedError, newest_checkpoint, read_checkpoint
+from minigpt_pl.config import CheckpointConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.signals import SIGNALS, Interrupted
 from minigpt_pl.training import checkpointing, resume
@@ -411,3 +412,46 @@ def test_a_run_that_is_killed_while_it_encodes_is_known(tiny_config, monkeypatch
     assert resume.choose(folder.parent, None, "auto") == folder
     train(config, resume_from=folder)
     assert checkpoint(folder)["global_step"] == 1 and runs.read_record(folder)["status"] == "finished"
+
+
+class TestVotes:
+    """Two processes vote about every two seconds, whatever the time between two calls."""
+
+    @pytest.fixture
+    def votes(self, monkeypatch, tmp_path):
+        """A function that makes calls at this interval, and returns the numbers of those that vote."""
+        now, voted, count = [0.0], [], [0]
+
+        def reduce(votes, reduce_op):
+            voted.append(count[0])
+            return votes
+
+        strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
+        trainer = SimpleNamespace(world_size=2, strategy=strategy)
+        monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now[0])
+        callback = checkpointing.SaveAndStop(tmp_path, CheckpointConfig())
+        callback.on_fit_start(trainer, None)
+
+        def calls(number: int, seconds: float, hook=callback._vote) -> list[int]:
+            voted.clear()
+            for count[0] in range(1, number + 1):
+                now[0] += seconds
+                hook(trainer)
+            return [*voted]
+
+        calls.callback, calls.trainer = callback, trainer
+        return calls
+
+    @pytest.mark.parametrize(("seconds", "expected"), [(0.125, [1, 17, 33]), (2.5, [1, 2, 3])])
+    def test_of_steps(self, votes, seconds, expected):
+        assert votes(60, seconds)[:3] == expected
+
+    @pytest.mark.parametrize("of_validation", [0.01, 5.0])
+    def test_after_the_start_and_the_end_of_a_validation(self, votes, of_validation):
+        """The first batch of a validation comes at once after the vote of a step."""
+        assert votes(3, 2.5) == [1, 2, 3]
+        votes.callback.on_validation_start(votes.trainer, None)
+        during = votes(50, of_validation, votes.callback.on_validation_batch_start)
+        assert during[:3] == [2, 3, 4] if of_validation > 2 else len(during) <= 1
+        votes.callback.on_validation_epoch_end(votes.trainer, None)
+        assert votes(4, 2.5) == [2, 3, 4]

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_RUN, run_main
 from torch.distributed import TCPStore
 
 from minigpt_pl import InputError
-from minigpt_pl.config import TrainerConfig
+from minigpt_pl.config import TrainConfig, TrainerConfig
 from minigpt_pl.training import cluster
+from minigpt_pl.training.checks import check_machine
 from minigpt_pl.training.cluster import Cluster, Numbers, numbers, slurm_job
 
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4"}
@@ -84,7 +87,42 @@ class TestNumbers:
         assert slurm_job() == "4700_3"
 
 
+def test_steps_of_one_job_have_different_ports(variables):
+    ports = set()
+    for step in "012":
+        variables({"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": step, "MASTER_ADDR": "127.0.0.1"})
+        ports.add(Cluster(Numbers())._address()[1])
+        del os.environ["MASTER_PORT"]  # `_address` has set it
+    assert len(ports) == 3
+
+
+@pytest.mark.parametrize("line", ["3", "2"])
+def test_an_array_element_without_settings(tmp_path, line):
+    """Its line of the file is missing or empty. The default model would train for hours."""
+    (tmp_path / "settings.txt").write_text("seed=1\n\n")
+    array = Path(__file__).parents[1] / "examples" / "slurm" / "array.sh"
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": line, "SLURM_CPUS_PER_TASK": "1"}
+    command = ["bash", str(array), "settings.txt"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"settings.txt has no settings in line {line}\n")
+
+
 class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "remedy"),
+        [
+            (TrainerConfig(devices=4), "lower it"),
+            (TrainerConfig(), "start fewer tasks, or use --gpus-per-node, not --gpus-per-task"),
+        ],
+    )
+    def test_more_processes_than_gpus(self, monkeypatch, settings, remedy):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(Cluster, "_meet", lambda self: None)
+        monkeypatch.setattr(cluster, "join", lambda: Cluster(Numbers(0, 4, 0, 4, "srun")))
+        with pytest.raises(InputError, match=f"trainer.devices=4: this process sees only 1 GPUs; {remedy}"):
+            check_machine(TrainConfig(trainer=settings))
+
     @pytest.fixture
     def started(self, monkeypatch):
         monkeypatch.setattr(Cluster, "_meet", lambda self: None)
@@ -134,6 +172,16 @@ class TestRequeue:
         assert (tmp_path / "called").exists() == calls
         assert not calls or (tmp_path / "called").read_text() == "requeue 4711\n"
 
+    @pytest.mark.parametrize("wanted", [None, True])
+    def test_not_of_a_sweep(self, variables, monkeypatch, tmp_path, wanted):
+        """The job would start the whole sweep again."""
+        variables({"SLURM_JOB_ID": "4711"})
+        monkeypatch.setattr(sys, "argv", ["train", "seed=1,2", "-m"])
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert (
+            Cluster(Numbers()).requeue(signal.SIGUSR1, wanted) == 128 + signal.SIGUSR1
+        )  # 75 if it looked for scontrol
+
     @pytest.mark.parametrize(
         ("job", "script", "line"),
         [
@@ -161,6 +209,7 @@ from minigpt_pl.cli import errors
 from minigpt_pl import signals
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import cluster
+from minigpt_pl.training.checks import check_machine
 
 cluster.LOST, cluster.GRACE = 3, 2
 errors.claims_error = cluster.claims_error
@@ -230,17 +279,25 @@ class TestTogether:
         (line,) = "".join(error for *_, error in done).splitlines()
         assert line.startswith(f"Process {rank} on {socket.gethostname()} is lost, so all processes end.")
 
-    def test_a_traceback_comes_at_once_and_ends_all(self, tmp_path):
-        done = self._run(tmp_path, "group.gather('all have met', 1)\nif rank == 0: 1 / 0\ntime.sleep(9)")
-        assert [code for code, _, _ in done] == [1, 1, 1]
-        assert done[0][2].count("ZeroDivisionError: division by zero") == 1 and not done[1][2] + done[2][2]
+    @pytest.mark.parametrize("killed", [False, True])
+    def test_a_traceback_comes_at_once_and_ends_all(self, tmp_path, killed):
+        """srun may kill the process while it waits for the others."""
+        code = "group.gather('all have met', 1)\n"
+        code += "if rank == 0: os.system(f'(sleep 1; kill -9 {os.getpid()}) > /dev/null 2>&1 &')\n" * killed
+        done = self._run(tmp_path, code + "if rank == 0: 1 / 0\ntime.sleep(9)")
+        assert [code for code, _, _ in done] == [-9 if killed else 1, 1, 1]
+        assert (
+            done[0][2].count("ZeroDivisionError: division by zero") == 1 and "Traceback" not in done[1][2] + done[2][2]
+        )
 
     def test_suspended_processes_go_on(self, tmp_path):
-        """As after `scontrol suspend`: all processes have been silent for longer than `LOST`."""
-        code = """group.gather('all have met', 1)
-os.system(f'(sleep 5; kill -CONT {os.getpid()}) > /dev/null 2>&1 &')
+        """As after `scontrol suspend`. Process 1 stops first and goes on last, so process 0 sees no sign of it."""
+        code = """cluster.LOST = 8
+group.gather('all have met', 1)
+time.sleep(0 if rank == 1 else 2)
+os.system(f'(sleep {12 if rank == 1 else 8.5}; kill -CONT {os.getpid()}) > /dev/null 2>&1 &')
 os.kill(os.getpid(), signal.SIGSTOP)
-time.sleep(2)"""
+time.sleep(4)"""
         done = self._run(tmp_path, code)
         assert done == [(0, f"{rank} ends\n", "") for rank in range(3)]
 
@@ -321,9 +378,10 @@ class TestJobOfSlurm:
         error = train("trainer.max_steps=2", "seed=2", code=2)
         assert error.startswith("error: run_name=slurm-4711: another command of this job has this run; give each")
 
-    def test_of_a_given_name(self, train, variables, tmp_path):
+    @pytest.mark.parametrize("restarts", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+    def test_of_a_given_name(self, train, variables, tmp_path, restarts):
         train("trainer.max_steps=2", "run_name=mine")
         assert "run_name=mine: outputs/mine exists" in train("trainer.max_steps=2", "run_name=mine", code=2)
-        variables({"SLURM_RESTART_COUNT": "1"})
+        variables({restarts: "1"})
         train("trainer.max_steps=2", "run_name=mine")
         assert [path.parent.name for path in tmp_path.glob("outputs/*/run.json")] == ["mine"]

@@ -388,6 +388,11 @@ class TestControls:
         draw = "seed => { const random = MiniGPT.random(seed); return Array.from({length: 5000}, () => random()); }"
         drawn, same, other = (page.evaluate(draw, seed) for seed in (0, 0, 1))
         assert drawn == same != other and min(drawn) >= 0 and max(drawn) < 1
+        assert other[:3] == [
+            0.6270739405881613,
+            0.002735721180215478,
+            0.5274470399599522,
+        ]  # mulberry32, computed in Python
         deciles = [sum(int(10 * number) == i for number in drawn) for i in range(10)]
         assert min(deciles) > 400 and max(deciles) < 600
 

@@ -173,14 +173,14 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
         return of_first if is_here else encode()
 
     group = cluster.join()
-    of_first: str = group.decide("text", encode)
-    datamodule.folder = Path(group.decide("text of the node", encode_on_this_node, of_node=True))
-    datamodule.setup("fit")
     settings = {"seed": config.seed}  # and those of all groups, except `data`: nodes may have their own paths
     for name, values in dataclasses.asdict(config).items():
         if isinstance(values, dict) and name != "data":
             settings |= {f"{name}.{setting}": value for setting, value in values.items()}
     group.must_agree("settings", settings, "give all processes the same settings")
+    of_first: str = group.decide("text", encode)
+    datamodule.folder = Path(group.decide("text of the node", encode_on_this_node, of_node=True))
+    datamodule.setup("fit")
     group.must_agree("content", {"data": datamodule.corpus.record["content"]}, "give all nodes the same files")
     if datamodule.vocab_size < model.vocab_size:
         log.info("The text has few different words, so the vocabulary size is only %s.", f"{datamodule.vocab_size:,}")

@@ -176,6 +176,7 @@ def test_an_array_with_an_element_that_gets_a_signal(cluster):
         ("env MASTER_ADDR=nowhere.invalid srun --ntasks=2", "", "MASTER_ADDR=nowhere.invalid: no address found"),
         ("srun --ntasks=2", "data.path=nothing.txt", "data.path=nothing.txt: no such file"),
         ("srun --nodes=2 --ntasks=2", "model.embed_dim=0", "model.embed_dim=0: must be at least 1"),
+        ("srun --ntasks=2", "seed=$SLURM_PROCID", "seed=0: process 1 on "),
     ],
 )
 def test_all_processes_end_with_the_same_error(cluster, tmp_path, command, settings, error):
