@@ -209,7 +209,6 @@ from minigpt_pl.cli import errors
 from minigpt_pl import signals
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import cluster
-from minigpt_pl.training.checks import check_machine
 
 cluster.LOST, cluster.GRACE = 3, 2
 errors.claims_error = cluster.claims_error
