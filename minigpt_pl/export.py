@@ -52,6 +52,7 @@ def export(config: ExportConfig) -> Path:
     model = load(checkpoint)
     if not all(weight.isfinite().all() for weight in model.network.parameters()):
         raise InputError(f"checkpoint={checkpoint}: {DIVERGED}")
+    parent_is_new = not path.parent.exists()
     make_folder(path.parent, "path")
     try:
         with atomic_write(path) as temporary:
@@ -66,6 +67,9 @@ def export(config: ExportConfig) -> Path:
                 remove(path)  # a folder cannot be renamed to one that has files
     except OSError as error:
         raise InputError(f"path={path}: cannot be written ({error.strerror}); give another path") from error
+    finally:
+        if parent_is_new and not any(path.parent.iterdir()):
+            path.parent.rmdir()
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     log.info("Wrote %s (%.1f MB) from %s", path, size / 1e6, checkpoint)
     if config.push is not None:

@@ -45,6 +45,11 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def entries(folder: Path) -> set[Path]:
+    """All files and folders."""
+    return {*folder.rglob("*")}
+
+
 def test_transformers(cwd):
     done = run_main("export", "transformers", "license=cc0-1.0", cwd=cwd)
     folder = cwd / "outputs" / "tiny" / "export" / "transformers"
@@ -102,7 +107,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(cwd):
 
 
 class TestBadInput:
-    """One line, exit code 2, and no new file."""
+    """One line, exit code 2, and no new file or folder."""
 
     @pytest.fixture(autouse=True)
     def quick(self, monkeypatch):
@@ -111,11 +116,11 @@ class TestBadInput:
         monkeypatch.setattr(onnx, "write_model", lambda folder, model: None)
 
     def refused(self, cwd: Path, words: str, *arguments: str) -> None:
-        before = names(cwd)
+        before = entries(cwd)
         done = run_main("export", *arguments, cwd=cwd)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert words in done.stderr
-        assert names(cwd) == before
+        assert entries(cwd) == before
 
     def test_no_finished_run(self, cwd):
         runs.update_record(cwd / "outputs" / "tiny", status="running")
@@ -168,28 +173,57 @@ class TestBadInput:
         self.refused(cwd, words, *arguments)
 
 
-def test_one_checkpoint_writes_the_same_text_everywhere(tmp_path):
-    """From Keras to this package, to transformers, to ONNX, and back from transformers to Keras."""
-    keras = tmp_path / "model.weights.h5"
-    write_keras(keras, network())
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    settings = {"vocabulary": str(tmp_path / "vocab.txt"), "output_dir": str(tmp_path / "outputs")}
-    run = convert(ConvertConfig(from_keras=str(keras), **settings))
-    folder = export(ExportConfig(format="all", output_dir=str(tmp_path / "outputs"), path=str(tmp_path / "all")))
-    expected = minigpt_pl.load(run)("the movie", 100, temperature=0)
-    assert len(expected.split()) > 50
+@pytest.fixture(scope="module")
+def keras(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("keras") / "model.weights.h5"
+    write_keras(path, network())
+    path.with_name("vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    return path
 
-    from transformers import pipeline
 
-    generator = pipeline("text-generation", str(folder / "transformers"), trust_remote_code=True)
-    found = generator("the movie", do_sample=False, max_new_tokens=100)
-    assert found[0]["generated_text"] == expected
-    command = [sys.executable, "-I", folder / "onnx" / "sample.py", "the movie", "100", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    assert done.stdout == expected + "\n"
-    # The page all/keras-001.html: tests/test_export_html.py.
-    back = minigpt_pl.load(folder / "transformers")
-    assert back("the movie", 100, temperature=0) == expected
-    write_keras(tmp_path / "back.weights.h5", back.network)
-    before, after = (read_keras(path).state_dict for path in (keras, tmp_path / "back.weights.h5"))
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+@pytest.fixture(scope="module")
+def keras_run(keras) -> Path:
+    settings = {"vocabulary": str(keras.with_name("vocab.txt")), "output_dir": str(keras.with_name("outputs"))}
+    return convert(ConvertConfig(from_keras=str(keras), **settings))
+
+
+@pytest.fixture(scope="module")
+def folder(keras_run) -> Path:
+    return export(ExportConfig(format="all", run=str(keras_run), path=str(keras_run.parent / "all")))
+
+
+@pytest.fixture(scope="module")
+def expected(keras_run) -> str:
+    text = minigpt_pl.load(keras_run)("the movie", 100, temperature=0)
+    assert len(text.split()) > 50
+    return text
+
+
+class TestOneCheckpointWritesTheSameText:
+    """From Keras to this package, to transformers, ONNX and the page, and back from transformers to Keras."""
+
+    def test_transformers(self, folder, expected):
+        from transformers import pipeline
+
+        generator = pipeline("text-generation", str(folder / "transformers"), trust_remote_code=True)
+        found = generator("the movie", do_sample=False, max_new_tokens=100)
+        assert found[0]["generated_text"] == expected
+
+    def test_onnx(self, folder, expected):
+        command = [sys.executable, "-I", folder / "onnx" / "sample.py", "the movie", "100", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+        assert done.stdout == expected + "\n"
+
+    def test_page(self, folder, expected, browser):
+        page = browser.new_page()
+        page.goto(f"{(folder / 'keras-001.html').as_uri()}#prompt=the+movie&temperature=0&num_tokens=100")
+        page.click("#write")
+        page.locator("#write", has_text=re.compile("^Write$")).wait_for()
+        assert page.text_content("#text-prompt") + page.text_content("#words") == expected
+
+    def test_back_to_keras(self, keras, folder, expected, tmp_path):
+        back = minigpt_pl.load(folder / "transformers")
+        assert back("the movie", 100, temperature=0) == expected
+        write_keras(tmp_path / "back.weights.h5", back.network)
+        before, after = (read_keras(path).state_dict for path in (keras, tmp_path / "back.weights.h5"))
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
