@@ -89,8 +89,13 @@ class DataConfig:
     max_sequences: int | None = setting(None, "train on this many random sequences; null means all", minimum=1)
     cache_dir: str = setting("outputs/cache", "folder for the encoded text")
     revision: str | None = setting(None, "commit, tag or branch of a data set on the hub; null means the newest")
-    tokenizer: str | None = setting(
-        None, "tokenizer.json of a run, whose words are used; null means the most frequent words of the text"
+    tokenizer: str = setting(
+        "word",
+        "tokens: word: the most frequent words, as in the notebook | bpe: frequent parts of words | char: characters"
+        " | FILE: those of a run's tokenizer.json",
+    )
+    lowercase: bool | None = setting(
+        None, "change A-Z to a-z before the text is split; null means true for word, false for bpe and char"
     )
     streaming: bool = setting(False, "read Parquet files while training, without a local copy of the text")
     sample_documents: int = setting(
@@ -572,6 +577,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.max_sequences={data.max_sequences}: must be at least data.batch_size={data.batch_size}; lower that"
     if isinstance(data, TextConfig) and data.validation_path is not None:
         yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
+    if data.tokenizer not in ("word", "bpe", "char"):
+        yield from without_effect(data, ["lowercase"], "data.", f"data.tokenizer={data.tokenizer}, a file")
     if data.streaming and data.max_sequences is not None:
         yield f"data.max_sequences={data.max_sequences}: has no effect with data.streaming=true; leave it out"
     if not data.streaming:

@@ -11,7 +11,17 @@ from minigpt_pl.cli import app
 from minigpt_pl.config import ConvertConfig, TrainConfig
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import atomic_write, read_text, write_text
-from minigpt_pl.tokenizer import END, PADDING, UNKNOWN, build_tokenizer, fingerprint, list_vocabulary, split_words
+from minigpt_pl.tokenizer import (
+    END,
+    NOTEBOOK,
+    PADDING,
+    UNKNOWN,
+    build_tokenizer,
+    fingerprint,
+    list_vocabulary,
+    rules_of,
+    split_words,
+)
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +161,8 @@ def _export(config: ConvertConfig, target: Path) -> Path:
     for name, path in {"to_keras": target, "vocabulary": vocabulary}.items():
         _check_new(name, path)
     model = load(choose_checkpoint(Path(config.output_dir), config.run))
+    if rules_of(model.tokenizer) != NOTEBOOK:
+        raise InputError(f"run={model.checkpoint}: Keras's TextVectorization cannot split text as this run does")
     write_keras(target, model.network)
     words = list_vocabulary(model.tokenizer)[:-1]  # without [END], which Keras does not know
     write_text(vocabulary, "\n".join(words) + "\n")

@@ -56,12 +56,12 @@ def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[s
     """Description and documents of the text to evaluate on, and the ids of the run's training text."""
     from minigpt_pl.data.corpus import held_out_texts, open_run_corpus
     from minigpt_pl.data.sources import text_documents
-    from minigpt_pl.tokenizer import split_words
+    from minigpt_pl.tokenizer import rules_of
 
     texts = []
     if config.text is not None:  # before the training text, which can take long to open
         documents, *_ = text_documents("text", config.text, "text", config.document)
-        texts = list(islice(filter(split_words, documents()), config.num_documents))
+        texts = list(islice(filter(rules_of(model.tokenizer).split, documents()), config.num_documents))
         if not texts:
             raise InputError(f"text={config.text}: has no words; give a file with text")
     data, corpus = open_run_corpus(run_folder, model.tokenizer, config.source)
@@ -69,7 +69,7 @@ def _read_texts(config: EvaluateConfig, model: Any, run_folder: Path) -> tuple[s
         return f"text={config.text}", texts, corpus.train
     if corpus.validation is None:
         raise InputError(f"run={run_folder.name}: has no held-out text; give text=FILE with text unknown to the model")
-    texts = list(islice(held_out_texts(data), config.num_documents))
+    texts = list(islice(held_out_texts(data, model.tokenizer), config.num_documents))
     return f"held-out text of {corpus.record['source']}", texts, corpus.train
 
 

@@ -125,6 +125,8 @@ def read_data_settings(folder: Path) -> tuple[DataConfig, int]:
     settings = read_settings(folder)
     try:
         data: dict[str, Any] = settings["data"]
+        if data.get("tokenizer", "") is None:  # a run of an older version
+            del data["tokenizer"]
         kinds = [kind for kind in DataConfig.__subclasses__() if data.keys() <= {field.name for field in fields(kind)}]
         kind = min(kinds, key=lambda kind: len(fields(kind)))  # several if an old run has only the common settings
         model = ModelConfig(vocab_size=settings["model"]["vocab_size"])

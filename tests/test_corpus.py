@@ -24,7 +24,7 @@ from minigpt_pl.data.corpus import encode_text, open_corpus
 from minigpt_pl.data.sources import Source
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import is_running
-from minigpt_pl.tokenizer import split_words
+from minigpt_pl.tokenizer import NOTEBOOK, split_words
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_memory_does_not_depend_on_the_length_of_the_text(story, monkeypatch
         documents = partial(itertools.chain.from_iterable, itertools.repeat(lines, times))
         (tmp_path / str(times)).mkdir()
         tracemalloc.start()
-        encoding.encode(tmp_path / str(times), Source("story", {}, documents, None), 0.2, 200, None)
+        encoding.encode(tmp_path / str(times), Source("story", {}, documents, None), 0.2, 200, NOTEBOOK, None)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]

@@ -71,7 +71,7 @@ class TestLosses:
 
 def test_a_summary_without_a_known_word_is_valid_json():
     losses = {"a": np.array([1.0, 2.0], np.float32)}
-    summary = summarize_losses(losses, [np.array([4, 1, 5])], max_length=1, end_id=None)
+    summary = summarize_losses(losses, [np.array([4, 1, 5])], np.arange(-1, 9), max_length=1, end_id=None)
     assert summary["beginning"]["a"]["word_loss"] is None and summary["beginning"]["a"]["word_perplexity"] is None
     assert summary["whole"]["a"]["word_loss"] == 2
     json.dumps(summary, allow_nan=False)
@@ -81,7 +81,8 @@ def test_summary_computed_by_hand():
     # One token is [UNK] (1), two are [END] (9); L = 2.
     documents = [np.array([4, 11, 1, 12, 9]), np.array([3, 9])]
     losses = {"a": np.array([1.0, 2.0, 3.0, 4.0, 6.0], np.float32)}
-    summary = summarize_losses(losses, documents, max_length=2, end_id=9)
+    ranks = np.arange(-1, 12)
+    summary = summarize_losses(losses, documents, ranks, max_length=2, end_id=9)
     assert summary["whole"]["tokens"] == 5 and summary["whole"]["words"] == 2
     assert summary["whole"]["a"] == {
         "loss": pytest.approx(3.2),
@@ -103,7 +104,7 @@ def test_summary_computed_by_hand():
         {"band": "[UNK]", "tokens": 1, "a": 2.0},
         {"band": "[END]", "tokens": 2, "a": 5.0},
     ]
-    without_end = summarize_losses(losses, documents, max_length=2, end_id=None)
+    without_end = summarize_losses(losses, documents, ranks, max_length=2, end_id=None)
     assert without_end["whole"]["words"] == 4, "without an end token, id 9 is a word"
 
 
@@ -152,7 +153,7 @@ def test_held_out_texts_are_the_validation_split(story, tmp_path, own_file):
     changes = {"validation_path": str(other)} if own_file else {"validation_share": 0.2}
     config = text_config(story, cache_dir=str(tmp_path / "cache"), **changes)
     corpus = open_corpus(config, 200)
-    texts = list(held_out_texts(config))
+    texts = list(held_out_texts(config, corpus.tokenizer))
     ids = [[*corpus.tokenizer.encode(text).ids, corpus.tokenizer.token_to_id(END)] for text in texts]
     assert len(ids) > 1
     np.testing.assert_array_equal(np.concatenate(ids), corpus.validation.tokens)
@@ -171,7 +172,8 @@ class TestRun:
         model = minigpt_pl.load("outputs/tiny")
         settings = yaml.safe_load((a_run / "outputs" / "tiny" / "config.yaml").read_text())["data"]
         config = text_config(settings["path"], cache_dir=settings["cache_dir"])
-        corpus, texts = open_corpus(config, 200), list(held_out_texts(config))
+        corpus = open_corpus(config, 200)
+        texts = list(held_out_texts(config, corpus.tokenizer))
         documents = [np.array([*model.tokenizer.encode(text).ids, model.end_id]) for text in texts]
         assert result["documents"] == len(texts)
         ngrams = {

@@ -55,9 +55,10 @@ def take(datamodule, number: int) -> list[str]:
 
 
 def test_a_pass_has_every_training_document_once(folder, story):
-    whole = text_config(story, cache_dir=str(folder.parent / "cache"), tokenizer=None)
-    datamodule = make(folder)
-    lines = [line for line in story.read_text().splitlines() if line not in {*held_out_texts(whole)}]
+    whole, datamodule = text_config(story, cache_dir=str(folder.parent / "cache")), make(folder)
+    lines = [
+        line for line in story.read_text().splitlines() if line not in {*held_out_texts(whole, datamodule.tokenizer)}
+    ]
     assert 270 < len(lines) < 300
     expected = [datamodule.tokenizer.decode(datamodule.tokenizer.encode(line).ids) for line in lines]
     sequences = take(datamodule, 2 * len(lines) // 16)
@@ -71,7 +72,7 @@ def test_words_and_held_out_text_come_from_the_first_documents(folder):
     datamodule = make(folder, validation_share=0.2)
     record = datamodule.corpus.record
     assert record["train_documents"] + record["validation_documents"] == 100 and record["streamed_rows"] == 306
-    held_out = [text.lower() for text in held_out_texts(datamodule.data)]
+    held_out = [text.lower() for text in held_out_texts(datamodule.data, datamodule.tokenizer)]
     assert len(held_out) == record["validation_documents"]
     trained = {text.removesuffix(" [END]") for text in take(datamodule, 30)}
     known = [datamodule.tokenizer.decode(datamodule.tokenizer.encode(text).ids[:17]) for text in held_out]

@@ -21,7 +21,7 @@ from minigpt_pl.data.encoding import content_hash, is_held_out
 from minigpt_pl.data.parquet import Chunk
 from minigpt_pl.data.sources import Source, Stream, open_source
 from minigpt_pl.errors import InputError
-from minigpt_pl.tokenizer import list_vocabulary, load_tokenizer, split_words
+from minigpt_pl.tokenizer import KINDS, NOTEBOOK, Rules, content, load_tokenizer, rules_of
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def encode_text(
     Args:
         config: the source, the held-out share and the folder of the cache.
         vocab_size: maximum size of the vocabulary, including the three special tokens.
-        tokenizer: its vocabulary is used. If None, the vocabulary is the most frequent words of the training text.
+        tokenizer: replaces `config.tokenizer`.
         processes: processes that encode. The result does not depend on it.
         check_all: check every byte of a large text too.
 
@@ -125,7 +125,7 @@ def encode_text(
     """
     source = open_source(config)
     log.info("Text: %s", source.description)
-    if tokenizer is None and config.tokenizer is not None:
+    if tokenizer is None and config.tokenizer not in KINDS:
         try:
             tokenizer = load_tokenizer(Path(config.tokenizer))
         except InputError as error:
@@ -136,17 +136,23 @@ def encode_text(
         "vocab_size": vocab_size,
         "validation_share": None if source.validation else config.validation_share,
     }
-    vocabulary = None if tokenizer is None else list_vocabulary(tokenizer)
-    if vocabulary is not None:
-        wanted["vocabulary"] = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
+    if tokenizer is not None:
+        rules = rules_of(tokenizer)
+        wanted["vocabulary"] = hashlib.sha256(content(tokenizer)).hexdigest()
+    else:
+        is_word = config.tokenizer == "word"
+        rules = Rules(config.tokenizer, is_word if config.lowercase is None else config.lowercase)
+        if rules != NOTEBOOK:
+            wanted["rules"] = rules
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.cache_dir) / fingerprint
 
     def write(temporary: Path) -> dict[str, Any]:
-        values = encoding.encode(temporary, source, config.validation_share, vocab_size, vocabulary, processes)
+        values = encoding.encode(temporary, source, config.validation_share, vocab_size, rules, tokenizer, processes)
         if source.stream is not None:
             values["stream"] = source.stream()._asdict()
-            _finish_sample(temporary, source, config, vocab_size if vocabulary is None else None, values)
+            needs_words = tokenizer is None and rules.kind == "word"
+            _finish_sample(temporary, source, config, vocab_size if needs_words else None, values)
         return values
 
     cache.fill(folder, write, "data.cache_dir", check_all)
@@ -249,7 +255,7 @@ def is_same_text(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return bool(before) and all(before[name] == now[name] for name in names)
 
 
-def held_out_texts(config: DataConfig) -> Iterator[str]:
+def held_out_texts(config: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the held-out documents as plain text, in the order of `Corpus.validation`.
 
     If the source has no validation split, this reads the whole text to find them.
@@ -260,4 +266,4 @@ def held_out_texts(config: DataConfig) -> Iterator[str]:
     else:
         share = config.validation_share
         texts = (text for text in source.train() if is_held_out(content_hash(text.encode()), share))
-    return (text for text in texts if split_words(text))
+    return filter(rules_of(tokenizer).split, texts)

@@ -1,9 +1,10 @@
 """Encodes documents into shards of token ids: in parallel processes, with bounded memory, and resumable.
 
-The first pass reads the text once. One process reads; others split the documents into words. The words are numbered in
-order of appearance. These provisional ids go to one file per split and shard. The second pass replaces them by the
-final ids, shard by shard. So the memory grows only with the different words, the longest document, and the validation
-documents of the source (8-byte hashes). The disk needs 6 bytes per token meanwhile, and 2 afterwards.
+The first pass reads the text once. One process reads; others split the documents into pieces (`tokenizer.Rules`). The
+pieces are numbered in order of appearance. These provisional ids go to one file per split and shard. The second pass
+replaces them by the final ids, shard by shard. So the memory grows only with the different pieces, the longest
+document, and the validation documents of the source (8-byte hashes). The disk needs 6 bytes per token meanwhile, and 2
+afterwards.
 
 The result does not depend on the number of processes. A killed encoding continues after its last finished shard.
 """
@@ -22,18 +23,29 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from itertools import count, islice
+from functools import partial
+from itertools import chain, count, islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from minigpt_pl.data.sources import Source
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import flush, remove, write_text
-from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID, build_tokenizer, build_vocabulary, split_words
+from minigpt_pl.tokenizer import (
+    END,
+    NUM_SPECIAL,
+    Rules,
+    build_tokenizer,
+    build_vocabulary,
+    content,
+    piece_encoder,
+    train_bpe,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +68,13 @@ class _Encoded(NamedTuple):
     """A batch of documents as provisional ids.
 
     Attributes:
-        words: `""`, then the different words.
+        pieces: `""`, then the different pieces.
         counts: how often each of them occurs in the training documents.
-        tokens: split -> positions in `words`, with a 0 after each document.
+        tokens: split -> positions in `pieces`, with a 0 after each document.
     """
 
     read: _Read
-    words: list[str]
+    pieces: list[str]
     counts: np.ndarray
     tokens: dict[str, np.ndarray]
 
@@ -72,14 +84,16 @@ def encode(
     source: Source,
     validation_share: float,
     vocab_size: int,
-    vocabulary: list[str] | None,
+    rules: Rules,
+    tokenizer: Tokenizer | None,
     processes: int = 1,
 ) -> dict[str, Any]:
     """Write the files of an encoded text. Returns the values for its manifest.
 
     Args:
         folder: an empty folder, or what a killed `encode` with the same arguments has left.
-        vocabulary: if None, the most frequent words of the training text.
+        rules: the rules of the tokenizer.
+        tokenizer: if None, it is made from the training text.
         processes: processes that encode. One process works alone; several get documents from this one.
 
     Raises:
@@ -87,15 +101,10 @@ def encode(
     """
     start = time.monotonic()
     with _start_processes(processes) as run:
-        ids, counts, shards = _number_words(folder, source, validation_share, run)
-        if vocabulary is None:
-            vocabulary = _most_frequent(ids, counts, vocab_size)
-        final_ids = np.full(len(ids), UNKNOWN_ID, dtype=np.uint16 if len(vocabulary) <= 2**16 else np.uint32)
-        for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1):
-            if word in ids:  # a given vocabulary can have words that are not in this text
-                final_ids[ids[word]] = id_
-        final_ids[0] = len(vocabulary) - 1
-        np.save(folder / "final_ids.npy", final_ids)
+        numbers, counts, shards = _number_pieces(folder, source, validation_share, rules, run)
+        if tokenizer is None:
+            tokenizer = _make_tokenizer(rules, numbers, counts, vocab_size)
+        _write_final_ids(folder, tokenizer, list(numbers))
         names = [f"{split}-{number:05}" for split in SPLITS for number in range(len(shards))]
         sizes = list(run(_renumber, [folder / name for name in names]))  # per shard: tokens, documents, one-word ones
 
@@ -109,25 +118,25 @@ def encode(
         )
     if not documents["train"]:
         raise InputError(f"{source.description}: no text to train on; give documents that contain words")
-    build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
-    content = hashlib.sha256("\n".join(vocabulary).encode())
+    tokenizer.save(str(folder / "tokenizer.json"))
+    hash_of_all = hashlib.sha256(content(tokenizer))
     for name in names:
         for kind in ("tokens", "offsets"):
-            content.update(np.load(folder / f"{name}.{kind}.npy", mmap_mode="r").data)
-    for path in [*folder.glob("*.provisional"), *folder.glob("words-*"), *folder.glob("shard-*")]:
+            hash_of_all.update(np.load(folder / f"{name}.{kind}.npy", mmap_mode="r").data)
+    temporary = ("*.provisional", "pieces-*", "shard-*", "final_*.npy")
+    for path in chain.from_iterable(map(folder.glob, temporary)):
         path.unlink()
-    (folder / "final_ids.npy").unlink()
     total = f"{sum(documents.values()):,}", f"{sum(words.values()):,}"
     log.info("Encoded %s documents, %s tokens, in %.1f s.", *total, time.monotonic() - start)
     record = {
         "train_documents": documents["train"],
         "train_tokens": words["train"],
         "distinct_words": int((counts > 0).sum()),
-        "vocab_size": len(vocabulary),
+        "vocab_size": tokenizer.get_vocab_size(),
         "validation_documents": documents["validation"],
         "validation_tokens": words["validation"],
         "validation_duplicates_left_out": shards[-1]["duplicates"],
-        "content": content.hexdigest()[:16],
+        "content": hash_of_all.hexdigest()[:16],
     }
     return {"source": source.description, "counts": record, "shards": by_split}
 
@@ -135,15 +144,15 @@ def encode(
 # ------------------------------------------------------------------------------------------------ first pass
 
 
-def _number_words(
-    folder: Path, source: Source, validation_share: float, run: "_Run"
+def _number_pieces(
+    folder: Path, source: Source, validation_share: float, rules: Rules, run: "_Run"
 ) -> tuple[dict[str, int], np.ndarray, list[dict[str, Any]]]:
-    """Write the provisional ids. Returns the id of each word, its count in the training text, and the shards."""
+    """Write the provisional ids. Returns the id of each piece, its count in the training text, and the shards."""
     ids, counts, shards = _finished_shards(folder)
     skip = shards[-1]["documents"] if shards else 0
     encoded: Iterator[_Encoded] = iter(())
     if not (shards and shards[-1]["is_last"]):
-        encoded = run(_encode_batch, _batches(source, validation_share, skip))
+        encoded = run(partial(_encode_batch, rules), _batches(source, validation_share, skip))
     if shards:
         log.info("Continuing a killed encoding after %s documents.", f"{skip:,}")
     start, start_size = time.monotonic(), 0
@@ -153,7 +162,7 @@ def _number_words(
         with ExitStack() as stack:
             files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
             for batch in encoded:
-                found = np.fromiter((ids.setdefault(word, len(ids)) for word in batch.words), np.uint32)
+                found = np.fromiter((ids.setdefault(piece, len(ids)) for piece in batch.pieces), np.uint32)
                 if len(ids) > len(counts):
                     counts = np.concatenate([counts, np.zeros(len(ids), np.int64)])  # more than double
                 counts[found] += batch.counts
@@ -162,8 +171,8 @@ def _number_words(
                 start_size = start_size or batch.read.size
                 if tokens >= SHARD_TOKENS:
                     break
-        paths["words"] = folder / f"words-{number:05}"
-        paths["words"].write_bytes("\n".join(islice(ids, known, None)).encode())
+        paths["pieces"] = folder / f"pieces-{number:05}"
+        paths["pieces"].write_text(json.dumps([*islice(ids, known, None)]))
         sizes = {path.name: path.stat().st_size for path in paths.values()}
         is_last, read = tokens < SHARD_TOKENS, batch.read
         shards.append(read._asdict() | {"is_last": is_last, "sizes": sizes})
@@ -183,8 +192,8 @@ def _number_words(
 
 
 def _finished_shards(folder: Path) -> tuple[dict[str, int], np.ndarray, list[dict[str, Any]]]:
-    """What a killed process has left: as `_number_words`. Removes all other files."""
-    shards, words = [], [""]  # id 0 marks the end of a document; no word is empty
+    """What a killed process has left: as `_number_pieces`. Removes all other files."""
+    shards, pieces = [], [""]  # id 0 marks the end of a document; no piece is empty
     kept = set()
     for number in count():
         path = folder / f"shard-{number:05}"
@@ -193,19 +202,20 @@ def _finished_shards(folder: Path) -> tuple[dict[str, int], np.ndarray, list[dic
         shard = json.loads(path.read_text())
         if any(not (folder / n).exists() or (folder / n).stat().st_size != s for n, s in shard["sizes"].items()):
             break  # a power cut
+        if f"pieces-{number:05}" not in shard["sizes"]:
+            break  # of an older version
         shards.append(shard)
         kept |= {path.name, *shard["sizes"]}
-        if found := (folder / f"words-{number:05}").read_bytes():
-            words += found.decode().split("\n")
+        pieces += json.loads((folder / f"pieces-{number:05}").read_text())
     for path in folder.iterdir():
         if path.name not in kept:
             remove(path)
-    counts = np.zeros(len(words), np.int64)
+    counts = np.zeros(len(pieces), np.int64)
     for number in range(len(shards)):
         for piece in _read_pieces(folder / f"train-{number:05}.provisional"):
             counts += np.bincount(piece, minlength=len(counts))
-    counts[0] = 0  # not a word
-    return {word: id_ for id_, word in enumerate(words)}, counts, shards
+    counts[0] = 0  # not a piece
+    return {piece: id_ for id_, piece in enumerate(pieces)}, counts, shards
 
 
 def _batches(source: Source, validation_share: float, skip: int) -> Iterator[tuple[_Read, dict[str, list[str]]]]:
@@ -243,18 +253,18 @@ def _read(source: Source, validation_share: float) -> Iterator[tuple[str | None,
             yield "train", text, len(encoded)
 
 
-def _encode_batch(batch: tuple[_Read, dict[str, list[str]]]) -> _Encoded:
+def _encode_batch(rules: Rules, batch: tuple[_Read, dict[str, list[str]]]) -> _Encoded:
     read, texts = batch
     ids, tokens = {"": 0}, {}
     for split, documents in texts.items():
         ids_of_split = array("I")
         for text in documents:
-            if words := split_words(text):
-                ids_of_split.extend([ids.setdefault(word, len(ids)) for word in words])
+            if pieces := rules.split(text):
+                ids_of_split.extend([ids.setdefault(piece, len(ids)) for piece in pieces])
                 ids_of_split.append(0)
         tokens[split] = np.array(ids_of_split, dtype=np.uint32)
     counts = np.bincount(tokens["train"], minlength=len(ids))
-    counts[0] = 0  # not a word
+    counts[0] = 0  # not a piece
     return _Encoded(read, list(ids), counts, tokens)
 
 
@@ -270,26 +280,54 @@ def is_held_out(content: int, share: float) -> bool:
 # ----------------------------------------------------------------------------------------------- second pass
 
 
-def _most_frequent(ids: dict[str, int], counts: np.ndarray, vocab_size: int) -> list[str]:
-    # Sort only words that can be among the most frequent ones.
+def _make_tokenizer(rules: Rules, numbers: dict[str, int], counts: np.ndarray, vocab_size: int) -> Tokenizer:
+    """A tokenizer of the most frequent pieces. `numbers` has the position of each piece in `counts`."""
+    words, different = int(counts.sum()), int((counts > 0).sum())
+    if rules.kind == "word" and words > 1000 and different > words / 2:
+        log.warning(
+            "%s of %s words differ. If the text has no spaces between its words, use data.tokenizer=bpe or char.",
+            *(f"{number:,}" for number in (different, words)),
+        )
+    if rules.kind == "bpe":
+        of_text = {piece: int(counts[number]) for piece, number in numbers.items() if counts[number]}
+        return train_bpe(of_text, vocab_size, rules.lowercase)
+    # Sort only pieces that can be among the most frequent ones.
     wanted = min(max(vocab_size - NUM_SPECIAL, 1), len(counts))
     lowest = max(np.partition(counts, -wanted)[-wanted], 1)
     frequent = (counts >= lowest).tolist()
-    return build_vocabulary({word: int(counts[id_]) for word, id_ in ids.items() if frequent[id_]}, vocab_size)
+    of_frequent = {piece: int(counts[number]) for piece, number in numbers.items() if frequent[number]}
+    return build_tokenizer(build_vocabulary(of_frequent, vocab_size), rules)
+
+
+def _write_final_ids(folder: Path, tokenizer: Tokenizer, pieces: list[str]) -> None:
+    """Write the final ids of all pieces, one after the other, and the number of ids of each piece."""
+    end_id, dtype = tokenizer.get_vocab()[END], np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    encoded: list[list[int]] = [[end_id], *map(piece_encoder(tokenizer), pieces[1:])]
+    np.save(folder / "final_ids.npy", np.fromiter(chain.from_iterable(encoded), dtype))
+    np.save(folder / "final_counts.npy", np.fromiter(map(len, encoded), np.int64))
 
 
 def _renumber(shard: Path) -> tuple[int, int, int]:
     """Write the final ids of a shard. Returns its number of tokens, of documents, and of documents of one word."""
     provisional = shard.with_name(f"{shard.name}.provisional")
-    final_ids = np.load(shard.with_name("final_ids.npy"), mmap_mode="r")
-    size = provisional.stat().st_size // 4
-    ids = (final_ids[piece] for piece in _read_pieces(provisional))
-    _write_array(shard.with_name(f"{shard.name}.tokens.npy"), final_ids.dtype, size, ids)
+    final_ids, counts = (np.load(shard.with_name(f"final_{name}.npy"), mmap_mode="r") for name in ("ids", "counts"))
+    lengths = None if len(final_ids) == len(counts) else np.asarray(counts)  # None: each piece is one token
+    starts = np.cumsum(counts) - counts
+
+    def final(piece: np.ndarray) -> np.ndarray:
+        if lengths is None:
+            return np.asarray(final_ids[piece])
+        sizes = lengths[piece]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return np.asarray(final_ids[np.repeat(starts[piece], sizes) + within])
+
+    size = sum(len(piece) if lengths is None else int(lengths[piece].sum()) for piece in _read_pieces(provisional))
+    tokens, offsets = (shard.with_name(f"{shard.name}.{name}.npy") for name in ("tokens", "offsets"))
+    _write_array(tokens, final_ids.dtype, size, map(final, _read_pieces(provisional)))
     documents = sum(int((piece == 0).sum()) for piece in _read_pieces(provisional))
-    offsets = shard.with_name(f"{shard.name}.offsets.npy")
-    _write_array(offsets, np.dtype(np.int64), documents + 1, _offsets(provisional))
-    lengths = np.diff(np.load(offsets, mmap_mode="r"))
-    return size, documents, int((lengths == 2).sum())
+    _write_array(offsets, np.dtype(np.int64), documents + 1, _offsets(np.load(tokens, mmap_mode="r"), final_ids[0]))
+    of_document = np.diff(np.load(offsets, mmap_mode="r"))
+    return size, documents, int((of_document == 2).sum())
 
 
 def _read_pieces(provisional: Path) -> Iterator[np.ndarray]:
@@ -298,13 +336,11 @@ def _read_pieces(provisional: Path) -> Iterator[np.ndarray]:
             yield piece
 
 
-def _offsets(provisional: Path) -> Iterator[np.ndarray]:
+def _offsets(tokens: np.ndarray, end_id: int) -> Iterator[np.ndarray]:
     """Yield the offsets of the documents in pieces."""
     yield np.zeros(1, dtype=np.int64)
-    start = 0
-    for piece in _read_pieces(provisional):
-        yield np.flatnonzero(piece == 0) + (start + 1)
-        start += len(piece)
+    for start in range(0, len(tokens), PIECE):
+        yield np.flatnonzero(tokens[start : start + PIECE] == end_id) + (start + 1)
 
 
 def _write_array(path: Path, dtype: np.dtype, size: int, pieces: Iterator[np.ndarray]) -> None:

@@ -9,6 +9,8 @@ import queue
 import threading
 from array import array
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from minigpt_pl.data.batches import Batch, BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, Ids, Shard, ShardSize
 from minigpt_pl.data.encoding import content_hash, is_held_out
-from minigpt_pl.tokenizer import END, UNKNOWN_ID, split_words
+from minigpt_pl.tokenizer import END, piece_encoder, rules_of
 
 WINDOW_ROWS = 2**16  # rows that are shuffled together
 
@@ -70,7 +72,8 @@ class StreamLoader(BatchLoader):
             documents += counts["validation_documents"]
         self.num_sequences = len(sample) * counts["streamed_rows"] // documents
         self.num_batches = min(self.num_sequences // batch_size, max_batches or self.num_sequences)
-        self.ids = corpus.tokenizer.get_vocab()
+        self.split, self.encode = rules_of(corpus.tokenizer).split, lru_cache(2**20)(piece_encoder(corpus.tokenizer))
+        self.end_id: int = corpus.tokenizer.get_vocab()[END]
         self.position = _Position(0, 0, 0)  # of the first batch of the step
 
     def __iter__(self) -> Iterator[Batch]:
@@ -141,9 +144,9 @@ class StreamLoader(BatchLoader):
                 held_out = (
                     is_held_out(content, self.validation_share) if self.held_out is None else content in self.held_out
                 )
-                if not held_out and (words := split_words(text)):
-                    tokens.extend([self.ids.get(word, UNKNOWN_ID) for word in words])
-                    tokens.append(self.ids[END])
+                if not held_out and (pieces := self.split(text)):
+                    tokens.extend(chain.from_iterable(map(self.encode, pieces)))
+                    tokens.append(self.end_id)
                     offsets.append(len(tokens))
         shard = Shard(np.array(tokens, dtype=np.uint32), np.array(offsets))
         size = ShardSize(len(tokens), len(offsets) - 1, int((np.diff(shard.offsets) == 2).sum()))

@@ -21,7 +21,7 @@ from minigpt_pl.exploration.scaling import MIN_SIZES, ComparedRun, open_runs, po
 from minigpt_pl.exploration.summary import Estimate, Summary, bootstrap, by_prompt, estimate_text, summarize_real
 from minigpt_pl.files import make_folder, write_text
 from minigpt_pl.generation.prompts import encode_prompts
-from minigpt_pl.measures.evaluation import summarize_losses
+from minigpt_pl.measures.evaluation import frequency_ranks, summarize_losses
 from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.measures.probes import loss_by_context, non_overlapping_windows
 
@@ -60,7 +60,8 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
     write_samples(folder / "samples.jsonl", samples)
 
     longest = max(run.model.network.max_length for run in compared)
-    summary, losses_of_words = summarize_losses(losses, documents, longest, None), word_losses(losses, documents)
+    ranks = frequency_ranks(first.corpus.train.tokens, first.model.network.vocab_size)
+    summary, losses_of_words = summarize_losses(losses, documents, ranks, longest, None), word_losses(losses, documents)
     record: dict[str, Any] = {  # all figures of the report; less_first is the loss minus that of the first run
         "documents": len(documents),
         "tokens": summary["whole"]["tokens"],

@@ -18,6 +18,7 @@ from minigpt_pl.files import read_text, write_text
 from minigpt_pl.generation.prompts import encode_prompts, unknown_words
 from minigpt_pl.generation.text import generate_texts
 from minigpt_pl.text_model import TextModel
+from minigpt_pl.tokenizer import rules_of
 
 SAMPLES, PLAN = "samples.jsonl", "plan.json"
 GREEDY = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # for all greedy settings
@@ -90,12 +91,20 @@ def value_text(value: float | None) -> str:
     return "all" if value is None else f"{value:g}"
 
 
+def require_words(model: TextModel) -> None:
+    """Raises InputError if the model's tokens are not words."""
+    if (kind := rules_of(model.tokenizer).kind) != "word":
+        raise InputError(f"run={model.checkpoint}: has data.tokenizer={kind}, but explore measures words; use evaluate")
+
+
 def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> list[Setting]:
     """Check that the model can use all settings, and return the grid.
 
     Raises:
-        InputError: the model cannot use a value or a prompt, or more than `MAX_UNCONFIRMED` texts need `confirm`.
+        InputError: the model's tokens are not words, it cannot use a value or a prompt, or more than
+            `MAX_UNCONFIRMED` texts need `confirm`.
     """
+    require_words(model)
     vocab_size = model.network.vocab_size
     if config.top_k == ExploreConfig().top_k:  # the default works with every vocabulary
         changes: dict[str, Any] = {"top_k": [k for k in config.top_k if k is None or k <= vocab_size]}

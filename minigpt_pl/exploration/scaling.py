@@ -14,6 +14,7 @@ from minigpt_pl.checkpoints import read_checkpoint
 from minigpt_pl.data.batches import BatchLoader, Sequences
 from minigpt_pl.data.corpus import Corpus, Ids, open_run_corpus
 from minigpt_pl.errors import InputError
+from minigpt_pl.exploration.samples import require_words
 from minigpt_pl.exploration.summary import CONFIDENCE, RESAMPLES, Estimate, interval
 from minigpt_pl.text_model import TextModel, load
 from minigpt_pl.tokenizer import UNKNOWN_ID, list_vocabulary
@@ -59,6 +60,7 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[ComparedR
         if folder.name in [run.name for run in opened]:
             raise InputError(f"{problem} occurs twice; give runs with different names")
         model = load(checkpoint)
+        require_words(model)
         data, corpus = open_run_corpus(folder, model.tokenizer, source)
         held_out = corpus.validation
         if held_out is None:

@@ -7,6 +7,7 @@ from typing import Any
 from minigpt_pl import runs
 from minigpt_pl.errors import InputError
 from minigpt_pl.text_model import TextModel
+from minigpt_pl.tokenizer import rules_of
 from minigpt_pl.training.loss_curve import read_metrics
 
 SETTINGS = {  # in config.yaml -> in the card
@@ -25,6 +26,9 @@ COUNTS = {  # in `text` of run.json -> in the card
 }
 
 
+UNITS = {"word": ("words", "word"), "bpe": ("tokens", "character"), "char": ("characters", "character")}
+
+
 def run_card(model: TextModel, folder: Path) -> dict[str, dict[str, str]]:
     """Sections by heading, each with texts by label. A value that the run does not know is left out.
 
@@ -35,12 +39,13 @@ def run_card(model: TextModel, folder: Path) -> dict[str, dict[str, str]]:
     """
     network, record, settings = model.network, runs.read_record(folder), runs.read_settings(folder)
     text, attention = record.get("text", {}), network.blocks[0].attention
+    unit, other = UNITS[rules_of(model.tokenizer).kind]
     parameters = sum(parameter.numel() for parameter in network.parameters())
     card: dict[str, dict[str, Any]] = {
         "Network": {
             "Parameters": parameters,
-            "Words": network.vocab_size,
-            "Context, in words": network.max_length,
+            unit.capitalize(): network.vocab_size,
+            f"Context, in {unit}": network.max_length,
             "Blocks": len(network.blocks),
             "Heads": attention.num_heads,
             "Width": network.token_embedding.embedding_dim,
@@ -56,8 +61,8 @@ def run_card(model: TextModel, folder: Path) -> dict[str, dict[str, str]]:
         },
         "Held-out text": _held_out(folder),
         "Limits": {
-            "Memory": f"The network reads the last {network.max_length} words. It does not know the words before them.",
-            "Words": f"It knows {network.vocab_size:,} words. Every other word is the same to it: [UNK].",
+            "Memory": f"The network reads the last {network.max_length} {unit}. It does not know earlier ones.",
+            "Unknown": f"It knows {network.vocab_size:,} {unit}. Every other {other} is the same to it: [UNK].",
             "Truth": "It continues texts in the style of its training text. It does not know what is true.",
             "Opinions": "It repeats the opinions and prejudices of its training text.",
         },

@@ -32,7 +32,7 @@ from minigpt_pl.exporting.quantization import pack
 from minigpt_pl.files import complete_lines
 from minigpt_pl.generation.prompts import controls_on_ids
 from minigpt_pl.text_model import TextModel
-from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID, list_vocabulary
+from minigpt_pl.tokenizer import NOTEBOOK, PADDING_ID, UNKNOWN_ID, list_vocabulary, rules_of
 from minigpt_pl.training.loss_curve import read_metrics
 
 PARTS = Path(__file__).with_name("page")
@@ -60,8 +60,13 @@ def write(path: Path, model: TextModel, folder: Path, confirm: bool = False) -> 
         confirm: allow more than `MAX_MB`.
 
     Raises:
-        InputError: the page would be too large, or a file of the run is damaged.
+        InputError: the run has another tokenizer, the page would be too large, or a file of the run is damaged.
     """
+    if (rules := rules_of(model.tokenizer)) != NOTEBOOK:
+        raise InputError(
+            f"run={folder.name}: the page knows the words of the notebook only, not data.tokenizer={rules.kind} with"
+            f" data.lowercase={str(rules.lowercase).lower()}; use format=transformers or onnx"
+        )
     data = json.dumps(page_data(model, folder), allow_nan=False).replace("<", r"\u003c")  # no text can end the script
     if len(data) > MAX_MB * 1e6 and not confirm:
         raise InputError(

@@ -14,7 +14,7 @@ from minigpt_pl.exporting import require
 from minigpt_pl.generation.prompts import controls_on_ids
 from minigpt_pl.model import LAYER_NORM_EPSILON, MiniGPT
 from minigpt_pl.text_model import TextModel
-from minigpt_pl.tokenizer import END, PAD, PADDING, UNKNOWN, build_tokenizer, list_vocabulary, portable
+from minigpt_pl.tokenizer import END, PAD, PADDING, UNKNOWN, UNKNOWN_ID, from_portable, portable
 
 WEIGHTS = "model.safetensors"
 CODE = Path(__file__).with_name("modeling_minigpt.py")
@@ -139,15 +139,15 @@ def read_model(folder: Path) -> TextModel:
         if network.arguments.tie_embeddings:
             weights["output.weight"] = weights["token_embedding.weight"]
         network.load_state_dict(weights)
-        words = list_vocabulary(Tokenizer.from_file(str(folder / "tokenizer.json")))
-        if len(words) != network.vocab_size or words[:2] != [PAD, UNKNOWN]:
+        tokenizer = from_portable(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        if tokenizer.get_vocab_size() != network.vocab_size or tokenizer.id_to_token(UNKNOWN_ID) != UNKNOWN:
             raise ValueError("the tokenizer does not fit the weights")
         end_id = generation.get("eos_token_id")
     except Exception as error:  # of json, safetensors, tokenizers or torch, depending on the damage
         reason = " ".join(str(error).split())
         remedy = "give a folder of `export transformers`, or export it again"
         raise InputError(f"path={folder}: cannot be read ({reason:.200}); {remedy}") from error
-    return TextModel(network.eval(), build_tokenizer([PADDING, *words[1:]]), end_id, folder / WEIGHTS)
+    return TextModel(network.eval(), tokenizer, end_id, folder / WEIGHTS)
 
 
 def push(folder: Path, repository: str) -> str:

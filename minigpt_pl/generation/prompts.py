@@ -32,7 +32,8 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], setting: str = 
     """
     all_ids, problems = [], []
     for prompt in prompts:
-        ids = _encode(tokenizer, prompt) if isinstance(prompt, str) else None
+        # bpe and char would read the white space at the end, and generate it again.
+        ids = _encode(tokenizer, prompt.rstrip()) if isinstance(prompt, str) else None
         if ids is None:
             reason = "is not Unicode text; give it in UTF-8" if isinstance(prompt, str) else "must be a text; quote it"
             problems.append(f"{setting}={prompt!r:.200}: {reason}")

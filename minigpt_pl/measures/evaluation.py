@@ -3,7 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from functools import cache
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from minigpt_pl.errors import DIVERGED, InputError
 from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.measures.ngrams import NGramModel
 from minigpt_pl.text_model import TextModel
-from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID, list_vocabulary, split_words
+from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID, list_vocabulary, piece_encoder, rules_of
 
 NETWORK = "network"
 NGRAM_ORDERS = {"unigram": 1, "bigram": 2, "5-gram": 5}  # all with modified Kneser-Ney smoothing
@@ -38,15 +39,17 @@ def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, descripti
         InputError: no document has a known word after its first word.
     """
     vocabulary = list_vocabulary(model.tokenizer)
-    ids = {word: id_ for id_, word in enumerate(vocabulary[NUM_SPECIAL - 1 : -1], start=NUM_SPECIAL - 1)}
+    known = dict.fromkeys(vocabulary[NUM_SPECIAL - 1 : -1])
+    rules, ids_of = rules_of(model.tokenizer), cache(piece_encoder(model.tokenizer))
     end = [] if model.end_id is None else [model.end_id]
     documents: list[np.ndarray] = []
     unknown: Counter[str] = Counter()
     for text in texts:
-        words = split_words(text)
-        unknown.update(word for word in words if word not in ids)
-        documents.append(np.array([*(ids.get(word, UNKNOWN_ID) for word in words), *end]))
-    if not any(np.isin(document[1:], list(ids.values())).any() for document in documents):
+        pieces = rules.split(text)
+        symbols = chain.from_iterable(pieces) if rules.kind == "bpe" else pieces  # bpe knows a character or not
+        unknown.update(symbol for symbol in symbols if symbol not in known)
+        documents.append(np.array([*chain.from_iterable(map(ids_of, pieces)), *end]))
+    if not any(np.isin(document[1:], range(UNKNOWN_ID + 1, len(vocabulary) - 1)).any() for document in documents):
         raise InputError(f"{description}: no document has a known word after its first word; give other text")
 
     network_losses = document_losses(model.network, documents, show_progress=True)
@@ -54,10 +57,11 @@ def evaluate_texts(model: TextModel, texts: Sequence[str], train: Ids, descripti
         raise InputError(f"checkpoint={model.checkpoint}: {DIVERGED}")
     losses, first_words_nats = ngram_losses(documents, train, len(vocabulary), model.end_id)
     losses[NETWORK] = network_losses
-    summary = summarize_losses(losses, documents, model.network.max_length, model.end_id)
+    ranks = frequency_ranks(train.tokens, len(vocabulary))
+    summary = summarize_losses(losses, documents, ranks, model.network.max_length, model.end_id)
 
     num_bytes = sum(len(text.encode()) for text in texts)
-    spelling = spelling_nats(unknown, list(ids))
+    spelling = spelling_nats(unknown, [*known])
     for name, values in losses.items():
         total = float(values.sum(dtype=np.float64)) + first_words_nats + spelling
         summary["whole"][name]["bits_per_byte"] = total / math.log(2) / num_bytes
@@ -94,6 +98,14 @@ def ngram_losses(
     return losses, first_words_nats
 
 
+def frequency_ranks(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """(V,): the rank of each token by its frequency in the text; 1 is the most frequent. 0 for special tokens."""
+    counts = np.bincount(tokens, minlength=vocab_size)[NUM_SPECIAL - 1 : -1]
+    ranks = np.zeros(vocab_size, dtype=np.int64)
+    ranks[NUM_SPECIAL - 1 + np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
+    return ranks
+
+
 def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
     """The cost, in nats, to spell the unknown words: all bytes and the end mark of each word.
 
@@ -107,7 +119,11 @@ def spelling_nats(unknown: Counter[str], vocabulary: Sequence[str]) -> float:
 
 
 def summarize_losses(
-    losses: Mapping[str, np.ndarray], documents: Sequence[np.ndarray], max_length: int, end_id: int | None
+    losses: Mapping[str, np.ndarray],
+    documents: Sequence[np.ndarray],
+    ranks: np.ndarray,
+    max_length: int,
+    end_id: int | None,
 ) -> dict[str, Any]:
     """Mean losses of several models on the same tokens, in nats per token. The result can be written as JSON.
 
@@ -119,6 +135,7 @@ def summarize_losses(
 
     Args:
         losses: name of the model -> (T,) nats, in the order of `document_losses`.
+        ranks: of `frequency_ranks`.
         end_id: the end token, which is not a word; None if the documents have none.
     """
     targets = np.concatenate([document[1:] for document in documents]).astype(np.int64)
@@ -143,8 +160,10 @@ def summarize_losses(
         ]
 
     powers_of_2 = [2**power for power in range(max_length.bit_length()) if 2**power < max_length]
-    ranks = np.where(is_word, targets - UNKNOWN_ID, 0)  # the vocabulary lists words by frequency
-    by_frequency = _bands(ranks, RANKS) | {"[UNK]": targets == UNKNOWN_ID, "[END]": targets == end_id}
+    by_frequency = _bands(np.where(is_word, ranks[targets], 0), RANKS) | {
+        "[UNK]": targets == UNKNOWN_ID,
+        "[END]": targets == end_id,
+    }
     return {
         "beginning": means(positions <= max_length),
         "whole": means(np.ones(len(targets), bool)),
