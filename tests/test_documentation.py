@@ -42,6 +42,14 @@ def test_commands_have_valid_settings():
     assert checked > 30
 
 
+def test_the_messages_of_the_page_of_errors_exist():
+    of_others = ("No module named", "No matching distribution", "Could not locate class")
+    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+    ours = [message for message in messages if not message.startswith(of_others)]
+    source = "".join(path.read_text() for path in sorted(ROOT.glob("minigpt_pl/**/*.py")))
+    assert len(ours) > 15 and [message for message in ours if message not in source] == []
+
+
 def test_the_readme_is_short_and_shows_the_script():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 150
