@@ -166,6 +166,14 @@ def run_module(module: str, *arguments: str, cwd: Path, **options) -> subprocess
     return subprocess.run(command, cwd=cwd, **options)
 
 
+@pytest.fixture(scope="module")
+def no_coverage_in_processes():
+    """Coverage adds half to the time of a process that imports much. Other tests cover the same lines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run, outputs/tiny, that the command line trained."""

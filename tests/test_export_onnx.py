@@ -59,12 +59,22 @@ def test_the_script_draws_and_needs_three_packages(folders):
     script = folders["tied"] / "sample.py"
     assert write("50", "1", "20", "1") == write("50", "1", "20", "1") != write("50", "1", "20", "2")
     assert "[UNK]" not in write("300", "9", "1000", "1")
+    assert write("50", "9", "1", "1") == write("50", "0"), "top_k=1 takes the likeliest word"
     assert write().startswith("the w1 ")
     imports = [
         node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     names = {getattr(node, "module", None) or node.names[0].name for node in imports}
     assert names - sys.stdlib_module_names == {"numpy", "onnxruntime", "tokenizers"}
+
+
+def test_the_script_stops_at_the_end_of_the_text(tmp_path):
+    model = text_model("tied")
+    with torch.no_grad():
+        model.network.output.bias[model.end_id] += 1000
+    onnx.write_model(tmp_path, model)
+    command = [sys.executable, "-I", tmp_path / "sample.py", "the w1", "50", "0"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout == "the w1\n"
 
 
 def test_a_window_of_one_word(tmp_path):

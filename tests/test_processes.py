@@ -27,6 +27,8 @@ from minigpt_pl.training import checkpointing
 from minigpt_pl.training.module import MiniGPTModule
 from torch.profiler import profile
 
+pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
+
 checkpointing.VOTE_SECONDS = 10**6  # only the first step votes
 watch = profile()
 

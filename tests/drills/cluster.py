@@ -12,6 +12,7 @@ Exits with 1 if anything differs.
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -81,12 +82,28 @@ class Processes:
         time.sleep(rng.uniform(0, 0.1))
 
 
+def wait_for_handlers(process: int) -> None:
+    """Wait until the process handles signals, or has ended. Before, Python starts, and any signal kills it."""
+    caught = "0"
+    while not int(caught, 16) >> (signal.SIGTERM - 1) & 1:
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except FileNotFoundError:
+            return
+        found = re.search(r"SigCgt:\t(\w+)", status)
+        if found is None or re.search(r"State:\tZ", status):
+            return
+        caught = found[1]
+        time.sleep(0.005)
+
+
 def disturb(folder: Path, moment: str, number: int, both: bool, rng: random.Random, expected: list) -> bool:
     """Start or continue the run, and send the signal. Returns whether it came before the end."""
     processes = Processes(folder)
     processes.wait_for(moment, rng, expected)
     everyone = [processes.first.pid, *processes.children()]
     for process in everyone if both else [rng.choice(everyone)]:
+        wait_for_handlers(process)
         if processes.first.poll() is None:
             os.kill(process, number)
     began, before = time.monotonic(), read(processes.run_folder / "checkpoints" / "last.ckpt")
@@ -144,7 +161,8 @@ def main() -> None:
     rng.shuffle(moments)
     in_first, folder = len([row for row in expected if row["epoch"] == "0"]), work / "disturbed"
     while sent < wanted:
-        if moments[sent] == "first epoch" and len(rows(folder / "outputs" / "drill")) >= in_first:
+        done, limits = len(rows(folder / "outputs" / "drill")), {"first epoch": in_first, "start": len(expected) + 1}
+        if done >= limits.get(moments[sent], len(expected)):  # this moment is over
             finish(folder, undisturbed.run_folder)
         number, both = SIGNALS[sent % len(SIGNALS)], rng.random() < 0.5
         stopped = disturb(folder, moments[sent], number, both, rng, expected)

@@ -26,6 +26,8 @@ from .programs import run_keras
 
 pytest.importorskip("h5py", reason="h5py is not installed: pip install 'minigpt_pl[keras]'")
 
+pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
+
 STEPS, BATCH = 50, 32
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KERAS = {"vocab_size": 5_000, "maxlen": 80, "embed_dim": 64, "num_heads": 2, "feed_forward_dim": 64, "rate": 0.0}
