@@ -404,7 +404,7 @@ class TestHelp:
         assert done.returncode == 0, done.stderr
         assert "  model.embed_dim=64\n      width of the embeddings" in done.stdout
         assert "  trainer.max_epochs=7\n" in done.stdout
-        assert "  experiment=best|fast|keras|large|mine|quick|scaling\n" in done.stdout
+        assert "  experiment=best|fast|keras|large|mine|quick|scaling|small\n" in done.stdout
         assert "  data=imdb|text\n" in done.stdout
 
     def test_a_setting_without_a_value(self, tmp_path):

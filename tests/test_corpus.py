@@ -257,7 +257,9 @@ def test_a_killed_encoding_continues(config, many_shards, monkeypatch, caplog, m
     assert finished == 2 if moment == "in the third shard" else finished > 3
     encoded, encode = [], encoding._encode_batch
     monkeypatch.setattr(
-        encoding, "_encode_batch", lambda batch: encoded.append(len(sum(batch[1].values(), []))) or encode(batch)
+        encoding,
+        "_encode_batch",
+        lambda rules, batch: encoded.append(len(sum(batch[1].values(), []))) or encode(rules, batch),
     )
     assert _contents(encode_text(config, 20)) == expected
     assert 0 < sum(encoded) < 250 if moment == "in the third shard" else not encoded, (

@@ -252,7 +252,10 @@ class TestStreaming:
         monkeypatch.setattr(parquet, "WAITS", (1, 2))
         waits = []
         monkeypatch.setattr(time, "sleep", waits.append)
-        return waits
+        yield waits
+        for thread in threading.enumerate():  # it would read from this hub during the next test
+            if thread.name == "read ahead":
+                thread.join(60)
 
     def loader(self, tmp_path):
         config = imdb_config("hub", batch_size=16, streaming=True, sample_documents=200, validation_documents=20)

@@ -173,5 +173,6 @@ def _in_thread(function: Callable[..., Any], *arguments: Any) -> Callable[[], An
             raise error
         return value
 
-    threading.Thread(target=run, daemon=True).start()  # daemon: the end of the process does not wait for the network
+    # A daemon: the end of the process does not wait for the network.
+    threading.Thread(target=run, name="read ahead", daemon=True).start()
     return result
