@@ -10,6 +10,8 @@ import pytest
 from conftest import EVERY_STEP, TINY_RUN, checkpoint, losses, train
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
+
 # An epoch has 6 steps: 11 batches of 16 sequences and one of 3, so some of 4 or 8 processes get no sequence of it.
 OPTIONS = [
     *("model.dropout=0.3", "model.num_blocks=2", "trainer.max_epochs=2", "data.max_sequences=179"),
@@ -26,8 +28,6 @@ from minigpt_pl import train
 from minigpt_pl.training import checkpointing
 from minigpt_pl.training.module import MiniGPTModule
 from torch.profiler import profile
-
-pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
 
 checkpointing.VOTE_SECONDS = 10**6  # only the first step votes
 watch = profile()
