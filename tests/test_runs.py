@@ -93,6 +93,11 @@ class TestRunFolder:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
         assert runs.read_data_settings(tmp_path) == (data, 9)
 
+    def test_an_older_run_has_no_tokenizer_setting(self, tmp_path):
+        settings = {"model": {"vocab_size": 9}, "data": {"path": "text.txt", "tokenizer": None}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        assert runs.read_data_settings(tmp_path)[0] == TextConfig(path="text.txt", tokenizer="word")
+
     def test_data_settings_that_no_class_has_are_refused(self, tmp_path):
         (tmp_path / "config.yaml").write_text("{model: {vocab_size: 9}, data: {path: a, poet: b}}")
         with pytest.raises(InputError, match="config.yaml: not the settings of a run"):

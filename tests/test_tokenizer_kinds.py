@@ -191,6 +191,7 @@ class TestEncoding:
         datamodule.setup()
         seen = set()
         for batch in datamodule.train_dataloader():
+            assert (batch.inputs == datamodule.tokenizer.token_to_id(END)).sum(dim=1).eq(1).all()
             seen |= {datamodule.tokenizer.decode(row).replace(END, "").strip() for row in batch.inputs.tolist()}
         assert len(seen) > 150 and seen <= {*lines}
 
@@ -218,6 +219,10 @@ class TestCommands:
         for prompt in ("Der Hund", "Der Hund  ", "Der\tHund"):
             text = minigpt_pl.generate_text(model, prompt, num_tokens=60, temperature=0.5, seed=1)
             assert text.startswith(prompt.rstrip()) and len(text) > len(prompt) + 10
+        options = {"num_tokens": 60, "temperature": 0.5, "seed": 1}
+        assert minigpt_pl.generate_text(model, "Der Hund \n", **options) == minigpt_pl.generate_text(
+            model, "Der Hund", **options
+        )
         text = minigpt_pl.generate_text(model, "Der Hund", num_tokens=60, temperature=0.2, seed=1)
         assert re.search(r"Hund \d sieht ", text), "it keeps the spaces between words"
         [record] = minigpt_pl.generate(model, "Der Hund", num_tokens=30, temperature=0.5, seed=1)
@@ -282,6 +287,7 @@ class TestCommands:
         ):
             done = run_main(*command, cwd=cwd)
             assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert f"data.tokenizer={folder.name}" in done.stderr or "TextVectorization" in done.stderr
             assert not (cwd / "model.weights.h5").exists() and not (folder / "explore").exists()
 
     def test_another_run_uses_the_file(self, run):
