@@ -14,6 +14,7 @@ from typing import Any, TypedDict, get_args, get_origin
 
 from minigpt_pl.errors import InputError
 
+TOKENIZERS = ("word", "bpe", "char")
 IMDB_SPLITS = ("train", "test", "unsupervised")
 REQUIRED = "???"  # OmegaConf's value for a required setting
 MAX_INTEGER = 2**63 - 1  # of PyTorch, NumPy and itertools
@@ -577,7 +578,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.max_sequences={data.max_sequences}: must be at least data.batch_size={data.batch_size}; lower that"
     if isinstance(data, TextConfig) and data.validation_path is not None:
         yield from without_effect(data, ["validation_share"], "data.", "data.validation_path")
-    if data.tokenizer not in ("word", "bpe", "char"):
+    if data.tokenizer not in TOKENIZERS:
         yield from without_effect(data, ["lowercase"], "data.", f"data.tokenizer={data.tokenizer}, a file")
     if data.streaming and data.max_sequences is not None:
         yield f"data.max_sequences={data.max_sequences}: has no effect with data.streaming=true; leave it out"

@@ -161,8 +161,10 @@ def _export(config: ConvertConfig, target: Path) -> Path:
     for name, path in {"to_keras": target, "vocabulary": vocabulary}.items():
         _check_new(name, path)
     model = load(choose_checkpoint(Path(config.output_dir), config.run))
-    if rules_of(model.tokenizer) != NOTEBOOK:
-        raise InputError(f"run={model.checkpoint}: Keras's TextVectorization cannot split text as this run does")
+    if (rules := rules_of(model.tokenizer)) != NOTEBOOK:
+        raise InputError(
+            f"run={model.checkpoint}: Keras's TextVectorization cannot split text as {rules}; use `export transformers`"
+        )
     write_keras(target, model.network)
     words = list_vocabulary(model.tokenizer)[:-1]  # without [END], which Keras does not know
     write_text(vocabulary, "\n".join(words) + "\n")

@@ -35,7 +35,6 @@ PADDING, UNKNOWN, END = "", "[UNK]", "[END]"
 PAD = "[PAD]"  # padding for other tools, which refuse an empty token
 PADDING_ID, UNKNOWN_ID = 0, 1
 NUM_SPECIAL = 3
-KINDS = ("word", "bpe", "char")
 
 _PUNCTUATION = r"""!"#$%&'()*+,\-./:;<=>?@\[\]^_`{|}~"""  # string.punctuation without the backslash
 _SPACE = r" \t\n\x0b\x0c\r"
@@ -60,12 +59,15 @@ class Rules(NamedTuple):
     """How a text is split into pieces. A piece is a token; with bpe it is a word of one or more tokens.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: word, bpe or char.
         lowercase: change A-Z to a-z.
     """
 
     kind: str = "word"
     lowercase: bool = True
+
+    def __str__(self) -> str:
+        return f"data.tokenizer={self.kind} with data.lowercase={str(self.lowercase).lower()}"
 
     def split(self, text: str) -> list[str]:
         """The pieces of a text. For words this is four times as fast as the pipeline of `build_tokenizer`."""
@@ -159,10 +161,11 @@ def train_bpe(counts: Mapping[str, int], vocab_size: int, lowercase: bool) -> To
 
 def rules_of(tokenizer: Tokenizer) -> Rules:
     """The rules of a tokenizer of this file."""
-    state = json.loads(tokenizer.to_str())
-    is_char = state["pre_tokenizer"]["pattern"]["Regex"] == r"[\s\S]"
-    kind = "bpe" if state["model"]["type"] == "BPE" else "char" if is_char else "word"
-    return Rules(kind, any(step.get("pattern") == {"String": "A"} for step in state["normalizer"]["normalizers"]))
+    # The state of these parts is small. That of the whole tokenizer contains the vocabulary.
+    splitter, normalizer = (json.loads(part.__getstate__()) for part in (tokenizer.pre_tokenizer, tokenizer.normalizer))
+    is_char = splitter["pattern"]["Regex"] == r"[\s\S]"
+    kind = "bpe" if isinstance(tokenizer.model, models.BPE) else "char" if is_char else "word"
+    return Rules(kind, any(step.get("pattern") == {"String": "A"} for step in normalizer["normalizers"]))
 
 
 def piece_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
@@ -178,20 +181,18 @@ def portable(tokenizer: Tokenizer) -> Tokenizer:
 
     It keeps the space before the first word, and it calls the padding `[PAD]`. No text contains this word.
     """
-    copy, rules = _rename_padding(tokenizer, PADDING, PAD), rules_of(tokenizer)
+    copy, rules = rename_padding(tokenizer, PADDING, PAD), rules_of(tokenizer)
     if rules.kind == "word":
         copy.decoder = decoders.Sequence([_add_spaces(rules.lowercase), decoders.Fuse()])
     return copy
 
 
-def from_portable(copy: Tokenizer) -> Tokenizer:
-    """The tokenizer of `portable`."""
-    tokenizer, rules = _rename_padding(copy, PAD, PADDING), rules_of(copy)
-    tokenizer.decoder = build_tokenizer([PADDING, UNKNOWN], rules).decoder
-    return tokenizer
+def rename_padding(tokenizer: Tokenizer, before: str, after: str) -> Tokenizer:
+    """A copy with another name for the padding. `rename_padding(portable(tokenizer), PAD, PADDING)` is the tokenizer.
 
-
-def _rename_padding(tokenizer: Tokenizer, before: str, after: str) -> Tokenizer:
+    Raises:
+        ValueError: the padding is not called `before`.
+    """
     model = json.loads(tokenizer.to_str())["model"]
     words, merges = list_vocabulary(tokenizer), [(left, right) for left, right in model.get("merges", ())]
     if words[PADDING_ID] != before:
@@ -232,6 +233,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path}: not a tokenizer of minigpt_pl (ids 0 and 1 must be '' and '[UNK]')")
     try:
         rules_of(tokenizer)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:  # of other rules
         raise InputError(f"{path}: not a tokenizer of minigpt_pl; copy it again from its run") from error
     return tokenizer

@@ -415,7 +415,7 @@ def test_a_run_that_is_killed_while_it_encodes_is_known(tiny_config, monkeypatch
 
 
 class TestVotes:
-    """Two processes vote about every two seconds, whatever the time between two calls."""
+    """Two processes vote about every two seconds. The time between two calls does not matter."""
 
     @pytest.fixture
     def votes(self, monkeypatch, tmp_path):

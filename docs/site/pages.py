@@ -11,13 +11,15 @@ from mkdocs.structure.files import File, Files
 
 import minigpt_pl
 from minigpt_pl import config
+from minigpt_pl.__main__ import COMMANDS
+from minigpt_pl.cli.help import meaning
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "sample", "explore", "evaluate", "export", "play", "convert", "prepare", "doctor")
 
 
 def on_files(files: Files, config) -> Files:
-    pages = {"index.md": readme(), "changelog.md": changelog(), "settings.md": settings(), "python.md": functions()}
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    pages = {"index.md": readme(), "changelog.md": changelog, "settings.md": settings(), "python.md": functions()}
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
@@ -39,10 +41,6 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 def readme() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return text.replace("](docs/", "](").replace('src="docs/', 'src="').replace("](CHANGELOG.md)", "](changelog.md)")
-
-
-def changelog() -> str:
-    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def settings() -> str:
@@ -69,12 +67,9 @@ def rows_of(class_: type, prefix: str = "") -> list[str]:
 def row_of(field, name: str) -> str:
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "required" if default == config.REQUIRED else default if isinstance(default, str) else json.dumps(default)
-    limits = [f"{words} {limit}" for words, limit in field.metadata["limits"].items()]
-    doc, choices = field.metadata["doc"], field.metadata["choices"]
-    if not all(choice in doc for choice in choices):
-        limits.append(f"one of {', '.join(choices)}")
-    meaning = f"{doc} ({', '.join(limits)})" if limits else doc
-    return f"| `{name}` | `{shown}` | {html.escape(meaning).replace('|', '&#124;')} |"
+    limits = ", ".join(f"{words} {limit}" for words, limit in field.metadata["limits"].items())
+    text = f"{meaning(field)} ({limits})" if limits else meaning(field)
+    return f"| `{name}` | `{shown}` | {html.escape(text).replace('|', '&#124;')} |"
 
 
 def functions() -> str:

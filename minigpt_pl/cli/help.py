@@ -30,10 +30,15 @@ def print_help(composed: DictConfig) -> None:
     for name, value, field in each_setting(composed):
         print(f"  {name}={value if isinstance(value, str) else json.dumps(value)}")
         if field is not None:
-            doc, choices = field.metadata["doc"], field.metadata["choices"]
-            is_listed = all(choice in doc for choice in choices)
-            print(f"      {doc}" if is_listed else f"      {doc}; one of {', '.join(choices)}")
+            print(f"      {meaning(field)}")
     print(_FLAGS)
+
+
+def meaning(field: Field[Any]) -> str:
+    """The description of a setting, with its choices."""
+    doc, choices = field.metadata["doc"], field.metadata["choices"]
+    is_listed = all(choice in doc for choice in choices)
+    return doc if is_listed else f"{doc}; one of {', '.join(choices)}"
 
 
 def each_setting(composed: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any] | None]]:

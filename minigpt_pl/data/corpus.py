@@ -15,13 +15,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minigpt_pl import runs
-from minigpt_pl.config import DataConfig, ImdbConfig, TextConfig
+from minigpt_pl.config import TOKENIZERS, DataConfig, ImdbConfig, TextConfig
 from minigpt_pl.data import cache, encoding
 from minigpt_pl.data.encoding import content_hash, is_held_out
 from minigpt_pl.data.parquet import Chunk
 from minigpt_pl.data.sources import Source, Stream, open_source
 from minigpt_pl.errors import InputError
-from minigpt_pl.tokenizer import KINDS, NOTEBOOK, Rules, content, load_tokenizer, rules_of
+from minigpt_pl.tokenizer import NOTEBOOK, Rules, content, load_tokenizer, rules_of
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def encode_text(
     """
     source = open_source(config)
     log.info("Text: %s", source.description)
-    if tokenizer is None and config.tokenizer not in KINDS:
+    if tokenizer is None and config.tokenizer not in TOKENIZERS:
         try:
             tokenizer = load_tokenizer(Path(config.tokenizer))
         except InputError as error:

@@ -14,7 +14,7 @@ from minigpt_pl.exporting import require
 from minigpt_pl.generation.prompts import controls_on_ids
 from minigpt_pl.model import LAYER_NORM_EPSILON, MiniGPT
 from minigpt_pl.text_model import TextModel
-from minigpt_pl.tokenizer import END, PAD, PADDING, UNKNOWN, UNKNOWN_ID, from_portable, portable
+from minigpt_pl.tokenizer import END, PAD, PADDING, UNKNOWN, UNKNOWN_ID, portable, rename_padding
 
 WEIGHTS = "model.safetensors"
 CODE = Path(__file__).with_name("modeling_minigpt.py")
@@ -139,7 +139,7 @@ def read_model(folder: Path) -> TextModel:
         if network.arguments.tie_embeddings:
             weights["output.weight"] = weights["token_embedding.weight"]
         network.load_state_dict(weights)
-        tokenizer = from_portable(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        tokenizer = rename_padding(Tokenizer.from_file(str(folder / "tokenizer.json")), PAD, PADDING)
         if tokenizer.get_vocab_size() != network.vocab_size or tokenizer.id_to_token(UNKNOWN_ID) != UNKNOWN:
             raise ValueError("the tokenizer does not fit the weights")
         end_id = generation.get("eos_token_id")
