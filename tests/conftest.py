@@ -144,7 +144,7 @@ def run_main(module: str, *arguments: str, cwd: Path, input: str = "") -> subpro
         contextlib.chdir(cwd),
         mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
         mock.patch.object(sys, "argv", [f"{module}.py", *arguments]),
-        mock.patch.object(sys, "stdin", io.StringIO(input)),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()))),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
@@ -164,14 +164,6 @@ def run_module(module: str, *arguments: str, cwd: Path, **options) -> subprocess
     command = [sys.executable, "-m", f"minigpt_pl.{module}", *arguments]
     options = {"env": environment, "capture_output": True, "text": True, "timeout": 1800} | options
     return subprocess.run(command, cwd=cwd, **options)
-
-
-@pytest.fixture(scope="module")
-def no_coverage_in_processes():
-    """Coverage adds half to the time of a process that imports much. Other tests cover the same lines."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-        yield
 
 
 @pytest.fixture(scope="session")

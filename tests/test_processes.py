@@ -10,8 +10,6 @@ import pytest
 from conftest import EVERY_STEP, TINY_RUN, checkpoint, losses, train
 from torch.testing import assert_close
 
-pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
-
 # An epoch has 6 steps: 11 batches of 16 sequences and one of 3, so some of 4 or 8 processes get no sequence of it.
 OPTIONS = [
     *("model.dropout=0.3", "model.num_blocks=2", "trainer.max_epochs=2", "data.max_sequences=179"),

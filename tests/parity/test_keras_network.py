@@ -16,8 +16,6 @@ from minigpt_pl.tokenizer import build_tokenizer
 
 from .programs import SEED_VOCABULARY, run_keras
 
-pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
-
 LENGTHS = (1, 2, 79, 80)
 TOP_K, TEMPERATURES = (1, 10, 20), (1.0, 0.8)
 NOTEBOOK = {"vocab_size": SEED_VOCABULARY, "maxlen": 80, "embed_dim": 256, "num_heads": 2, "feed_forward_dim": 256}

@@ -10,8 +10,6 @@ from minigpt_pl.tokenizer import END, build_tokenizer, build_vocabulary, count_w
 
 from .programs import SEED_VOCABULARY, run_keras
 
-pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
-
 LENGTH = 81
 HOSTILE = [
     "",

@@ -26,7 +26,6 @@ from .programs import run_keras
 
 pytest.importorskip("h5py", reason="h5py is not installed: pip install 'minigpt_pl[keras]'")
 
-pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
 
 STEPS, BATCH = 50, 32
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -14,8 +14,6 @@ import pytest
 import torch
 from conftest import EVERY_STEP, TINY_RUN, checkpoint, losses
 
-pytestmark = pytest.mark.usefixtures("no_coverage_in_processes")
-
 TEMPLATES = Path(__file__).parents[2] / "examples" / "slurm"
 TIMEOUT = 300  # seconds; a job that takes longer hangs
 SETTINGS = [*TINY_RUN, EVERY_STEP, "trainer.max_epochs=16", "text_generator.num_tokens=5", "checkpoint.every_n_steps=5"]
