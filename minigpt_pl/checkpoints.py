@@ -56,7 +56,10 @@ def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
         return find_checkpoint(run, output_dir)
     finished = [folder for folder in runs.runs_by_status(output_dir, "finished") if runs.checkpoints_of(folder)]
     if not finished:
-        raise InputError(f"output_dir={output_dir}: holds no finished run; train one, or give run=FOLDER")
+        raise InputError(
+            f"output_dir={output_dir}: holds no finished run ({output_dir.resolve()}); train one, go to the folder"
+            " in which you trained, or give run=FOLDER"
+        )
     return find_checkpoint(finished[0])
 
 

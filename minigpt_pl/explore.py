@@ -64,6 +64,10 @@ def explore(config: ExploreConfig) -> None:
         log.warning("Left out: %s", line)
     if not generated:
         raise InputError("explore: the model can generate no text with these settings; give other settings")
+    page = folder / "report.html"  # the last file that is written
+    if page.is_file() and all("metrics" in sample for sample in generated):
+        log.info("Explored before, so nothing is changed: %s. To explore again, give folder=ANOTHER.", page)
+        return
     grid = [setting for setting in grid if any(sample["settings"] == setting for sample in generated)]
     metrics = TextMetrics.fit(model, corpus.train, held_out, config.num_tokens, config.num_real)
     log.info("Measuring %s texts and %s held-out texts.", f"{len(generated):,}", f"{len(metrics.real_texts):,}")
@@ -75,7 +79,7 @@ def explore(config: ExploreConfig) -> None:
     log.info("Drawing the charts and writing the report.")
     measured = real_records, metrics.num_calibration, network_study
     report(Exploration(run_folder.name, corpus.record["source"], model, grid, generated, failed, *measured), folder)
-    log.info("Report: %s and %s", folder / "report.html", folder / "report.md")
+    log.info("Report: %s and %s", page, folder / "report.md")
 
 
 def _values_to_lists(arguments: list[str]) -> list[str]:

@@ -367,9 +367,10 @@ class TestChoice:
         seconds = iter(range(1000))
         monkeypatch.setattr(checkpointing.SaveAndStop, "_seconds", lambda self: next(seconds))
         options = ["trainer.max_epochs=9", "optimizer.learning_rate=1e-30", "run_name=mine", limit]
-        folder = train(tiny_config(*options))
-        before = (folder / "checkpoints" / "last.ckpt").read_bytes()
         caplog.set_level("INFO")
+        folder = train(tiny_config(*options))
+        assert f"{limit.partition('=')[0]} ended the training before step " in caplog.text
+        before = (folder / "checkpoints" / "last.ckpt").read_bytes()
         train(tiny_config(*options, "resume=auto"), resume_from=newest_checkpoint(folder))
         assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
         assert "The run is finished." in caplog.text

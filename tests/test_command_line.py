@@ -184,7 +184,7 @@ class TestBadInput:
             (["prompt=a", "num_tokens=[1"], ["num_tokens=[1: cannot be read; put quotes around the value"]),
             (
                 ["prompt=a", "seed=1,2"],
-                ["seed=1,2: has several values; write [a,b] for a list, quote"],
+                ["seed=1,2: has several values; write 0.5 instead of 0,5"],
             ),
             (["prompt=a", "+topk=3"], ["topk: no such setting"]),
             (["prompt=a", "run=${none}"], ["run: Interpolation key 'none' not found"]),

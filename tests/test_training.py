@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -203,8 +204,9 @@ class TestSettings:
         assert any(re.fullmatch(rf"epoch 1, step 2: val/loss {number}, .*", shown) for shown in lines)
 
     @pytest.mark.parametrize("terminal", [False, True])
-    def test_time_left_counts_the_validations(self, monkeypatch, capsys, terminal):
-        """Two steps of 10 s and a validation of 100 s: the third step ends in 60 s."""
+    @pytest.mark.parametrize(("until_max_time", "expected"), [(math.inf, "0:01:00"), (42, "0:00:42"), (-1, "0:00:00")])
+    def test_time_left_counts_the_validations(self, monkeypatch, capsys, terminal, until_max_time, expected):
+        """Two steps of 10 s and a validation of 100 s: the third step ends in 60 s, unless `max_time` is earlier."""
         bar, seconds = mock.MagicMock(), iter([0, 20, 120])
         monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
         monkeypatch.setattr(progress, "_rich_bar", lambda: bar)
@@ -212,7 +214,7 @@ class TestSettings:
         metrics = {"train/loss": 3.0, "train/perplexity": 20.0, "tokens_per_second": 100.0}
         metrics |= {"val/loss": 3.0, "val/perplexity": 20.0, "val/word_perplexity": 20.0}
         trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=0, max_epochs=1, global_step=0)
-        module, shown = SimpleNamespace(hparams={"total_steps": 3}), progress.Progress()
+        module, shown = SimpleNamespace(hparams={"total_steps": 3}), progress.Progress(lambda: until_max_time)
         shown.on_train_start(trainer, module)
         trainer.global_step = 1
         shown.on_train_batch_end(trainer, module, None, None, 0)
@@ -220,7 +222,7 @@ class TestSettings:
         trainer.global_step = 2
         shown.on_train_batch_end(trainer, module, None, None, 1)
         left = bar.update.call_args.kwargs["left"] if terminal else capsys.readouterr().err.splitlines()[-1]
-        assert left.endswith("0:01:00 left")
+        assert left.endswith(f"{expected} left")
 
     def test_ema(self, tiny_config):
         options = ["trainer.max_epochs=1", "text_generator.every_n_epochs=1", "optimizer.learning_rate=0.1"]

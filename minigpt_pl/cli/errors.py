@@ -85,7 +85,7 @@ def explain(error: Exception) -> str:
     if found := re.match("Could not delete from config. '(.*)' does not exist", text):
         return f"~{found[1]}: has no value to delete; set one, as in {found[1]}=VALUE (--help lists the settings)"
     if found := re.match("Ambiguous value for argument '(.*)'", text):
-        return f"{found[1]}: has several values; write [a,b] for a list, quote a text, or add -m to sweep"
+        return f"{found[1]}: has several values; write 0.5 instead of 0,5, [a,b] for a list, or add -m to sweep"
     cause = error if isinstance(error, InterpolationResolutionError) else error.__cause__ or error.__context__ or error
     if not isinstance(cause, OmegaConfBaseException):
         return " ".join(text.split())

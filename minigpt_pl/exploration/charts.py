@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, value_text, varied_controls
 from minigpt_pl.exploration.scaling import ComparedRun
-from minigpt_pl.exploration.summary import Estimate, Summary, none_last, pareto_front
+from minigpt_pl.exploration.summary import Estimate, Summary, none_last
 
 INK = "#222222"
 BEST_COLOUR, OTHER_COLOUR, GREEDY_COLOUR = "#1a8a4a", "#4a7fd0", "#c8553d"
@@ -73,15 +73,15 @@ def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: 
     return [partial(panel, name, title) for name, title in BEHAVIOUR.items()]
 
 
-def trade_off(
-    summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary, best: Sequence[int]
-) -> list[Panel]:
-    """Coherence against diversity. Low is good in both."""
+def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary, best: int) -> list[Panel]:
+    """Unusual words against repetition."""
     diversity = "self_bleu"
     if all(np.isnan(summary[diversity].mean) for summary in summaries):
         diversity = "repeated_4grams"
     points = [(summary["ngram_loss"].mean, summary[diversity].mean) for summary in summaries]
-    front, varied = pareto_front(points), varied_controls(grid)
+    by_loss = sorted((i for i, point in enumerate(points) if not np.isnan(point).any()), key=lambda i: points[i])
+    named = {best, *by_loss[:1], *by_loss[-1:]}  # all names would overlap
+    varied = varied_controls(grid)
 
     def panel(axis: Axes) -> None:
         for i, summary in enumerate(summaries):
@@ -89,17 +89,15 @@ def trade_off(
                 continue
             x, y = summary["ngram_loss"], summary[diversity]
             shape: dict[str, Any] = (
-                {"fmt": "s", "color": BEST_COLOUR} if i in best else {"fmt": "o", "color": OTHER_COLOUR}
+                {"fmt": "s", "color": BEST_COLOUR} if i == best else {"fmt": "o", "color": OTHER_COLOUR}
             )
             axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), markersize=4, linewidth=0.6, **shape)
-            if i in front or i in best[:1]:  # names of all points would overlap
+            if i in named:
                 name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
                 axis.annotate(name, points[i], xytext=(5, 5), textcoords="offset points", fontsize=8)
-        front_x, front_y = zip(*(points[i] for i in front), strict=True) if front else ((), ())
-        axis.plot(front_x, front_y, color=INK, alpha=0.5, linewidth=1, label="no other setting is better in both")
         if not np.isnan(real_text["ngram_loss"].mean):
             axis.axvline(real_text["ngram_loss"].mean, **REAL_TEXT_LINE)
-        axis.plot([], [], "s", color=BEST_COLOUR, label="best settings of the report")
+        axis.plot([], [], "s", color=BEST_COLOUR, label="the first setting of the ranking")
         axis.set(
             xlabel="n-gram loss, nats (lower: more usual)", ylabel=f"{METRICS[diversity].label} (lower: more varied)"
         )

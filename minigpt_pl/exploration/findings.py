@@ -49,7 +49,8 @@ def prediction(real_metrics: Sequence[dict[str, Any]]) -> str:
     if difference.low > 0:
         return (
             f"Your network predicts words worse than counting word pairs: {figures}."
-            " Train longer, or use experiment=fast."
+            " So some failures below come from too little training, not from the single block. Train longer, for"
+            " example with experiment=fast."
         )
     if difference.high < 0:
         return f"Your network predicts words better than counting word pairs: {figures}."
@@ -79,7 +80,7 @@ def _effect(
         return "You tried only one setting. Give several values, as in temperature=[0.5,1.0], to see an effect."
     low, high, difference = effect(samples, control, name)
     change = f"Raising {control} from {value_text(low)} to {value_text(high)}"
-    figures = f"{measure} changes by {' '.join([estimate_text(difference, sign=True, digits=2), unit]).rstrip()}"
+    figures = f"{measure} changes by {' '.join([estimate_text(difference, sign=True), unit]).rstrip()}"
     if difference.low > 0 or difference.high < 0:
         return f"{change} makes the texts {directions[difference.high < 0]}: {figures}."
     return f"{change} makes no clear difference: {figures}."

@@ -90,7 +90,7 @@ METRICS = {
     ),
     "loop": Measure(
         "longest loop",
-        "words in the longest phrase that is said twice or more in a row",
+        "words in the longest phrase that is said again at once or a few words later",
         "lower: less repetition",
         "https://doi.org/10.1016/0166-218X(89)90051-6",
         REPETITION,
@@ -120,7 +120,7 @@ METRICS = {
     "drift": Measure(
         "change of topic",
         "distance of the second half from the text before, minus twice the returning words",
-        "lower: stays with its topic",
+        "lower, also below 0: stays with its topic",
         f"{WIKIPEDIA}/Latent_semantic_analysis",
         TOPIC,
     ),

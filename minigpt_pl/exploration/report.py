@@ -15,11 +15,19 @@ from minigpt_pl.exploration.findings import MIN_GAIN, five_findings
 from minigpt_pl.exploration.markup import Link, MarkedSample, render, write_html, write_markdown
 from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT, REPETITION, TOPIC, USUAL
 from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls, without_nan
-from minigpt_pl.exploration.summary import best_settings, effect, estimate_text, summarize, summarize_real
+from minigpt_pl.exploration.summary import (
+    bootstrap,
+    by_prompt,
+    effect,
+    estimate_text,
+    ranked_settings,
+    summarize,
+    summarize_real,
+)
 from minigpt_pl.generation.text import decode_continuation
 from minigpt_pl.measures.failures import KINDS
 from minigpt_pl.measures.probes import attention_maps
-from minigpt_pl.measures.repetition import longest_loop
+from minigpt_pl.measures.repetition import distinct, longest_loop, repeated
 from minigpt_pl.text_model import TextModel
 
 NUM_EXAMPLES = 3  # examples of each failure
@@ -28,6 +36,7 @@ MAP_WORDS = 24  # words in an attention map
 TABLES = {table: [n for n in METRICS if METRICS[n].table == table] for table in (USUAL, REPETITION, TOPIC)}
 CUT = ("ngram_loss", "loss", "repeated_4grams")  # of texts that were generated with a short context
 ANY_FAILURE = "failure: any"
+LENGTH_MEASURES = ("repeated_4grams", "distinct_2", "loop")
 
 
 @dataclass
@@ -46,7 +55,7 @@ class Exploration:
 
     def __post_init__(self) -> None:
         self.summaries, self.real_summary = summarize(self.samples, self.grid), summarize_real(self.real_records)
-        self.best = best_settings(self.summaries)
+        self.ranking = ranked_settings(self.summaries, self.real_summary)
         self.varied = varied_controls(self.grid)
         self.names = [label(setting, self.varied) for setting in self.grid]
         self.prompts = list(dict.fromkeys((sample["kind"], sample["prompt"]) for sample in self.samples))
@@ -69,7 +78,7 @@ class Exploration:
 def report(results: Exploration, folder: Path) -> None:
     """Write report.md, report.html and the charts as PNG into the folder."""
     values = {"results": results, "charts": charts, "real_context": REAL_CONTEXT}
-    for section in (_findings, _controls, _outputs, _behaviour, _failures, _network, _copying):
+    for section in (_findings, _controls, _length, _outputs, _behaviour, _failures, _network, _copying):
         values |= section(results)
     blocks = render("report.jinja", **values)
     write_markdown(folder / "report.md", blocks)
@@ -91,7 +100,7 @@ def _findings(results: Exploration) -> dict[str, Any]:
 
 def _controls(results: Exploration) -> dict[str, Any]:
     """Texts of one prompt and seed. One control changes, the others stay as in the best setting that draws words."""
-    sampled = [i for i in (*results.best, *range(len(results.grid))) if not is_greedy(results.grid[i])]
+    sampled = [i for i in results.ranking if not is_greedy(results.grid[i])]
     prompt, base = results.prompts[0][1], results.grid[sampled[0]] if sampled else {}
     texts = {}
     for control in results.varied:
@@ -101,15 +110,44 @@ def _controls(results: Exploration) -> dict[str, Any]:
     return {"control_texts": texts}
 
 
+def _length(results: Exploration) -> dict[str, Any]:
+    """Measures of the beginnings of all texts. A shorter text is the beginning of a longer one with the same seed."""
+    whole = results.samples[0]["num_tokens"]
+    rows = []
+    for length in sorted({max(whole // 4, 1), max(whole // 2, 1), whole}):
+        cut = [
+            {
+                "prompt": sample["prompt"],
+                "failures": [span for span in sample["failures"] if span["end"] <= length],
+                "metrics": {
+                    "repeated_4grams": repeated(sample["ids"][:length], 4),
+                    "distinct_2": distinct(sample["ids"][:length], 2),
+                    "loop": longest_loop(sample["words"][:length]).length,
+                },
+            }
+            for sample in results.samples
+        ]
+        estimates = [estimate_text(bootstrap(by_prompt(cut, name))) for name in LENGTH_MEASURES]
+        failing = estimate_text(bootstrap(by_prompt(cut, ANY_FAILURE)), percent=True)
+        rows.append([str(length), *estimates, failing])
+    return {"lengths": rows, "length_measures": [METRICS[name].label for name in LENGTH_MEASURES]}
+
+
 def _outputs(results: Exploration) -> dict[str, Any]:
     greedy = [i for i, setting in enumerate(results.grid) if is_greedy(setting)]
     by_loss = sorted(set(range(len(results.grid))) - set(greedy), key=lambda i: results.summaries[i]["ngram_loss"].mean)
-    shown = list(dict.fromkeys([results.best[0], *greedy, *by_loss[:1], *by_loss[-1:]]))
+    shown = list(dict.fromkeys([results.ranking[0], *greedy, *by_loss[:1], *by_loss[-1:]]))
     outputs = {}
     for kind, prompt in results.prompts:
         samples = [(results.first_sample(i, prompt), results.names[i]) for i in shown]
         outputs[f"{prompt} ({kind.replace('_', ' ')})"] = [results.marked(text, name) for text, name in samples if text]
-    return {"shown": [results.names[i] for i in shown], "outputs": outputs}
+    kinds = []
+    for kind in dict.fromkeys(kind for kind, _ in results.prompts):
+        of_kind = [sample for sample in results.samples if sample["kind"] == kind]
+        estimates = [bootstrap(by_prompt(of_kind, name)) for name in ("ngram_loss", "repeated_4grams", ANY_FAILURE)]
+        figures = [estimate_text(estimate, percent=i == 2) for i, estimate in enumerate(estimates)]
+        kinds.append([kind.replace("_", " "), str(len({sample["prompt"] for sample in of_kind})), *figures])
+    return {"shown": [results.names[i] for i in shown], "outputs": outputs, "prompt_kinds": kinds}
 
 
 def _behaviour(results: Exploration) -> dict[str, Any]:
@@ -129,7 +167,7 @@ def _behaviour(results: Exploration) -> dict[str, Any]:
         ]
         rows = [[name, *(estimate_text(summary[metric]) for metric in names_)] for name, summary in summaries.items()]
         tables[title] = [m.label for m in measures], meanings, rows
-    return {"tables": tables, "effects": effects, "best": [results.names[i] for i in results.best]}
+    return {"tables": tables, "effects": effects, "ranking": [results.names[i] for i in results.ranking]}
 
 
 def _failures(results: Exploration) -> dict[str, Any]:
@@ -137,7 +175,8 @@ def _failures(results: Exploration) -> dict[str, Any]:
     planted = [[name, *(f"{rates[kind]:.0%}" for kind in KINDS)] for name, rates in found.items() if rates]
     settings = zip(results.names, results.summaries, strict=True)
     worst_first = sorted(settings, key=lambda pair: -pair[1][ANY_FAILURE].mean)
-    summaries = [("real text (false alarms)", results.real_summary), *worst_first]
+    all_texts = {failure: bootstrap(by_prompt(results.samples, failure)) for failure in FAILURES}
+    summaries = [("real text (false alarms)", results.real_summary), ("all your texts", all_texts), *worst_first]
     rows = [[name, *(estimate_text(s[failure], percent=True) for failure in FAILURES)] for name, s in summaries]
     examples = {
         kind: [
@@ -173,7 +212,7 @@ def _network(results: Exploration) -> dict[str, Any]:
         [name.replace("first", "after another").replace("again", "after itself"), estimate_text(loss)]
         for name, loss in network_study["copying"].items()
     ]
-    model, best = results.model, results.first_sample(results.best[0], results.prompts[0][1])
+    model, best = results.model, results.first_sample(results.ranking[0], results.prompts[0][1])
     looping = max(results.samples, key=lambda sample: sample["metrics"]["loop"])
     onset = longest_loop([str(model.tokenizer.id_to_token(id_)) for id_ in looping["ids"]]).onset
     mapped = {"attention_best": ("a text of the best setting", [*best["prompt_ids"], *best["ids"]])} if best else {}

@@ -1,4 +1,4 @@
-"""Means of the metrics with bootstrap intervals, the effect of a control, and the rule that picks the best settings.
+"""Means of the metrics with bootstrap intervals, the effect of a control, and the rule that ranks the settings.
 
 The input is only the records of `samples.jsonl` and `held_out.jsonl`.
 """
@@ -35,6 +35,8 @@ def estimate_text(
     """An estimate with its interval. If `digits` is None, the number of decimals depends on the size."""
     if estimate is None or math.isnan(estimate.mean):
         return "–"
+    if percent and estimate.low == estimate.high:  # no text, or all texts: a bootstrap cannot give an interval
+        return f"{estimate.mean:.1%}"
     if percent:
         return f"{estimate.mean:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"
     if digits is None:
@@ -118,17 +120,11 @@ def none_last(value: float | None) -> tuple[bool, float]:
     return value is None, value or 0
 
 
-def best_settings(summaries: Sequence[Summary]) -> list[int]:
-    """Indices of the best settings, best first. report.jinja states the rule."""
-    lowest = min(summary["failure: any"].mean for summary in summaries)
-    as_low = [i for i, summary in enumerate(summaries) if summary["failure: any"].low <= lowest]
-    return sorted(as_low, key=lambda i: summaries[i]["ngram_loss"].mean)
+def ranked_settings(summaries: Sequence[Summary], real_text: Summary) -> list[int]:
+    """Indices of the settings, best first. report.jinja states the rule."""
 
+    def rank(i: int) -> tuple[float, float]:
+        failing, loss = (summaries[i][name].mean for name in ("failure: any", "ngram_loss"))
+        return round(failing, 6), float(np.nan_to_num(abs(loss - real_text["ngram_loss"].mean)))
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, sorted by x, of the points (x, y) for which no other point is at least as low in both x and y."""
-    front: list[int] = []
-    for i in sorted((i for i, point in enumerate(points) if not np.isnan(point).any()), key=lambda i: points[i]):
-        if not front or points[i][1] < points[front[-1]][1]:
-            front.append(i)
-    return front
+    return sorted(range(len(summaries)), key=rank)

@@ -190,6 +190,10 @@ class SaveAndStop(Checkpoint):
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.start
 
+    def seconds_left(self) -> float:
+        """Seconds until `max_time`; infinite without a limit."""
+        return math.inf if self.max_time is None else self.max_time - self._seconds()
+
     # ---------------------------------------------------------------------------------------- after a step
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -240,7 +244,7 @@ class SaveAndStop(Checkpoint):
             now: do not wait for the next vote.
         """
         minutes, time_ = self.settings.every_minutes, time.monotonic()
-        late = self.max_time is not None and self._seconds() >= self.max_time
+        late = self.seconds_left() <= 0
         due = minutes is not None and time_ - self.saved_time >= 60 * minutes
         if trainer.world_size == 1:
             return [late, due, self.signal]

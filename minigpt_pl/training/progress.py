@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
@@ -16,9 +17,15 @@ class Progress(L.Callback):
 
     The bar needs the package rich and 60 columns. Without rich or without a terminal, a line is printed every 30 s. The
     result of each validation is also printed.
+
+    Args:
+        seconds_left: returns the seconds until `max_time`.
     """
 
     bar: Any = None
+
+    def __init__(self, seconds_left: Callable[[], float]):
+        self.seconds_left = seconds_left
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -45,7 +52,8 @@ class Progress(L.Callback):
         )
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         # The mean time of a step includes the time of validations and generated texts.
-        seconds = round((now - self.start) / (done - self.steps_before) * (total - done))
+        seconds = (now - self.start) / (done - self.steps_before) * (total - done)
+        seconds = round(max(min(seconds, self.seconds_left()), 0))
         left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=epoch, numbers=numbers, left=left)

@@ -49,6 +49,11 @@ class RunRecord(L.Callback):
         log.info("Run: %s (%s parameters, %s)", self.folder, f"{parameters:,}", trainer.precision)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        planned, patience = pl_module.hparams["total_steps"], trainer.early_stopping_callback
+        if planned and trainer.global_step < planned:
+            lost_patience = patience is not None and patience.wait_count >= patience.patience
+            setting = "trainer.patience" if lost_patience else "trainer.max_time"
+            log.info("%s ended the training before step %s.", setting, f"{planned:,}")
         self._finish(trainer, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

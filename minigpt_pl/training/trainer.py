@@ -47,7 +47,7 @@ def build_trainer(
     if settings.ema_decay is not None:
         callbacks.append(lightning_callbacks.EMAWeightAveraging(decay=settings.ema_decay))
     if settings.progress_bar:
-        callbacks.append(Progress())
+        callbacks.append(Progress(stop.seconds_left))
     # Both come after EMAWeightAveraging: it updates the average before SaveAndStop saves, and it puts the average into
     # the checkpoint before StopAtNaN checks the weights.
     callbacks += [StopAtNaN(), stop]
