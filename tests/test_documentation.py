@@ -16,7 +16,8 @@ COMMAND = re.compile(r"^python -m minigpt_pl\.(\w+) (.*)$", re.MULTILINE)
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
     """The commands in a page: (name, overrides). Leaves out prompts, which the shell and Hydra read differently."""
-    found = [(name, shlex.split(rest, comments=True)) for name, rest in COMMAND.findall(page.read_text())]
+    text = page.read_text().replace("top_k=all", "top_k=null")  # `sample` replaces it before Hydra reads it
+    found = [(name, shlex.split(rest, comments=True)) for name, rest in COMMAND.findall(text)]
     return [
         (name, [word for word in name_the_format(words) if "=" in word and not word.startswith("prompt=")])
         for name, words in found

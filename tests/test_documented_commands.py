@@ -103,6 +103,7 @@ def test_the_notebook_retold_runs(few_reviews, capsys, monkeypatch):
     code = code.replace("ImdbConfig()", f"ImdbConfig(source={str(few_reviews)!r})")
     names = {}
     exec(code, names)
+    assert names["split"]("a\x85b\xa0c\x0bd") == ["a\x85b\xa0c", "d"]
     printed = capsys.readouterr().out
     assert "['it', \"'s\", 'a', 'real', '-life', 'story', '.']" in printed and printed.endswith("equal\n")
     assert names["losses"][-1] < names["losses"][0] - 0.5
