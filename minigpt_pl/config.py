@@ -409,7 +409,6 @@ class ExploreConfig(_Grid):  # type: ignore[misc, valid-type]
     folder: str | None = setting(None, "folder of the report; null means RUN/explore, or compare/ in output_dir")
     source: str | None = setting(None, "path of the run's text, if it has moved")
     prompts: str | None = setting(None, "YAML file of prompts by kind; null means the 14 prompts of conf/prompts.yaml")
-    prompts_per_kind: int | None = setting(None, "use the first prompts of each kind only; null means all", minimum=1)
     num_tokens: int = _field_of(NumberControls, "num_tokens")
     num_seeds: int = setting(4, "texts per prompt and combination", minimum=1, maximum=MAX_SAMPLES)
     seed: int = setting(0, "random seed of the first text; each next text adds 1", minimum=0, maximum=2**31 - 1)

@@ -41,9 +41,7 @@ def explore(config: ExploreConfig) -> None:
     from minigpt_pl.files import make_folder
     from minigpt_pl.text_model import load
 
-    prompts = samples.read_prompts(
-        Path(config.prompts or Path(app.CONFIG_DIR) / "prompts.yaml"), config.prompts_per_kind
-    )
+    prompts = samples.read_prompts(Path(config.prompts or Path(app.CONFIG_DIR) / "prompts.yaml"))
     if config.compare is not None:
         folder = Path(config.folder or Path(config.output_dir) / "compare")
         compare(config, prompts, folder)

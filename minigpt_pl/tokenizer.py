@@ -224,7 +224,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         InputError: the file is missing, or it is not a tokenizer of minigpt_pl.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; the words of a run are in tokenizer.json, next to its run.json")
+        raise InputError(
+            f"{path}: no such file; give the tokenizer.json of a run (data.tokenizer also takes word, bpe and char)"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

@@ -23,7 +23,7 @@ NOT_RUN = re.compile(r"pip |python3 -m venv|python -m (webbrowser|pytest)|source
 SCALED_DOWN = {
     "train": ["trainer.max_steps=1", "trainer.limit_val_batches=1", "data.batch_size=8", "model.vocab_size=500"],
     "sample": ["num_tokens=5"],
-    "explore": ["num_tokens=20", "num_real=20", "prompts_per_kind=1", "num_seeds=1", "temperature=0.8", "top_k=[1,20]"],
+    "explore": ["num_tokens=20", "num_real=20", "num_seeds=1", "temperature=0.8", "top_k=[1,20]"],
     "evaluate": ["num_documents=5"],
 }
 

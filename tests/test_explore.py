@@ -112,9 +112,6 @@ class TestGrid:
 class TestPrompts:
     def test_the_quick_exploration(self):
         config = settings("explore=quick")
-        prompts = read_prompts(samples_.Path(app.CONFIG_DIR) / "prompts.yaml", config.prompts_per_kind)
-        kinds = ["short", "medium", "long", "ambiguous", "incomplete", "out_of_domain"]
-        assert [kind for kind, _ in prompts] == [kind for kind in kinds for _ in range(2)]  # Q3 asks for at least 10
         assert len(settings_grid(config)) == 6 and (config.num_seeds, config.num_real) == (2, 500)
 
     def test_the_default_set(self):

@@ -29,12 +29,8 @@ Sample = dict[str, Any]  # a line of samples.jsonl
 Prompts = Sequence[tuple[str, str]]  # (kind, prompt)
 
 
-def read_prompts(path: Path, per_kind: int | None = None) -> list[tuple[str, str]]:
-    """Read (kind, prompt) from a YAML file with a list of prompts for each kind. No prompt may occur twice.
-
-    Args:
-        per_kind: read only the first prompts of each kind; None for all.
-    """
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """Read (kind, prompt) from a YAML file with a list of prompts for each kind. No prompt may occur twice."""
     example = "as in short: [this movie is, the end]"
     try:
         contents = yaml.safe_load(read_text(path))
@@ -43,7 +39,7 @@ def read_prompts(path: Path, per_kind: int | None = None) -> list[tuple[str, str
         raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, {example}") from error
     if not isinstance(contents, dict) or not all(isinstance(group, list) for group in contents.values()):
         raise InputError(f"prompts={path}: must map each kind to a list, {example}")
-    prompts = [(str(kind), prompt) for kind, group in contents.items() for prompt in group[:per_kind]]
+    prompts = [(str(kind), prompt) for kind, group in contents.items() for prompt in group]
     if not prompts:
         raise InputError(f"prompts={path}: has no prompt; write some, {example}")
     for i, (_, prompt) in enumerate(prompts):

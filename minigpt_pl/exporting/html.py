@@ -64,8 +64,8 @@ def write(path: Path, model: TextModel, folder: Path, confirm: bool = False) -> 
     """
     if (rules := rules_of(model.tokenizer)) != NOTEBOOK:
         raise InputError(
-            f"run={folder.name}: the page knows the words of the notebook only, not {rules}; use format=transformers or"
-            " onnx"
+            f"run={folder.name}: the page knows the words of the notebook only, not {rules}; use `export"
+            " transformers` or `export onnx`"
         )
     data = json.dumps(page_data(model, folder), allow_nan=False).replace("<", r"\u003c")  # no text can end the script
     if len(data) > MAX_MB * 1e6 and not confirm:

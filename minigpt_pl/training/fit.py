@@ -183,7 +183,7 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
     datamodule.setup("fit")
     group.must_agree("content", {"data": datamodule.corpus.record["content"]}, "give all nodes the same files")
     if datamodule.vocab_size < model.vocab_size:
-        log.info("The text has few different words, so the vocabulary size is only %s.", f"{datamodule.vocab_size:,}")
+        log.info("The vocabulary has only %s tokens.", f"{datamodule.vocab_size:,}")
     return datamodule
 
 
