@@ -21,10 +21,11 @@ from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 
 from minigpt_pl import MiniGPT
-from minigpt_pl.config import ImdbConfig
-from minigpt_pl.data.corpus import Ids, open_corpus
+from minigpt_pl.config import ImdbConfig, ScheduleConfig
+from minigpt_pl.data.batches import Sequences
+from minigpt_pl.data.corpus import open_corpus
 from minigpt_pl.loss import linear_cross_entropy, token_losses
-from minigpt_pl.training.optimizers import KerasAdam, SquaresByOccurrence
+from minigpt_pl.training.optimizers import KerasAdam, SquaresByOccurrence, learning_rate_factor
 
 V, L, D = 20_000, 80, 256  # words, positions, width
 
@@ -38,8 +39,7 @@ class Recipe:
         shrinkage: pseudo-count of that start; larger values trust rare pairs less.
         candidates: words that are drawn for the sampled softmax; 0 means the full softmax.
         bigrams: rows of a table of vectors that are added to the input: one vector per hash of (word before, word).
-        trigrams: the same for three words.
-        embedding_rate, output_rate, block_rate: learning rates of the parts, as multiples of `learning_rate`.
+        embedding_rate: learning rate of the embeddings, as a multiple of `learning_rate`.
     """
 
     learning_rate: float = 8e-3
@@ -50,10 +50,7 @@ class Recipe:
     candidates: int = 0
     full_softmax_at_end: float = 0.05  # share of the steps
     bigrams: int = 0
-    trigrams: int = 0
     embedding_rate: float = 1.0
-    output_rate: float = 1.0
-    block_rate: float = 1.0
     beta2: float = 0.999
 
 
@@ -65,43 +62,36 @@ IDEAS = {
     "counts, 4096 candidates": _SAMPLED,
     "counts, 2048 candidates": replace(_SAMPLED, candidates=2048),
     "counts, 4096 candidates, bigrams": replace(_SAMPLED, bigrams=65_536),
-    "counts, 4096 candidates, bigrams and trigrams": replace(_SAMPLED, bigrams=65_536, trigrams=262_144),
     "counts, 4096 candidates, rate 3e-3": replace(_SAMPLED, learning_rate=3e-3),
-    "counts, 4096 candidates, rate 8e-3": replace(_SAMPLED, learning_rate=8e-3),
     "counts, 4096 candidates, beta2 0.99": replace(_SAMPLED, beta2=0.99),
     "counts, 4096 candidates, half the rate for embeddings": replace(_SAMPLED, embedding_rate=0.5),
-    "counts, 4096 candidates, half the rate for the output": replace(_SAMPLED, output_rate=0.5),
     "counts, 4096 candidates, batch 16": replace(_SAMPLED, batch_size=16),
 }
 
 
 @dataclass(frozen=True)
 class Reviews:
-    train: np.ndarray  # (N, L + 1) ids: the first words of each review, padded with 0
-    held_out: np.ndarray  # (M, L + 1)
+    train: Tensor  # (N, L + 1) ids: the first words of each review, padded with 0
+    held_out: Tensor  # (M, L + 1)
     all_tokens: np.ndarray  # the training reviews one after the other; the id V - 1 ends each of them
 
 
 class Network(nn.Module):
-    """`MiniGPT`, with vectors of word pairs and triples in its input."""
+    """`MiniGPT`, with vectors of word pairs in its input if the recipe has them."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.gpt = MiniGPT(V, L, D, dropout=0.0)
-        self.tables = nn.ModuleDict()
-        for words, rows in ((2, recipe.bigrams), (3, recipe.trigrams)):
-            if rows:
-                self.tables[str(words)] = nn.Embedding(rows, D)
-                nn.init.zeros_(self.tables[str(words)].weight)
+        self.pairs = nn.Embedding(recipe.bigrams, D) if recipe.bigrams else None
+        if self.pairs is not None:
+            nn.init.zeros_(self.pairs.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) -> hidden states (B, L, D)."""
         x = self.gpt.embed(ids)
-        for words, table in self.tables.items():
-            key = ids
-            for back in range(1, int(words)):
-                key = key * 1_000_003 + F.pad(ids[:, :-back], (back, 0))
-            x = x + table(key % table.num_embeddings)
+        if self.pairs is not None:
+            key = ids * 1_000_003 + F.pad(ids[:, :-1], (1, 0))
+            x = x + self.pairs(key % self.pairs.num_embeddings)
         return self.gpt.blocks[0](x)
 
 
@@ -131,16 +121,11 @@ def read_reviews(folder: str, held_out: int) -> Reviews:
     config = ImdbConfig(source=folder, end_token=False, loss_on_padding=True, validation_documents=1000)
     corpus = open_corpus(config, V)
     assert corpus.validation is not None, "FOLDER has no split `unsupervised`"
-    return Reviews(_starts(corpus.train), _starts(corpus.validation)[:held_out], np.asarray(corpus.train.tokens))
-
-
-def _starts(ids: Ids) -> np.ndarray:
-    tokens, offsets = np.asarray(ids.tokens), np.asarray(ids.offsets)
-    rows = np.zeros((len(offsets) - 1, L + 1), np.int64)
-    for row, start, end in zip(rows, offsets[:-1], offsets[1:] - 1, strict=True):  # without [END]
-        words = tokens[start : min(end, start + L + 1)]
-        row[: len(words)] = words
-    return rows
+    train, validation = (
+        Sequences(ids, L, "truncate", end_token=False, count_padding=True) for ids in (corpus.train, corpus.validation)
+    )
+    shown = train[np.arange(len(train))], validation[np.arange(held_out)]
+    return Reviews(*shown, np.asarray(corpus.train.tokens))
 
 
 def train(recipe: Recipe, reviews: Reviews, steps_of_32: int, seed: int) -> tuple[float, float]:
@@ -149,26 +134,26 @@ def train(recipe: Recipe, reviews: Reviews, steps_of_32: int, seed: int) -> tupl
     start = time.perf_counter()
     network = Network(recipe)
     gpt = network.gpt
-    counts = torch.from_numpy(np.bincount(reviews.train.ravel(), minlength=V) + 0.5)
+    counts = torch.bincount(reviews.train.flatten(), minlength=V) + 0.5
     shares = counts / counts.sum()
     with torch.no_grad():
         gpt.output.bias.copy_(shares.log())
         if recipe.counts:
             start_from_counts(gpt, reviews, recipe.shrinkage)
-    embeddings = [gpt.token_embedding, gpt.position_embedding, *network.tables.values()]
-    parts = [(embeddings, recipe.embedding_rate), ([gpt.output], recipe.output_rate), (gpt.blocks, recipe.block_rate)]
-    groups = [{"params": [p for module in part for p in module.parameters()], "share": share} for part, share in parts]
+    embeddings = [weight for name, weight in network.named_parameters() if "embedding" in name or "pairs" in name]
+    others = [*gpt.output.parameters(), *gpt.blocks.parameters()]
+    groups = [{"params": embeddings, "share": recipe.embedding_rate}, {"params": others, "share": 1.0}]
     squares = SquaresByOccurrence(gpt.token_embedding)
     optimizer = KerasAdam(groups, betas=(0.9, recipe.beta2), squares=squares)
+    schedule = ScheduleConfig(name="linear", warmup_steps=recipe.warmup_steps)
     steps = steps_of_32 * 32 // recipe.batch_size
     order = np.random.default_rng(seed).permutation(len(reviews.train))
     for step in range(steps):
-        falling = 1 - (step - recipe.warmup_steps) / max(steps - 1 - recipe.warmup_steps, 1)
-        rate = recipe.learning_rate * min((step + 1) / (recipe.warmup_steps + 1), falling)
+        rate = recipe.learning_rate * learning_rate_factor(step, steps, schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         chosen = np.take(order, range(step * recipe.batch_size, (step + 1) * recipe.batch_size), mode="wrap")
-        ids = torch.from_numpy(reviews.train[chosen])
+        ids = reviews.train[chosen]
         hidden, targets = network(ids[:, :-1]), ids[:, 1:]
         if recipe.candidates and step < steps * (1 - recipe.full_softmax_at_end):
             loss = sampled_cross_entropy(hidden, gpt.output, targets, recipe.candidates, shares)
@@ -179,9 +164,9 @@ def train(recipe: Recipe, reviews: Reviews, steps_of_32: int, seed: int) -> tupl
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        parts_ = torch.from_numpy(reviews.held_out).split(50)
         losses = [
-            token_losses(network(ids[:, :-1]), gpt.output.weight, gpt.output.bias, ids[:, 1:]).mean() for ids in parts_
+            token_losses(network(ids[:, :-1]), gpt.output.weight, gpt.output.bias, ids[:, 1:]).mean()
+            for ids in reviews.held_out.split(50)
         ]
     return seconds, statistics.fmean(map(float, losses))
 
@@ -248,7 +233,7 @@ def _count_pairs(reviews: Reviews) -> csr_matrix:
     """(V, V): how often a word follows another, in the whole reviews and once more in their first words."""
     end, tokens = V - 1, reviews.all_tokens.astype(np.int64)
     inside = (tokens[:-1] != end) & (tokens[1:] != end)
-    first, second = reviews.train[:, :-1].ravel(), reviews.train[:, 1:].ravel()
+    first, second = (reviews.train[:, part].numpy().ravel() for part in (slice(-1), slice(1, None)))
     shown = (first != 0) | (second != 0)  # padding after padding teaches nothing
     rows = np.concatenate([tokens[:-1][inside], first[shown]])
     columns = np.concatenate([tokens[1:][inside], second[shown]])
