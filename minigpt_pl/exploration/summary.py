@@ -125,6 +125,7 @@ def ranked_settings(summaries: Sequence[Summary], real_text: Summary) -> list[in
 
     def rank(i: int) -> tuple[float, float]:
         failing, loss = (summaries[i][name].mean for name in ("failure: any", "ngram_loss"))
+        # Means of the same shares can differ in the last bit, so they are rounded.
         return round(failing, 6), float(np.nan_to_num(abs(loss - real_text["ngram_loss"].mean)))
 
     return sorted(range(len(summaries)), key=rank)
