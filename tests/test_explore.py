@@ -98,8 +98,12 @@ class TestGrid:
         assert [line[:12] for line in error.value.problems] == ["top_k=999: t", "min_tokens=9"]
         with pytest.raises(InputError, match=r"temperature=\[\]: must have at least one value"):
             check_grid(settings("temperature=[]"), model, prompts)
-        with pytest.raises(InputError, match=r"xyzzy.*"):
-            check_grid(settings("top_k=[5]"), model, [("short", "xyzzy qwert")])
+        with pytest.raises(InputError, match="prompts=my.yaml: prompt='xyzzy qwert'"):
+            check_grid(settings("top_k=[5]", "prompts=my.yaml"), model, [("short", "xyzzy qwert")])
+        with pytest.raises(InputError) as error:
+            check_grid(settings("top_k=[5]"), model, [*prompts, ("short", "xyzzy"), ("long", "qwert")])
+        [line] = error.value.problems
+        assert line.startswith("prompts: the model knows no word of 2 of the 3 default prompts; give prompts=FILE")
 
     def test_many_texts_need_confirmation(self, trained):
         model, prompts = load(trained / "outputs/tiny"), [("short", "the cat")] * 12

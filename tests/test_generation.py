@@ -342,7 +342,10 @@ class TestText:
             ({"forced_words": ["a"]}, r"forced_words=\['a'\]: must be words by position, as {0: 'a'"),
             ({"forced_words": {"0": "a"}}, "forced_words={'0': 'a'}: must be words by position"),
             ({"forced_words": {0: 5}}, "forced_words={0: 5}: must be words by position"),
-            ({"topk": 5}, "topk=5: no such control; choose from num_tokens, min_tokens, temperature, top_k"),
+            (
+                {"topk": 5},
+                r"topk=5: no such control; did you mean top_k\? choose from num_tokens, min_tokens, temp.*, top_k",
+            ),
             ({"prompt": 5}, "prompt=5: must be a text"),
             ({"prompt": ["the"]}, r"prompt=\['the'\]: must be a text"),
         ],

@@ -127,6 +127,8 @@ class TestFormats:
         assert [line for line in text.splitlines() if line.startswith("#")] == ["## the \\*cat\\*", "## the dog"]
         quoted = [line[2:].replace("\\", "") for line in text.splitlines() if line.startswith(">")]
         assert quoted == plain.strip().split("\n\n")
+        lines = display.as_markdown(minigpt_pl.Record("a", "a b\n\n  c *d\n", [], [], [], [], [], {}, 1, None))
+        assert "\n\n> a b\n>\n> c \\*d\n\n" in lines, "the line breaks of the text are lost"
         assert "Not in the vocabulary: \\*cat" in text and "temperature=0.8" in text and "best.ckpt" in text
 
     @pytest.mark.parametrize("samples", [1, 2])

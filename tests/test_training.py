@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from minigpt_pl import generate_text, load, runs
 from minigpt_pl import loss as loss_module
+from minigpt_pl.checkpoints import newest_checkpoint
 from minigpt_pl.errors import InputError
 from minigpt_pl.training import progress
 from minigpt_pl.training.checkpointing import SaveAndStop, StopAtNaN
@@ -281,6 +282,48 @@ class TestSettings:
         config.text_generator.every_n_epochs = 1
         record = json.loads((train(config) / "samples.jsonl").read_text())
         assert record["top_k"] == 8
+
+    def test_a_vocabulary_that_does_not_fit_the_text(self, tiny_config, tmp_path, caplog):
+        file = train(tiny_config("trainer.max_steps=1", "run_name=a")) / "tokenizer.json"
+        (tmp_path / "other.txt").write_text("the zebra is a lion\n" * 40)
+        options = ["trainer.max_steps=1", "data.validation_share=0", f"data.path={tmp_path / 'other.txt'}"]
+        train(tiny_config(*options, f"data.tokenizer={file}", "model.vocab_size=99", "run_name=b"))
+        assert "model.vocab_size=99: has no effect, because the model uses the 26 tokens of data." in caplog.text
+        assert "50% of the tokens are [UNK], unknown words; give another data.tokenizer." in caplog.text
+        caplog.clear()
+        train(tiny_config(*options, "run_name=c"))
+        assert "[UNK]" not in caplog.text and "no effect" not in caplog.text
+
+    def test_a_default_prompt_without_known_words(self, tiny_config, tmp_path):
+        (tmp_path / "x.txt").write_text("  y  \n" * 400)
+        options = [f"data.path={tmp_path / 'x.txt'}", "data.tokenizer=bpe", "model.vocab_size=4"]
+        with pytest.raises(InputError, match="text_generator.prompts: the default ' ' has no known word; raise model"):
+            train(tiny_config(*options, "text_generator.every_n_epochs=1", "data.validation_share=0"))
+
+    def test_documents_of_one_word_have_no_target(self, tiny_config, tmp_path):
+        (tmp_path / "words.txt").write_text("cat\ndog\n" * 40)
+        with pytest.raises(InputError, match="data.end_token=false: all documents have one word"):
+            train(tiny_config(f"data.path={tmp_path / 'words.txt'}", "data.end_token=false", "data.validation_share=0"))
+
+    @pytest.mark.parametrize(
+        ("override", "reason"),
+        [
+            ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0"),
+            ("data.validation_share=0", "data.validation_share=0 holds out nothing"),
+        ],
+    )
+    def test_why_there_is_no_validation(self, tiny_config, caplog, override, reason):
+        caplog.set_level("INFO")
+        train(tiny_config("trainer.max_steps=1", override))
+        assert f"This run has no validation ({reason})" in caplog.text
+
+    @pytest.mark.parametrize("change", ["tokenizer=char", "lowercase=false"])
+    def test_other_tokens_cannot_continue_a_run(self, tiny_config, change):
+        folder = train(tiny_config("trainer.max_steps=1"))
+        with pytest.raises(InputError) as error:
+            train(tiny_config("trainer.max_steps=2", f"data.{change}"), resume_from=newest_checkpoint(folder))
+        name, value = change.split("=")
+        assert [line.lower().split(":")[0] for line in error.value.problems] == [f"data.{name}={value}"]
 
     def test_held_out_documents_of_one_word_have_no_target(self, tiny_config, tmp_path):
         (tmp_path / "words.txt").write_text("cat\ndog\n")

@@ -127,7 +127,8 @@ def as_text(record: Record, show_probabilities: bool) -> str:
 
 def as_markdown(record: Record) -> str:
     """A Markdown section: the prompt as heading, the text as quotation, unknown words, settings and checkpoint."""
-    lines = [f"## {_escape(' '.join(record.prompt.split()))}", "", f"> {_escape(' '.join(record.text.split()))}", ""]
+    paragraphs = [f"> {_escape(' '.join(line.split()))}" for line in record.text.splitlines() if line.strip()]
+    lines = [f"## {_escape(' '.join(record.prompt.split()))}", "", "\n>\n".join(paragraphs), ""]
     if record.unknown_words:
         lines += [f"Not in the vocabulary: {_escape(' '.join(record.unknown_words))}", ""]
     settings = settings_text(record.settings | {"seed": record.seed})

@@ -84,6 +84,8 @@ def explain(error: Exception) -> str:
         return f"hydra: cannot create {error.filename} ({error.strerror}); give another hydra.run.dir"
     if found := re.match("Could not delete from config. '(.*)' does not exist", text):
         return f"~{found[1]}: has no value to delete; set one, as in {found[1]}=VALUE (--help lists the settings)"
+    if found := re.match("Could not override '(.*)'. No match in the defaults list", text):
+        return f"{found[1]}: is not a setting of this command; leave it out (--help lists the settings)"
     if found := re.match("Ambiguous value for argument '(.*)'", text):
         return f"{found[1]}: has several values; write 0.5 instead of 0,5, [a,b] for a list, or add -m to sweep"
     cause = error if isinstance(error, InterpolationResolutionError) else error.__cause__ or error.__context__ or error

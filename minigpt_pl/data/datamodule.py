@@ -82,6 +82,11 @@ class TextDataModule(L.LightningDataModule):
         self._val_sequences = None if self.corpus.validation is None else self._cut(self.corpus.validation)
         self.has_validation = bool(self._val_sequences)
         self.num_sequences = self._build_train_loader(self._train_sequences).num_sequences
+        if not self.num_sequences and not self.data.end_token:
+            raise InputError(
+                "data.end_token=false: all documents have one word, so there is nothing to predict; give longer"
+                " documents, or set data.end_token=true"
+            )
         if self.num_sequences < self.data.batch_size:
             raise InputError(
                 f"data.batch_size={self.data.batch_size}: the text has only {self.num_sequences} sequences;"

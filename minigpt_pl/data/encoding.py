@@ -117,7 +117,7 @@ def encode(
             " text, or cut it into more documents (data.document)"
         )
     if not documents["train"]:
-        raise InputError(f"{source.description}: no text to train on; give documents that contain words")
+        raise InputError(f"data: {source.description} has no words; give a text with words")
     tokenizer.save(str(folder / "tokenizer.json"))
     hash_of_all = hashlib.sha256(content(tokenizer))
     for name in names:

@@ -115,7 +115,13 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
     if problems:
         raise InputError(*problems)
     grid = settings_grid(config)
-    encode_prompts(model.tokenizer, [prompt for _, prompt in prompts], "prompts: prompt")
+    try:
+        encode_prompts(model.tokenizer, [prompt for _, prompt in prompts], f"prompts={config.prompts}: prompt")
+    except InputError as error:
+        if config.prompts is not None:
+            raise
+        problem = f"the model knows no word of {len(error.problems)} of the {len(prompts)} default prompts"
+        raise InputError(f"prompts: {problem}; give prompts=FILE with prompts that fit its text") from error
     count = sum(1 if is_greedy(setting) else config.num_seeds for setting in grid) * len(prompts)
     if count > MAX_UNCONFIRMED and not config.confirm:
         start = time.monotonic()

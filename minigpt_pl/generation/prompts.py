@@ -1,5 +1,6 @@
 """From words to token ids: prompts, and the controls that name words."""
 
+import difflib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -65,7 +66,10 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
     counts = [count for count in numbers_of_tokens if count is not None]
     choices = ", ".join(CONTROLS)
     unknown = [name for name in values if name not in CONTROLS]
-    problems = [f"{name}={values[name]!r}: no such control; choose from {choices}" for name in unknown]
+    problems = []
+    for name in unknown:
+        similar = [f"did you mean {choice}? " for choice in difflib.get_close_matches(name, CONTROLS, 1)]
+        problems.append(f"{name}={values[name]!r}: no such control; {''.join(similar)}choose from {choices}")
     if len(counts) > 1:
         problems.append(f"max_tokens={counts[1]}: is an alias of num_tokens; give one of them")
     if problems:

@@ -14,6 +14,7 @@ from minigpt_pl.config import ModelConfig, OptimizerConfig, TrainConfig
 from minigpt_pl.data.corpus import is_same_text
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
+from minigpt_pl.tokenizer import fingerprint
 from minigpt_pl.training.module import MiniGPTModule
 from minigpt_pl.training.trainer import batches_per_epoch, processes
 
@@ -79,6 +80,7 @@ def check_resume(checkpoint: Path, module: MiniGPTModule, datamodule: TextDataMo
         InputError: one line per problem, for example a changed setting that must stay the same.
     """
     contents, folder = read_checkpoint(checkpoint), checkpoint.parent.parent
+    _check_tokenizer(contents, folder, datamodule)
     groups = {"model": asdict(ModelConfig())}
     if contents["optimizer_states"]:  # they contain the old settings, which would silently replace the new ones
         groups["optimizer"] = asdict(OptimizerConfig())
@@ -109,3 +111,17 @@ def check_resume(checkpoint: Path, module: MiniGPTModule, datamodule: TextDataMo
     if problems:
         raise InputError(*problems)
     return contents
+
+
+def _check_tokenizer(contents: dict[str, Any], folder: Path, datamodule: TextDataModule) -> None:
+    """Refuse other tokens first, because they also change the vocabulary size and the text."""
+    before = contents.get("TextDataModule", {}).get("tokenizer")
+    if before in (None, fingerprint(datamodule.tokenizer)):  # None: of an older version, or of `convert`
+        return
+    data_before = asdict(type(datamodule.data)()) | runs.read_settings(folder)["data"]
+    if problems := [
+        f"data.{name}={value}: the run has {data_before[name]}; leave it out, or start a new run"
+        for name in ("tokenizer", "lowercase")
+        if (value := getattr(datamodule.data, name)) != data_before[name]
+    ]:
+        raise InputError(*problems)

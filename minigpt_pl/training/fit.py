@@ -16,13 +16,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
 
 from minigpt_pl import runs
-from minigpt_pl.config import TrainConfig, WandbConfig
+from minigpt_pl.config import TOKENIZERS, ModelConfig, TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data import cache
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder, remove_temporaries, temporary_path, write_figure
-from minigpt_pl.tokenizer import NUM_SPECIAL, load_tokenizer
+from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID, load_tokenizer
 from minigpt_pl.training import cluster
 from minigpt_pl.training.checkpointing import SaveAndStop
 from minigpt_pl.training.checks import check_machine, check_resume, check_text
@@ -41,6 +41,8 @@ from minigpt_pl.training.trainer import (
 )
 
 log = logging.getLogger(__name__)
+
+MANY_UNKNOWN = 0.2  # share of [UNK] among the tokens; IMDB with 20,000 words has 0.03
 
 
 def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from: Path | None) -> Path:
@@ -182,8 +184,16 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
     datamodule.folder = Path(group.decide("text of the node", encode_on_this_node, of_node=True))
     datamodule.setup("fit")
     group.must_agree("content", {"data": datamodule.corpus.record["content"]}, "give all nodes the same files")
-    if datamodule.vocab_size < model.vocab_size:
+    of_file = config.data.tokenizer not in TOKENIZERS
+    if of_file and model.vocab_size not in (datamodule.vocab_size, ModelConfig.vocab_size):
+        words = f"{datamodule.vocab_size:,} tokens of data.tokenizer={config.data.tokenizer}"
+        log.warning("model.vocab_size=%d: has no effect, because the model uses the %s.", model.vocab_size, words)
+    elif datamodule.vocab_size < model.vocab_size:
         log.info("The vocabulary has only %s tokens.", f"{datamodule.vocab_size:,}")
+    unknown = float((datamodule.corpus.train.shard(0).tokens[:1_000_000] == UNKNOWN_ID).mean())
+    if unknown > MANY_UNKNOWN:
+        remedy = "give another data.tokenizer" if of_file else "raise model.vocab_size"
+        log.warning("%.0f%% of the tokens are [UNK], unknown words; %s.", 100 * unknown, remedy)
     return datamodule
 
 

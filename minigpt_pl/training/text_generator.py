@@ -46,7 +46,13 @@ class TextGenerator(L.Callback):
         self.every_n_epochs = settings.every_n_epochs
         default_prompt = "this movie is" if isinstance(config.data, ImdbConfig) else _first_known_words(corpus)
         self.prompts = [default_prompt] if settings.prompts is None else settings.prompts
-        encode_prompts(self.tokenizer, self.prompts, "text_generator.prompts")
+        try:
+            encode_prompts(self.tokenizer, self.prompts, "text_generator.prompts")
+        except InputError as error:
+            if settings.prompts is not None:
+                raise
+            problem = f"the default {default_prompt!r} has no known word; raise model.vocab_size, or give prompts"
+            raise InputError(f"text_generator.prompts: {problem}") from error
         top_k, words = settings.top_k, self.tokenizer.get_vocab_size()
         if top_k is not None and top_k > words:
             if top_k != TextGeneratorConfig.top_k:

@@ -40,7 +40,9 @@ def build_trainer(
     settings = config.trainer
     validates = datamodule.has_validation and settings.limit_val_batches != 0
     if not validates:
-        log.info("This run has no validation, so val/loss is not computed.")
+        nothing_held_out = f"data.validation_share={config.data.validation_share:g} holds out nothing"
+        reason = "trainer.limit_val_batches=0" if datamodule.has_validation else nothing_held_out
+        log.info("This run has no validation (%s), so val/loss is not computed.", reason)
     callbacks = [*callbacks]
     if settings.patience is not None:
         callbacks.append(lightning_callbacks.EarlyStopping("val/loss", patience=settings.patience))

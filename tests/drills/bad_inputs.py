@@ -74,6 +74,7 @@ BAD_INPUTS: list[tuple[str, list[str], str]] = [
     ("explore", [*EXPLORE, "temperature=[null]"], "temperature=[null]: must be a list"),
     ("explore", [*EXPLORE, "top_k=[]"], "top_k=[]: must have at least one value"),
     # Settings that do not exist, and references.
+    ("explore", [*EXPLORE, "experiment=quick"], "experiment: is not a setting of this command; leave it out"),
     ("train", ["${oops}"], "${oops}: is not a setting"),
     ("train", [*TRAIN, "run_name=${oops}"], "run_name: Interpolation key 'oops' not found; write '${NAME}'"),
     ("train", [*TRAIN, "run_name=${run_name}"], "run_name: Recursive interpolation"),
@@ -124,7 +125,7 @@ BAD_INPUTS: list[tuple[str, list[str], str]] = [
     ("train", [*TRAIN, "data.path=binary.txt"], "data.path=binary.txt: cannot be read"),
     ("train", [*TRAIN, "data.path=/dev/zero"], "data.path=/dev/zero: unknown format"),
     ("train", [*TRAIN, "data.path=pipe.txt"], "data.path=pipe.txt: the file is empty"),
-    ("train", [*TRAIN, "data.path=blank.txt"], "blank.txt: no text to train on"),
+    ("train", [*TRAIN, "data.path=blank.txt"], "data: blank.txt has no words"),
     (
         "train",
         [*TRAIN, "data.path=one.txt", "data.validation_share=0.999"],
