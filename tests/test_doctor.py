@@ -64,7 +64,7 @@ class TestCommand:
         command += ["-m", "minigpt_pl.doctor", "data=text", f"data.path={story}"]
         environment = os.environ | {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
         rows = {name: (state, text) for state, name, text in table(done.stdout)}
         assert len(rows) == done.stdout.count("\n") == 13
         assert rows["network"] == ("info", "NCCL_DEBUG=WARN")

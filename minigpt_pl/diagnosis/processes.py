@@ -59,7 +59,7 @@ def step(config: DoctorConfig, group: "Cluster") -> Check:
         optimizer.step()
         optimizer.zero_grad()
 
-    of_step, of_batch = _seconds(train, 2, device), _seconds(lambda: next(batches), 20, device)
+    of_step, of_batch = _seconds(train, 1, device), _seconds(lambda: next(batches), 20, device)
     text = f"{device}: a training step takes {_time(of_step)}, its batch {_time(of_batch)}"
     is_fast = of_batch < of_step
     remedy = "" if is_fast else "; end other programs, or give each process more CPU cores (--cpus-per-task)"
