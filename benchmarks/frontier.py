@@ -1,11 +1,10 @@
-"""Ideas that make one block learn faster, compared with `experiment=fast`. docs/frontier.md has the rule and the log.
+"""Ideas that make one block learn faster, each trained for some steps. docs/frontier.md has the rule and the log.
 
-    python benchmarks/frontier.py FOLDER [--ideas fast counts ...] [--steps 100] [--seeds 1] [--held-out 250]
+    python benchmarks/frontier.py FOLDER [--ideas base pairs ...] [--steps 100] [--seeds 1] [--held-out 250]
 
 FOLDER holds IMDB in the hub's layout. Each idea trains the notebook's network on the first 81 words of the reviews, in
 fp32. In each round every idea trains once, with the same sequences. Prints the seconds of training with the preparation
-of the initial weights, their ratio to the first idea in the same round, and the loss of held-out reviews with padding,
-as docs/fast.md counts it. Needs the extra `explore` (scipy).
+of the initial weights, the seconds of a step, and the loss of held-out reviews with padding, as docs/fast.md counts it.
 """
 
 import argparse
@@ -17,55 +16,132 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 
 from minigpt_pl import MiniGPT
 from minigpt_pl.config import ImdbConfig, ScheduleConfig
-from minigpt_pl.data.batches import Sequences
-from minigpt_pl.data.corpus import open_corpus
-from minigpt_pl.loss import linear_cross_entropy, token_losses
+from minigpt_pl.data.datamodule import PairCounts, TextDataModule
+from minigpt_pl.loss import linear_cross_entropy, sampled_cross_entropy, token_losses
+from minigpt_pl.training.initial_weights import start_from_counts
 from minigpt_pl.training.optimizers import KerasAdam, SquaresByOccurrence, learning_rate_factor
 
 V, L, D = 20_000, 80, 256  # words, positions, width
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How an idea trains. The defaults are those of `experiment=fast`, with fewer steps.
+class Idea:
+    """How a network trains. The defaults are those of the idea `base`.
 
     Attributes:
-        counts: start from counts of word pairs, see `start_from_counts`.
-        shrinkage: pseudo-count of that start; larger values trust rare pairs less.
-        candidates: words that are drawn for the sampled softmax; 0 means the full softmax.
-        bigrams: rows of a table of vectors that are added to the input: one vector per hash of (word before, word).
-        embedding_rate: learning rate of the embeddings, as a multiple of `learning_rate`.
+        counts: start from counts of word pairs (`bigram_weights`).
+        candidates: of the softmax (`softmax_candidates`); 0 means all words.
+        rows_only: Adam updates a row of the embeddings, or of the output weights, only in steps in which it is used.
+        pairs: rows of a table of vectors that are added to the input, one per pair of neighbouring words. By its hash,
+            or with `frequent_pairs` for the most frequent pairs only.
+        pair_counts: the vectors start from counts of the word after the pair. `pair_shrinkage` and `pair_scale` are the
+            pseudo-count and a factor.
+        triples: the same for three words, by their hash.
+        *_rate: multiples of the learning rate, for a part of the network.
+        small: factor of the block's outputs at the start.
+        mix_before: add the embedding of the word before, times a learned vector.
+        skip: add the embeddings to the block's output, times a learned vector.
+        value_embeddings: add a second embedding of the words to the input of the attention's values.
+        muon: learning rate of Muon for the block's matrices; 0 means Adam.
+        short: share of the steps, at the start, with only 40 words.
+        grow: batches of 16, then 32, then 64 sequences.
+        average: decay of an average of the weights, which replaces them at the end; 0 means none.
     """
 
-    learning_rate: float = 8e-3
+    learning_rate: float = 5e-3
+    schedule: str = "linear"
     warmup_steps: int = 10
     batch_size: int = 32
-    counts: bool = False
-    shrinkage: float = 300.0
-    candidates: int = 0
-    full_softmax_at_end: float = 0.05  # share of the steps
-    bigrams: int = 0
+    counts: bool = True
+    candidates: int = 2048
+    rows_only: bool = True
+    pairs: int = 0
+    frequent_pairs: bool = False
+    pair_counts: bool = False
+    pair_shrinkage: float = 300.0
+    pair_scale: float = 1.0
+    triples: int = 0
     embedding_rate: float = 1.0
+    output_rate: float = 1.0
+    pair_rate: float = 1.0
+    block_rate: float = 1.0
+    beta1: float = 0.9
     beta2: float = 0.999
+    small: float = 1.0
+    mix_before: bool = False
+    skip: bool = False
+    value_embeddings: bool = False
+    heads: int = 2
+    head_dim: int = 256
+    feed_forward_dim: int = 256
+    activation: type[nn.Module] = nn.ReLU
+    norm_first: bool = False
+    muon: float = 0.0
+    short: float = 0.0
+    grow: bool = False
+    average: float = 0.0
 
 
-_COUNTS = Recipe(counts=True, learning_rate=5e-3)
-_SAMPLED = replace(_COUNTS, candidates=4096)
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+_BASE = Idea()
+_PAIRS = replace(_BASE, pairs=65_536)
+_COUNTED = replace(_PAIRS, pair_counts=True)
 IDEAS = {
-    "fast": Recipe(),
-    "counts": _COUNTS,
-    "counts, 4096 candidates": _SAMPLED,
-    "counts, 2048 candidates": replace(_SAMPLED, candidates=2048),
-    "counts, 4096 candidates, bigrams": replace(_SAMPLED, bigrams=65_536),
-    "counts, 4096 candidates, rate 3e-3": replace(_SAMPLED, learning_rate=3e-3),
-    "counts, 4096 candidates, beta2 0.99": replace(_SAMPLED, beta2=0.99),
-    "counts, 4096 candidates, half the rate for embeddings": replace(_SAMPLED, embedding_rate=0.5),
-    "counts, 4096 candidates, batch 16": replace(_SAMPLED, batch_size=16),
+    "fast": Idea(learning_rate=8e-3, counts=False, candidates=0, rows_only=False),
+    "counts": replace(_BASE, candidates=0, rows_only=False),
+    "counts, 2048 candidates": replace(_BASE, rows_only=False),
+    "base": _BASE,  # counts, 2048 candidates, Adam for the rows in use
+    "512 candidates": replace(_BASE, candidates=512),
+    "1024 candidates": replace(_BASE, candidates=1024),
+    "4096 candidates": replace(_BASE, candidates=4096),
+    "rate 2e-3": replace(_BASE, learning_rate=2e-3),
+    "rate 3e-3": replace(_BASE, learning_rate=3e-3),
+    "rate 8e-3": replace(_BASE, learning_rate=8e-3),
+    "rate of embeddings x 0.5": replace(_BASE, embedding_rate=0.5),
+    "rate of output x 0.5": replace(_BASE, output_rate=0.5),
+    "rate of block x 0.5": replace(_BASE, block_rate=0.5),
+    "rate of block x 2": replace(_BASE, block_rate=2.0),
+    "cosine": replace(_BASE, schedule="cosine"),
+    "no warm-up": replace(_BASE, warmup_steps=0),
+    "batch 16": replace(_BASE, batch_size=16),
+    "batch 64": replace(_BASE, batch_size=64),
+    "growing batches": replace(_BASE, grow=True),
+    "half the steps with 40 words": replace(_BASE, short=0.5),
+    "beta1 0.8": replace(_BASE, beta1=0.8),
+    "beta2 0.99": replace(_BASE, beta2=0.99),
+    "beta2 0.95": replace(_BASE, beta2=0.95),
+    "average 0.9": replace(_BASE, average=0.9),
+    "Muon 0.02": replace(_BASE, muon=0.02),
+    "Muon 0.005": replace(_BASE, muon=0.005),
+    "block starts 3 x larger": replace(_BASE, small=3.0),
+    "8 heads of 32": replace(_BASE, heads=8, head_dim=32),
+    "4 heads of 64": replace(_BASE, heads=4, head_dim=64),
+    "feed-forward 1024": replace(_BASE, feed_forward_dim=1024),
+    "GELU": replace(_BASE, activation=nn.GELU),
+    "squared ReLU": replace(_BASE, activation=SquaredReLU),
+    "norm first": replace(_BASE, norm_first=True),
+    "mix of the word before": replace(_BASE, mix_before=True),
+    "skip": replace(_BASE, skip=True),
+    "value embeddings": replace(_BASE, value_embeddings=True),
+    "pairs": _PAIRS,
+    "pairs, 262,144": replace(_PAIRS, pairs=262_144),
+    "pairs, the most frequent": replace(_PAIRS, frequent_pairs=True),
+    "pairs and triples": replace(_PAIRS, triples=262_144),
+    "pairs from counts": _COUNTED,
+    "pairs from counts, half as long": replace(_COUNTED, pair_scale=0.5),
+    "pairs from counts, shrinkage 100": replace(_COUNTED, pair_shrinkage=100.0),
+    "pairs from counts, shrinkage 1000": replace(_COUNTED, pair_shrinkage=1000.0),
+    "pairs from counts, 262,144": replace(_COUNTED, pairs=262_144),
+    "pairs from counts, rate 3e-3": replace(_COUNTED, learning_rate=3e-3),
+    "pairs from counts, rate 8e-3": replace(_COUNTED, learning_rate=8e-3),
 }
 
 
@@ -74,25 +150,114 @@ class Reviews:
     train: Tensor  # (N, L + 1) ids: the first words of each review, padded with 0
     held_out: Tensor  # (M, L + 1)
     all_tokens: np.ndarray  # the training reviews one after the other; the id V - 1 ends each of them
+    shares: Tensor  # (V,)
+    datamodule: TextDataModule
+
+
+class Rows:
+    """A matrix (R, D), trained by Adam. A row changes only in steps that use it."""
+
+    def __init__(self, weight: Tensor, idea: Idea, rate: float):
+        self.weight, self.idea, self.rate, self.steps = weight.detach(), idea, rate, 0
+        self.first, self.second = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., D). The leaf of the graph has only the rows that occur."""
+        self.used, places = ids.unique(return_inverse=True)
+        self.leaf = self.weight[self.used].requires_grad_(torch.is_grad_enabled())
+        return F.embedding(places, self.leaf)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        self.steps += 1
+        beta1, beta2, gradient = self.idea.beta1, self.idea.beta2, self.leaf.grad
+        first = self.first[self.used].lerp_(gradient, 1 - beta1)
+        second = self.second[self.used].lerp_(gradient.square(), 1 - beta2)
+        self.first[self.used], self.second[self.used] = first, second
+        rate = learning_rate * self.rate * math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        self.weight.index_add_(0, self.used, first / (second.sqrt() + 1e-7), alpha=-rate)
+
+
+class Muon:
+    """https://kellerjordan.github.io/posts/muon: the update of a matrix is its momentum, made nearly orthogonal."""
+
+    def __init__(self, parameters: list[Tensor], learning_rate: float):
+        self.momenta = [(parameter, torch.zeros_like(parameter)) for parameter in parameters]
+        self.learning_rate = learning_rate
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        for parameter, momentum in self.momenta:
+            momentum.mul_(0.95).add_(parameter.grad)
+            x = parameter.grad.add(momentum, alpha=0.95)
+            x /= x.norm() + 1e-7
+            for _ in range(5):  # Newton-Schulz
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            parameter.add_(x, alpha=-self.learning_rate * factor * max(1, x.shape[0] / x.shape[1]) ** 0.5)
+            parameter.grad = None
 
 
 class Network(nn.Module):
-    """`MiniGPT`, with vectors of word pairs in its input if the recipe has them."""
+    """`MiniGPT` with the parts of an idea. Its tables are trained by `Rows`, all other weights are parameters."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, idea: Idea):
         super().__init__()
-        self.gpt = MiniGPT(V, L, D, dropout=0.0)
-        self.pairs = nn.Embedding(recipe.bigrams, D) if recipe.bigrams else None
-        if self.pairs is not None:
-            nn.init.zeros_(self.pairs.weight)
+        self.idea, self.frequent = idea, None
+        sizes = {"num_heads": idea.heads, "head_dim": idea.head_dim, "feed_forward_dim": idea.feed_forward_dim}
+        self.gpt = MiniGPT(V, L, D, dropout=0.0, **sizes)
+        self.gpt.blocks[0].feed_forward[1] = idea.activation()
+        self.before = nn.Parameter(torch.zeros(D)) if idea.mix_before else None
+        self.skip = nn.Parameter(torch.zeros(D)) if idea.skip else None
+        self.rows: dict[str, Rows] = {}
+
+    def make_rows(self, pair_weight: Tensor | None) -> None:
+        idea, gpt = self.idea, self.gpt
+        weights = {
+            "tokens": (gpt.token_embedding.weight.requires_grad_(False), idea.embedding_rate),
+            "output": (gpt.output.weight.requires_grad_(False), idea.output_rate),
+            "pairs": (torch.zeros(idea.pairs, D) if pair_weight is None else pair_weight, idea.pair_rate),
+            "triples": (torch.zeros(idea.triples, D), idea.pair_rate),
+            "values": (torch.zeros(V if idea.value_embeddings else 0, D), idea.embedding_rate),
+        }
+        self.rows = {name: Rows(weight, idea, rate) for name, (weight, rate) in weights.items() if len(weight)}
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) -> hidden states (B, L, D)."""
-        x = self.gpt.embed(ids)
-        if self.pairs is not None:
-            key = ids * 1_000_003 + F.pad(ids[:, :-1], (1, 0))
-            x = x + self.pairs(key % self.pairs.num_embeddings)
-        return self.gpt.blocks[0](x)
+        if not self.rows:
+            return self.gpt.hidden_states(ids)
+        x = self.rows["tokens"][ids] + self.gpt.position_embedding.weight[: ids.shape[1]]
+        before, two_before = F.pad(ids[:, :-1], (1, 0)), F.pad(ids[:, :-2], (2, 0))
+        if "pairs" in self.rows:
+            x = x + self.rows["pairs"][self._pair(before, ids)]
+        if "triples" in self.rows:
+            key = ids * 1_000_003 + before * 19_997 + two_before * 7_919_113
+            x = x + self.rows["triples"][key % self.idea.triples]
+        if self.before is not None:
+            x = x + self.before * F.pad(x[:, :-1], (0, 0, 1, 0))
+        hidden = self._block(x, self.rows["values"][ids] if "values" in self.rows else None)
+        return hidden if self.skip is None else hidden + self.skip * x
+
+    def _pair(self, first: Tensor, second: Tensor) -> Tensor:
+        """The row of each pair. With `frequent_pairs` or `pair_counts`, row 0 is that of all others."""
+        if self.frequent is None:
+            return (second * 1_000_003 + first) % self.idea.pairs
+        key = first * V + second
+        place = torch.searchsorted(self.frequent, key).clamp_(max=len(self.frequent) - 1)
+        return torch.where(self.frequent[place] == key, place + 1, 0)
+
+    def _block(self, x: Tensor, of_values: Tensor | None) -> Tensor:
+        block = self.gpt.blocks[0]
+        attention = block.attention
+        if self.idea.norm_first:
+            x = x + attention(block.attention_norm(x))
+            return F.layer_norm(x + block.feed_forward(block.feed_forward_norm(x)), (D,))
+        if of_values is None:
+            return block(x)
+        query, key, _ = attention.project(x)
+        value = attention.value(x + of_values).view(*x.shape[:2], *query.shape[1::2]).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return block.after_attention(x, attention.merge_heads(mixed))
 
 
 def main() -> None:
@@ -102,144 +267,161 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="steps of 32 sequences; other batches get as many words")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=250, help="reviews of `unsupervised`")
+    parser.add_argument("--every", type=int, default=0, help="also print the loss after every so many steps")
     arguments = parser.parse_args()
     reviews = read_reviews(arguments.folder, arguments.held_out)
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in arguments.ideas}
+    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arguments.ideas}
     for seed in range(arguments.seeds):
         for name, found in results.items():
-            found.append(train(IDEAS[name], reviews, arguments.steps, seed))
-            print(f"{name}, seed {seed}: {found[-1][0]:.0f} s, loss {found[-1][1]:.4f}", flush=True)
-    first = results[arguments.ideas[0]]
-    print(f"\n| idea | seconds | ratio | held-out loss, {arguments.seeds} seeds |\n|---|---|---|---|")
+            print(f"{name}, seed {seed}", flush=True)
+            found.append(train(IDEAS[name], reviews, arguments.steps, seed, arguments.every))
+    print(f"\n| idea | seconds | of a step | held-out loss, {arguments.seeds} seeds |\n|---|---|---|---|")
     for name, found in results.items():
-        ratio = statistics.median(seconds / base for (seconds, _), (base, _) in zip(found, first, strict=True))
-        losses = ", ".join(f"{loss:.3f}" for _, loss in found)
-        print(f"| {name} | {statistics.median(seconds for seconds, _ in found):.0f} | {ratio:.2f} | {losses} |")
+        seconds, of_step = (statistics.median(values) for values in list(zip(*found, strict=True))[:2])
+        losses = ", ".join(f"{loss:.3f}" for *_, loss in found)
+        print(f"| {name} | {seconds:.0f} | {of_step:.2f} | {losses} |")
 
 
 def read_reviews(folder: str, held_out: int) -> Reviews:
     config = ImdbConfig(source=folder, end_token=False, loss_on_padding=True, validation_documents=1000)
-    corpus = open_corpus(config, V)
-    assert corpus.validation is not None, "FOLDER has no split `unsupervised`"
-    train, validation = (
-        Sequences(ids, L, "truncate", end_token=False, count_padding=True) for ids in (corpus.train, corpus.validation)
-    )
+    datamodule = TextDataModule(config, V, L)
+    datamodule.setup()
+    train, validation = datamodule._train_sequences, datamodule._val_sequences
+    assert validation is not None, "FOLDER has no split `unsupervised`"
     shown = train[np.arange(len(train))], validation[np.arange(held_out)]
-    return Reviews(*shown, np.asarray(corpus.train.tokens))
+    return Reviews(*shown, np.asarray(datamodule.corpus.train.tokens), datamodule.target_shares(), datamodule)
 
 
-def train(recipe: Recipe, reviews: Reviews, steps_of_32: int, seed: int) -> tuple[float, float]:
-    """Train one network. Returns the seconds and the loss on the held-out reviews."""
+def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int = 0) -> tuple[float, float, float]:
+    """Train one network. Returns the seconds of all, the seconds of a step, and the loss on the held-out reviews."""
     torch.manual_seed(seed)
     start = time.perf_counter()
-    network = Network(recipe)
-    gpt = network.gpt
-    counts = torch.bincount(reviews.train.flatten(), minlength=V) + 0.5
-    shares = counts / counts.sum()
-    with torch.no_grad():
-        gpt.output.bias.copy_(shares.log())
-        if recipe.counts:
-            start_from_counts(gpt, reviews, recipe.shrinkage)
-    embeddings = [weight for name, weight in network.named_parameters() if "embedding" in name or "pairs" in name]
-    others = [*gpt.output.parameters(), *gpt.blocks.parameters()]
-    groups = [{"params": embeddings, "share": recipe.embedding_rate}, {"params": others, "share": 1.0}]
-    squares = SquaresByOccurrence(gpt.token_embedding)
-    optimizer = KerasAdam(groups, betas=(0.9, recipe.beta2), squares=squares)
-    schedule = ScheduleConfig(name="linear", warmup_steps=recipe.warmup_steps)
-    steps = steps_of_32 * 32 // recipe.batch_size
+    network = Network(idea)
+    prepare(network, reviews)
+    preparation = time.perf_counter() - start
+    gpt, tables, squares = network.gpt, list(network.rows.values()), None
+    matrices = [p for p in gpt.blocks.parameters() if p.ndim == 2] if idea.muon else []
+    muon = Muon(matrices, idea.muon)
+    by_adam = [p for p in network.parameters() if p.requires_grad and all(p is not matrix for matrix in matrices)]
+    if not tables:
+        squares = SquaresByOccurrence(gpt.token_embedding)
+    optimizer = KerasAdam(by_adam, betas=(idea.beta1, idea.beta2), squares=squares)
+    schedule = ScheduleConfig(name=idea.schedule, warmup_steps=idea.warmup_steps)
+    generator = torch.Generator().manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(reviews.train))
-    for step in range(steps):
-        rate = recipe.learning_rate * learning_rate_factor(step, steps, schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        chosen = np.take(order, range(step * recipe.batch_size, (step + 1) * recipe.batch_size), mode="wrap")
-        ids = reviews.train[chosen]
-        hidden, targets = network(ids[:, :-1]), ids[:, 1:]
-        if recipe.candidates and step < steps * (1 - recipe.full_softmax_at_end):
-            loss = sampled_cross_entropy(hidden, gpt.output, targets, recipe.candidates, shares)
-        else:
-            loss = linear_cross_entropy(hidden, gpt.output.weight, gpt.output.bias, targets)
-        (loss / targets.numel()).backward()
+    total, done, steps, average = steps_of_32 * 32, 0, 0, None
+    start, paused = time.perf_counter(), 0.0
+    while done < total:
+        part = done / total
+        size = (16 if part < 0.4 else 32 if part < 0.7 else 64) if idea.grow else idea.batch_size
+        steps_of_idea = total // idea.batch_size
+        factor = learning_rate_factor(int(part * steps_of_idea), steps_of_idea, schedule)
+        ids = reviews.train[np.take(order, range(done, done + size), mode="wrap")]
+        ids = ids[:, :41] if part < idea.short else ids
+        loss = loss_of(network, ids, reviews.shares, idea.candidates if part < 0.95 else 0, generator)
+        loss.backward()
+        for table in tables:
+            table.step(idea.learning_rate * factor)
+        muon.step(factor)
+        optimizer.param_groups[0]["lr"] = idea.learning_rate * factor * idea.block_rate
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - start
-    with torch.no_grad():
-        losses = [
-            token_losses(network(ids[:, :-1]), gpt.output.weight, gpt.output.bias, ids[:, 1:]).mean()
-            for ids in reviews.held_out.split(50)
-        ]
-    return seconds, statistics.fmean(map(float, losses))
+        done, steps = done + size, steps + 1
+        if idea.average and part > 0.3:
+            weights = [table.weight for table in tables] + [p.data for p in by_adam]
+            average = average or [weight.clone() for weight in weights]
+            if steps % 5 == 0:
+                torch._foreach_lerp_(average, weights, 1 - idea.average)
+        if every and steps % every == 0:
+            now = time.perf_counter()
+            print(f"  {steps} steps, {preparation + now - start - paused:.0f} s: {evaluate(network, reviews):.4f}")
+            paused += time.perf_counter() - now
+    of_steps = time.perf_counter() - start - paused
+    for weight, mean in zip(weights, average, strict=True) if average else ():
+        weight.copy_(mean)
+    result = preparation + of_steps, of_steps / max(steps, 1), evaluate(network, reviews)
+    print(f"  {result[0]:.0f} s, {preparation:.1f} s before the first step, {result[1]:.3f} s a step: {result[2]:.4f}")
+    return result
 
 
-def sampled_cross_entropy(hidden: Tensor, output: nn.Linear, targets: Tensor, count: int, shares: Tensor) -> Tensor:
-    """The loss among candidates only (Jean et al., arXiv 1412.2007), summed over all targets.
+@torch.no_grad()
+def prepare(network: Network, reviews: Reviews) -> None:
+    """Set the initial weights."""
+    idea, gpt, pair_weight = network.idea, network.gpt, None
+    gpt.output.bias.copy_(reviews.shares.log())
+    if idea.counts:
+        pairs = reviews.datamodule.pair_counts()
+        start_from_counts(gpt, pairs)
+        for name, weight in gpt.named_parameters():
+            if name.endswith(("attention.output.weight", "feed_forward.2.weight")):
+                weight.mul_(idea.small)
+    if idea.frequent_pairs or idea.pair_counts:
+        network.frequent, following = count_triples(reviews, idea.pairs - 1)
+        if idea.pair_counts:
+            pair_weight = vectors_of_pairs(gpt, idea, pairs, network.frequent, following)
+    if idea.rows_only:
+        network.make_rows(pair_weight)
 
-    The candidates are the targets of the batch and `count` words, drawn with probabilities p^0.6. The logit of each is
-    corrected by the log of the probability that it is a candidate.
 
-    Args:
-        hidden, targets: (B, L, D) and (B, L).
-        shares: (V,), p of each word in the training text.
+def count_triples(reviews: Reviews, number: int) -> tuple[Tensor, PairCounts]:
+    """The most frequent pairs, as sorted keys `first * V + second` (P,), and which words follow them."""
+    tokens = torch.from_numpy(reviews.all_tokens.astype(np.int64))
+    first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
+    inside = (first != V - 1) & (second != V - 1) & (third != V - 1)
+    keys, third = (first * V + second)[inside], third[inside]
+    different, counts = keys.unique(return_counts=True)
+    frequent = different[counts.topk(number).indices.sort().values]
+    place = torch.searchsorted(frequent, keys).clamp_(max=number - 1)
+    known = frequent[place] == keys
+    triples, counts = (place[known] * V + third[known]).unique(return_counts=True)
+    return frequent, PairCounts(triples // V, triples % V, counts)
+
+
+def vectors_of_pairs(gpt: MiniGPT, idea: Idea, pairs: PairCounts, frequent: Tensor, following: PairCounts) -> Tensor:
+    """(P + 1, D): vectors that move the prediction from the counts of pairs to those of triples. Row 0 is 0.
+
+    The matrix log(1 + c / (k p)) has a row for each pair and a column for the word after it. c counts the triple, p is
+    the probability of the third word after the second, by the counts of pairs. The vectors fit it by least squares.
     """
-    weights = shares**0.6 / (shares**0.6).sum()
-    drawn = torch.multinomial(weights.float(), count)
-    candidates = torch.cat([targets.unique(), drawn]).unique()  # (C,)
-    not_drawn = (1 - weights[candidates]) ** count * (1 - shares[candidates]) ** targets.numel()
-    number = torch.zeros(V, dtype=torch.int64)
-    number[candidates] = torch.arange(len(candidates))
-    bias = output.bias[candidates] - (1 - not_drawn).log().float()
-    return linear_cross_entropy(hidden, output.weight[candidates], bias, number[targets])
+    second, third = frequent[following.first] % V, following.second
+    of_pair = torch.zeros(V * V, dtype=torch.float32)
+    of_pair[pairs.first * V + pairs.second] = pairs.counts.float()
+    share = torch.zeros(V).index_add_(0, pairs.second, pairs.counts.float()) / pairs.counts.sum()
+    of_second = torch.zeros(V).index_add_(0, pairs.first, pairs.counts.float())
+    p = (of_pair[second * V + third] + 100 * share[third]) / (of_second[second] + 100)
+    values = torch.log1p(following.counts / (idea.pair_shrinkage * p)) * share[third]
+    weight = gpt.output.weight - share @ gpt.output.weight  # (V, D): a constant in a row changes no probability
+    gram = weight.T @ (weight * share[:, None])
+    gram += 1e-2 * gram.trace() / D * torch.eye(D)
+    size = (len(frequent), V)
+    matrix = torch.sparse_coo_tensor(torch.stack([following.first, third]), values, size, check_invariants=False)
+    vectors = torch.linalg.solve(gram, (matrix @ weight).T).T  # (P, D)
+    length = gpt.token_embedding.weight.norm(dim=1)[frequent % V, None] / math.sqrt(D)  # the block divides by it
+    return F.pad(idea.pair_scale * vectors * length, (0, 0, 1, 0))
 
 
-def start_from_counts(gpt: MiniGPT, reviews: Reviews, shrinkage: float) -> None:
-    """Set embeddings and output weights from counts of word pairs. The network then predicts nearly as the counts do.
-
-    The matrix log(1 + c / (k p)) has a row for each word and a column for the word after it. c counts the pair, p is
-    the share of the second word, and k is the shrinkage. Up to a constant per row, this is the shrunk pointwise mutual
-    information. Its singular vectors, weighted by the roots of the frequencies, become embeddings (Levy and Goldberg,
-    NIPS 2014). The output weights fit the matrix to the block's output for each embedding, by weighted least squares.
-    Attention, feed-forward network and positions start small, so that the block changes little.
-    """
-    rng = np.random.default_rng(0)
-    pairs = _count_pairs(reviews)
-    first, second = (np.maximum(np.asarray(pairs.sum(axis)).ravel(), 0.5) for axis in (1, 0))  # (V,) each
-    entries = pairs.tocoo()
-    values = np.log1p(entries.data / (shrinkage * second[entries.col] / second.sum()))
-    rows, columns = np.sqrt(first), np.sqrt(second)
-    weighted = values * rows[entries.row] * columns[entries.col]
-    matrix = csr_matrix((weighted.astype(np.float32), (entries.row, entries.col)), shape=(V, V))
-    # Randomised singular value decomposition (Halko et al., arXiv 0909.4061).
-    basis, _ = np.linalg.qr(matrix @ rng.standard_normal((V, D + 20)).astype(np.float32))
-    for _ in range(2):
-        basis, _ = np.linalg.qr(matrix.T @ basis)
-        basis, _ = np.linalg.qr(matrix @ basis)
-    left, singular, _ = np.linalg.svd((matrix.T @ basis).T, full_matrices=False)
-    embeddings = (basis @ left)[:, :D] * np.sqrt(singular[:D]) / rows[:, None]
-    embeddings /= math.sqrt((embeddings**2 * first[:, None]).sum() / first.sum() / D)
-    gpt.token_embedding.weight.copy_(torch.from_numpy(embeddings))
-    gpt.position_embedding.weight.mul_(0.2)
-    gpt.blocks[0].attention.output.weight.mul_(0.1)
-    gpt.blocks[0].feed_forward[2].weight.mul_(0.1)
-    hidden = gpt.blocks[0](gpt.token_embedding.weight[:, None])[:, 0].double().numpy()  # (V, D): each word alone
-    hidden = np.hstack([hidden, np.ones((V, 1))])  # (V, D + 1): for the bias
-    left_side = hidden.T @ (hidden * first[:, None]) + 1e-3 * first.sum() * np.eye(D + 1)
-    right_side = (matrix.T @ (hidden * rows[:, None]).astype(np.float32)).T / columns
-    solution = torch.from_numpy(np.linalg.solve(left_side, right_side))  # (D + 1, V)
-    gpt.output.weight.copy_(solution[:D].T)
-    gpt.output.bias.add_(solution[D])
+def loss_of(network: Network, ids: Tensor, shares: Tensor, candidates: int, generator: torch.Generator) -> Tensor:
+    """The mean loss of a batch (B, L + 1)."""
+    hidden, targets, output, tables = network(ids[:, :-1]), ids[:, 1:], network.gpt.output, network.rows
+    if candidates and not tables:
+        loss = sampled_cross_entropy(hidden, output.weight, output.bias, targets, shares, candidates, generator)
+    elif candidates:
+        loss = sampled_cross_entropy(hidden, tables["output"], output.bias, targets, shares, candidates, generator)
+    else:
+        weight = tables["output"][torch.arange(V)] if tables else output.weight
+        loss = linear_cross_entropy(hidden, weight, output.bias, targets)
+    return loss / targets.numel()
 
 
-def _count_pairs(reviews: Reviews) -> csr_matrix:
-    """(V, V): how often a word follows another, in the whole reviews and once more in their first words."""
-    end, tokens = V - 1, reviews.all_tokens.astype(np.int64)
-    inside = (tokens[:-1] != end) & (tokens[1:] != end)
-    first, second = (reviews.train[:, part].numpy().ravel() for part in (slice(-1), slice(1, None)))
-    shown = (first != 0) | (second != 0)  # padding after padding teaches nothing
-    rows = np.concatenate([tokens[:-1][inside], first[shown]])
-    columns = np.concatenate([tokens[1:][inside], second[shown]])
-    counts = coo_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(V, V)).tocsr()
-    counts.sum_duplicates()
-    return counts
+@torch.no_grad()
+def evaluate(network: Network, reviews: Reviews) -> float:
+    """The mean loss of the held-out reviews."""
+    output = network.gpt.output
+    losses = [
+        token_losses(network(ids[:, :-1]), output.weight, output.bias, ids[:, 1:]).mean()
+        for ids in reviews.held_out.split(50)
+    ]
+    return statistics.fmean(map(float, losses))
 
 
 if __name__ == "__main__":

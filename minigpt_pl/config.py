@@ -332,6 +332,15 @@ class TrainConfig:
     )
     find_learning_rate: bool = setting(False, "do not train; try learning rates, draw the curve and print a suggestion")
     unigram_bias: bool = setting(False, "start the output bias at the log frequencies of the tokens")
+    bigram_weights: bool = setting(
+        False, "start the embeddings and the output weights from counts of neighbouring tokens; needs unigram_bias=true"
+    )
+    softmax_candidates: int | None = setting(
+        None,
+        "compute the loss of a step among its targets and about this many drawn tokens, which takes less time; the last"
+        " steps use all tokens; null means always all",
+        minimum=1,
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -598,6 +607,10 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield f"trainer.max_time={trainer.max_time}: must be DD:HH:MM:SS, as in trainer.max_time='00:00:09:00'"
     if trainer.strategy == "fsdp2":
         yield from _fsdp2_problems(config)
+    if config.bigram_weights and not config.unigram_bias:
+        yield "bigram_weights=true: needs unigram_bias=true"
+    if config.bigram_weights and config.model.tie_embeddings:
+        yield "bigram_weights=true: does not work with model.tie_embeddings=true; leave one of them out"
     if trainer.limit_val_batches == 0:
         no_validation = ("check_val_every_n_epoch", "val_check_interval", "patience")
         yield from without_effect(trainer, no_validation, "trainer.", "trainer.limit_val_batches=0")
@@ -619,6 +632,8 @@ def _fsdp2_problems(config: TrainConfig) -> Iterator[str]:
         yield "trainer.precision=64-true: does not work with trainer.strategy=fsdp2; use 32-true, or ddp"
     if config.find_learning_rate:
         yield "find_learning_rate=true: does not work with trainer.strategy=fsdp2; use ddp"
+    if config.softmax_candidates is not None:
+        yield f"softmax_candidates={config.softmax_candidates}: does not work with trainer.strategy=fsdp2; use ddp"
 
 
 def forced_words_problems(words: Any) -> Iterator[str]:

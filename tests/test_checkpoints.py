@@ -181,7 +181,9 @@ class TestExactness:
         assert a == b
         assert runs.read_record(parts)["status"] == "finished"
 
-    @pytest.mark.parametrize("options", [[], ["trainer.accumulate_grad_batches=2"], ["trainer.ema_decay=0.9"]])
+    @pytest.mark.parametrize(
+        "options", [[], ["trainer.accumulate_grad_batches=2"], ["trainer.ema_decay=0.9", "softmax_candidates=4"]]
+    )
     def test_after_every_kind_of_step(self, tiny_config, tmp_path, options):
         config = tiny_config(*self.OPTIONS, *options, "checkpoint.every_n_steps=1", "checkpoint.keep=100")
         whole = train(config)

@@ -120,6 +120,7 @@ def test_problems_name_setting_value_and_remedy(override, message):
         "trainer.ema_decay=0.9",
         "trainer.precision=64-true",
         "find_learning_rate=true",
+        "softmax_candidates=9",
     ],
 )
 def test_what_needs_all_weights_in_one_process(override):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from minigpt_pl import loss as loss_module
-from minigpt_pl.loss import linear_cross_entropy, token_losses
+from minigpt_pl.loss import linear_cross_entropy, sampled_cross_entropy, token_losses
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +167,46 @@ def test_the_gpu_path_has_its_softmax_in_fp32(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         ours = linear_cross_entropy(*tensors, targets)
     assert_close(ours, reference(*tensors, targets), rtol=1e-6, atol=0)
+
+
+class TestCandidates:
+    def shares(self):
+        counts = torch.arange(30, 0, -1.0)
+        return counts / counts.sum()
+
+    @pytest.mark.parametrize("ignore_index", [None, 0])
+    def test_if_all_words_are_candidates_it_is_the_whole_loss(self, ignore_index):
+        tensors, targets = example()
+        arguments = (self.shares(), 10**6, torch.Generator(), ignore_index)
+        ours = sampled_cross_entropy(*tensors, targets, *arguments)
+        whole = linear_cross_entropy(*tensors, targets, ignore_index)
+        assert_close(ours, whole)
+        for a, b in zip(torch.autograd.grad(ours, tensors), torch.autograd.grad(whole, tensors), strict=True):
+            assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    def test_the_right_probabilities_have_no_gradient_on_average(self):
+        """A bias at log p is the best one. Without the correction, its gradient would not be 0."""
+        shares, generator = self.shares(), torch.Generator().manual_seed(0)
+        hidden, weight, bias = torch.zeros(60, 4), torch.zeros(30, 4), shares.log().requires_grad_()
+        total, squares = torch.zeros(30), torch.zeros(30)
+        for _ in range(3000):
+            targets = torch.multinomial(shares, 60, replacement=True, generator=generator)
+            loss = sampled_cross_entropy(hidden, weight, bias, targets, shares, 8, generator)
+            [gradient] = torch.autograd.grad(loss, bias)
+            total, squares = total + gradient, squares + gradient.square()
+        error = (squares / 3000).sqrt() / 3000**0.5
+        assert (total / 3000).abs().div(error).square().mean() < 2, "the mean gradient is not 0 within its error"
+
+    def test_only_candidates_are_computed(self):
+        tensors, targets = example()
+        counted = sampled_cross_entropy(*tensors, targets.clamp(max=3), self.shares(), 4, torch.Generator())
+        gradient = torch.autograd.grad(counted, tensors[1])[0]
+        changed = gradient.abs().sum(1) > 0  # (V,)
+        assert 4 <= changed.sum() < 15 and changed[:4].all()
+
+    def test_the_generator_decides(self):
+        tensors, targets = example()
+        draw = lambda seed: sampled_cross_entropy(  # noqa: E731
+            *tensors, targets, self.shares(), 4, torch.Generator().manual_seed(seed)
+        )
+        assert draw(1) == draw(1) != draw(2)

@@ -20,7 +20,8 @@ from minigpt_pl import generate_text, load, runs
 from minigpt_pl import loss as loss_module
 from minigpt_pl.checkpoints import newest_checkpoint
 from minigpt_pl.errors import InputError
-from minigpt_pl.training import progress
+from minigpt_pl.loss import sampled_cross_entropy
+from minigpt_pl.training import module, progress
 from minigpt_pl.training.checkpointing import SaveAndStop, StopAtNaN
 from minigpt_pl.training.fit import _build_module, _open_text
 from minigpt_pl.training.loss_curve import read_metrics
@@ -76,6 +77,47 @@ class TestLoss:
         bias = checkpoint(folder)["state_dict"]["model.output.bias"]
         assert_close(bias, ((shares + 1) / (shares + 1).sum()).log(), atol=1e-4, rtol=0)
         assert losses(folder)[0] < without - 0.2
+
+    @pytest.mark.parametrize("loss_on_padding", ["true", "false"])
+    def test_bigram_weights_start_near_the_counts_of_pairs(self, tiny_config, loss_on_padding):
+        options = [EVERY_STEP, "trainer.max_steps=1", "unigram_bias=true", NO_DROPOUT, "optimizer.learning_rate=1e-30"]
+        options += [f"data.loss_on_padding={loss_on_padding}", "data.validation_share=0"]
+        unigrams = losses(train(tiny_config(*options)))[0]
+        config = tiny_config(*options, "bigram_weights=true")
+        bigrams = losses(train(config))[0]
+        datamodule = _open_text(config, None)
+        first, second, counts = datamodule.pair_counts()
+        table = torch.full((26, 26), 1e-9).index_put((first, second), counts.float())
+        log_p = (table / table.sum(1, keepdim=True)).log()
+        [batch, *_] = datamodule.train_dataloader()
+        of_counts = -log_p[batch.inputs, batch.targets]
+        counted = (batch.targets != 0) | (loss_on_padding == "true")
+        of_counts = of_counts[counted].mean().item()
+        gained = (unigrams - bigrams) / (unigrams - of_counts)
+        assert gained > 0.4, f"{unigrams:.2f} -> {bigrams:.2f}; the counts have {of_counts:.2f}"
+
+    def test_pairs_do_not_cross_documents(self, tiny_config):
+        """Whole documents are counted, and the sequences once more."""
+        config = tiny_config("model.max_length=4", "data.validation_share=0")
+        datamodule = _open_text(config, None)
+        corpus, end_id = datamodule.corpus.train, datamodule.vocab_size - 1
+        expected = torch.zeros(26, 26, dtype=torch.int64)
+        for start, stop in itertools.pairwise(corpus.offsets):
+            document = corpus.tokens[start:stop].tolist()
+            for pair in [*itertools.pairwise(document), *itertools.pairwise(document[:5])]:
+                expected[pair] += 1
+        first, second, counts = datamodule.pair_counts()
+        assert torch.equal(torch.zeros_like(expected).index_put((first, second), counts), expected)
+        assert expected[:, end_id].sum() > 0 == expected[end_id].sum()
+
+    def test_candidates_estimate_the_loss_and_the_last_steps_use_all_tokens(self, tiny_config, monkeypatch):
+        options = [EVERY_STEP, "trainer.max_steps=40", NO_DROPOUT, "trainer.max_epochs=9"]
+        whole = losses(train(tiny_config(*options, "run_name=whole")))
+        calls = []
+        monkeypatch.setattr(module, "sampled_cross_entropy", lambda *a: calls.append(a[5]) or sampled_cross_entropy(*a))
+        some = losses(train(tiny_config(*options, "softmax_candidates=4", "run_name=some")))
+        assert calls == [4] * 38
+        assert list(some.values())[-1] == pytest.approx(list(whole.values())[-1], abs=0.1)
 
     def test_losses_of_a_partial_last_step(self, tiny_config):
         """18 batches, 4 in a step: the last step has 2. No update changes the weights here."""

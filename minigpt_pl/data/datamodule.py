@@ -1,7 +1,7 @@
 """The LightningDataModule: turns a text into batches of token ids."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import numpy as np
@@ -16,7 +16,16 @@ from minigpt_pl.data.streaming import StreamLoader
 from minigpt_pl.errors import InputError
 from minigpt_pl.tokenizer import END, PADDING_ID, fingerprint
 
+PAIR_TOKENS = 20_000_000  # of the text, whose neighbours are counted
 MAX_GPU_TEXT_BYTES = 4 * 2**30  # a larger encoded text stays in main memory
+
+
+class PairCounts(NamedTuple):
+    """How often a token follows another: int64 tensors of one length, with an entry for each pair that occurs."""
+
+    first: Tensor
+    second: Tensor
+    counts: Tensor
 
 
 class TextDataModule(L.LightningDataModule):
@@ -149,9 +158,27 @@ class TextDataModule(L.LightningDataModule):
 
     def target_shares(self) -> Tensor:
         """Share of each token id among the training targets, (V,), estimated from at most 50,000 sequences."""
-        rows = np.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))
-        targets = self._train_sequences[rows][:, 1:].numpy()
+        targets = self._some_sequences()[:, 1:].numpy()
         if not self.data.loss_on_padding:
             targets = targets[targets != PADDING_ID]
         counts = np.bincount(targets.ravel(), minlength=self.vocab_size) + 1  # so no share is 0
         return torch.from_numpy(counts / counts.sum()).float()
+
+    def pair_counts(self) -> PairCounts:
+        """How often a token follows another: in at most 50,000 sequences, and in the first tokens of the text."""
+        sequences = self._some_sequences()
+        end_id = self.vocab_size - 1
+        tokens = torch.from_numpy(self.corpus.train.shard(0).tokens[:PAIR_TOKENS].astype(np.int64))
+        inside = tokens[:-1] != end_id  # the next document is no continuation
+        if not self.data.end_token:
+            inside &= tokens[1:] != end_id
+        parts = [(tokens[:-1][inside], tokens[1:][inside]), (sequences[:, :-1].flatten(), sequences[:, 1:].flatten())]
+        pairs = torch.cat([first * self.vocab_size + second for first, second in parts])
+        if not self.data.loss_on_padding:
+            pairs = pairs[pairs % self.vocab_size != PADDING_ID]
+        pairs, counts = torch.unique(pairs, return_counts=True)
+        return PairCounts(pairs // self.vocab_size, pairs % self.vocab_size, counts)
+
+    def _some_sequences(self) -> Tensor:
+        """At most 50,000 training sequences, (N, L + 1)."""
+        return self._train_sequences[np.arange(0, len(self._train_sequences), -(-len(self._train_sequences) // 50_000))]

@@ -26,6 +26,7 @@ from minigpt_pl.tokenizer import NUM_SPECIAL, UNKNOWN_ID, load_tokenizer
 from minigpt_pl.training import cluster
 from minigpt_pl.training.checkpointing import SaveAndStop
 from minigpt_pl.training.checks import check_machine, check_resume, check_text
+from minigpt_pl.training.initial_weights import start_from_counts
 from minigpt_pl.training.memory import check_memory
 from minigpt_pl.training.metrics import Metrics
 from minigpt_pl.training.module import MiniGPTModule
@@ -214,9 +215,14 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
         end_id=datamodule.end_id,
         loss_on_padding=config.data.loss_on_padding,
         seed=config.seed,
+        softmax_candidates=config.softmax_candidates,
     )
     if config.unigram_bias:
         module.model.output.bias.data.copy_(datamodule.target_shares().log())
+    if config.bigram_weights:
+        start_from_counts(module.model, datamodule.pair_counts())
+    if config.softmax_candidates is not None:
+        module.target_shares = datamodule.target_shares()
     if config.trainer.compile:
         for block in module.model.blocks:
             block.compile()  # in place: the names in checkpoints do not change

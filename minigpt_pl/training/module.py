@@ -14,9 +14,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from minigpt_pl.config import ModelConfig, OptimizerConfig, ScheduleConfig, optimizer_problems
 from minigpt_pl.data.batches import Batch
 from minigpt_pl.errors import InputError
+from minigpt_pl.loss import sampled_cross_entropy
 from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
 from minigpt_pl.training.optimizers import SquaresByOccurrence, build_optimizer, learning_rate_factor
+
+SHARE_WITH_ALL_TOKENS = 0.05  # of the steps, at the end, if the others use candidates
 
 
 class MiniGPTModule(L.LightningModule):
@@ -30,7 +33,11 @@ class MiniGPTModule(L.LightningModule):
             Trainer estimates it.
         end_id: id of [END], which does not count as a word; None if the text has no [END].
         loss_on_padding: whether padding counts in the loss; must equal `DataConfig.loss_on_padding`.
-        seed: random seed of dropout.
+        seed: random seed of dropout and of the softmax's candidates.
+        softmax_candidates: as in `TrainConfig`. It needs `total_steps`, and the attribute `target_shares`.
+
+    Attributes:
+        target_shares: share of each token among the training targets, (V,), as from `TextDataModule.target_shares`.
 
     Raises:
         InputError: the optimizer does not fit the model.
@@ -45,6 +52,7 @@ class MiniGPTModule(L.LightningModule):
         end_id: int | None = None,
         loss_on_padding: bool = False,
         seed: int = 0,
+        softmax_candidates: int | None = None,
     ):
         super().__init__()
         model_config, optimizer_config = ModelConfig(**(model or {})), OptimizerConfig(**(optimizer or {}))
@@ -55,6 +63,8 @@ class MiniGPTModule(L.LightningModule):
             optimizer_config.second_moment = "by_occurrence" if fits else "dense"
         self.optimizer_config, self.schedule_config = optimizer_config, ScheduleConfig(**(schedule or {}))
         self.total_steps, self.end_id, self.seed = total_steps, end_id, seed
+        self.softmax_candidates = softmax_candidates
+        self.target_shares: Tensor | None = None
         self.ignore_index = None if loss_on_padding else PADDING_ID
         self.save_hyperparameters(logger=False)
         with_defaults = {"model": asdict(model_config), "optimizer": asdict(optimizer_config)}
@@ -67,7 +77,7 @@ class MiniGPTModule(L.LightningModule):
         self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # this epoch: loss of this process, targets of all
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        total = self.model.loss(batch.inputs, batch.targets, self.ignore_index, self._dropout_seeds(batch, batch_idx))
+        total = self._loss(batch, batch_idx)
         self.epoch_sums[0] += total.detach().to(self.epoch_sums.device)
         self.epoch_sums[1] += batch.num_targets
         # Several processes wait for each other here, so they share only the losses that are written or shown.
@@ -77,6 +87,18 @@ class MiniGPTModule(L.LightningModule):
         # Lightning averages over batches and processes. This average must be the mean over all targets of the step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return total / (batch.step_targets / shares)
+
+    def _loss(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of the losses of a batch: among all tokens, or among candidates."""
+        seeds, count = self._dropout_seeds(batch, batch_idx), self.softmax_candidates
+        if count is None or self.global_step >= (1 - SHARE_WITH_ALL_TOKENS) * (self.total_steps or 0):
+            return self.model.loss(batch.inputs, batch.targets, self.ignore_index, seeds)
+        assert self.target_shares is not None, "set target_shares, as from TextDataModule.target_shares()"
+        hidden, output = self.model.hidden_states(batch.inputs, seeds), self.model.output
+        place = hash((self.seed, self.current_epoch, batch_idx, self.global_rank))  # so a resumed run draws the same
+        generator, shares = torch.Generator().manual_seed(abs(place)), self.target_shares.to(hidden.device)
+        of_output = hidden, output.weight, output.bias
+        return sampled_cross_entropy(*of_output, batch.targets, shares, count, generator, self.ignore_index)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self.model.token_losses(batch.inputs, batch.targets)  # (B, L)
