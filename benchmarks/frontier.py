@@ -318,7 +318,7 @@ def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int 
         factor = learning_rate_factor(int(part * steps_of_idea), steps_of_idea, schedule)
         ids = reviews.train[np.take(order, range(done, done + size), mode="wrap")]
         ids = ids[:, :41] if part < idea.short else ids
-        loss = loss_of(network, ids, reviews.shares, idea.candidates if part < 0.95 else 0, generator)
+        loss = loss_of(network, ids, reviews.shares, idea.candidates, generator)
         loss.backward()
         for table in tables:
             table.step(idea.learning_rate * factor)

@@ -337,8 +337,8 @@ class TrainConfig:
     )
     softmax_candidates: int | None = setting(
         None,
-        "compute the loss of a step among its targets and about this many drawn tokens, which takes less time; the last"
-        " steps use all tokens; null means always all",
+        "compute the loss of a step among its targets and about this many drawn tokens, which takes less time; then"
+        " train/loss is lower than val/loss; null means all tokens",
         minimum=1,
     )
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -103,6 +103,11 @@ class TestContext:
         assert text.startswith("The network hardly uses more than 5 words of its context: 80 words instead of 5 lower")
         assert "by only 0.04 [0.03, 0.05] nats" in text
 
+    def test_no_clear_difference(self):
+        further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(-0.01, -0.03, 0.01)}
+        text = findings.context(self.LOSS, further)
+        assert text.endswith("lower the loss by -0.01 [-0.03, 0.01] nats, which is no clear difference.")
+
     def test_all_of_it(self):
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(0.06, 0.05, 0.07)}
         text = findings.context(self.LOSS, further)

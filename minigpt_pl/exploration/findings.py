@@ -112,8 +112,8 @@ def context(loss: dict[int, Estimate], further: dict[int, Estimate]) -> str:
             f"The network uses all of its context: {longest} words instead of {last}"
             f" lower the loss by {estimate_text(further[last], digits=2)} nats."
         )
-    words = "word" if enough == 1 else "words"
-    return (
-        f"The network hardly uses more than {enough} {words} of its context: {longest} words instead of {enough}"
-        f" lower the loss by only {estimate_text(further[enough], digits=2)} nats."
-    )
+    words, gain = "word" if enough == 1 else "words", estimate_text(further[enough], digits=2)
+    more = f"The network hardly uses more than {enough} {words} of its context: {longest} words instead of {enough}"
+    if further[enough].low <= 0:
+        return f"{more} lower the loss by {gain} nats, which is no clear difference."
+    return f"{more} lower the loss by only {gain} nats."

@@ -19,8 +19,6 @@ from minigpt_pl.model import MiniGPT
 from minigpt_pl.tokenizer import PADDING_ID, UNKNOWN_ID
 from minigpt_pl.training.optimizers import SquaresByOccurrence, build_optimizer, learning_rate_factor
 
-SHARE_WITH_ALL_TOKENS = 0.05  # of the steps, at the end, if the others use candidates
-
 
 class MiniGPTModule(L.LightningModule):
     """Trains a `MiniGPT`. All arguments are plain values, so its checkpoints load with `weights_only=True`.
@@ -34,7 +32,7 @@ class MiniGPTModule(L.LightningModule):
         end_id: id of [END], which does not count as a word; None if the text has no [END].
         loss_on_padding: whether padding counts in the loss; must equal `DataConfig.loss_on_padding`.
         seed: random seed of dropout and of the softmax's candidates.
-        softmax_candidates: as in `TrainConfig`. It needs `total_steps`, and the attribute `target_shares`.
+        softmax_candidates: as in `TrainConfig`. It needs the attribute `target_shares`.
 
     Attributes:
         target_shares: share of each token among the training targets, (V,), as from `TextDataModule.target_shares`.
@@ -91,7 +89,7 @@ class MiniGPTModule(L.LightningModule):
     def _loss(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the losses of a batch: among all tokens, or among candidates."""
         seeds, count = self._dropout_seeds(batch, batch_idx), self.softmax_candidates
-        if count is None or self.global_step >= (1 - SHARE_WITH_ALL_TOKENS) * (self.total_steps or 0):
+        if count is None:
             return self.model.loss(batch.inputs, batch.targets, self.ignore_index, seeds)
         assert self.target_shares is not None, "set target_shares, as from TextDataModule.target_shares()"
         hidden, output = self.model.hidden_states(batch.inputs, seeds), self.model.output
