@@ -101,7 +101,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
 def _fit(config: TrainConfig, folder: Path, record: dict[str, Any], checkpoint: Path | None) -> None:
     datamodule = _open_text(config, checkpoint)
     check_memory(config, datamodule.vocab_size)
-    module = _build_module(config, datamodule)
+    module = _build_module(config, datamodule, is_new=checkpoint is None)
     check_text(config, datamodule)
     before = {} if checkpoint is None else check_resume(checkpoint, module, datamodule)
     steps_done = before.get("global_step", 0)
@@ -198,7 +198,7 @@ def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
     return datamodule
 
 
-def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTModule:
+def _build_module(config: TrainConfig, datamodule: TextDataModule, is_new: bool = True) -> MiniGPTModule:
     steps_per_epoch = -(-batches_per_epoch(config, datamodule) // config.trainer.accumulate_grad_batches)
     total_steps = config.trainer.max_epochs * steps_per_epoch
     total_steps = min(total_steps, config.trainer.max_steps or total_steps)
@@ -219,7 +219,7 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule) -> MiniGPTMod
     )
     if config.unigram_bias:
         module.model.output.bias.data.copy_(datamodule.target_shares().log())
-    if config.bigram_weights:
+    if config.bigram_weights and is_new:  # a checkpoint replaces all weights
         start_from_counts(module.model, datamodule.pair_counts())
     if config.softmax_candidates is not None:
         module.target_shares = datamodule.target_shares()
