@@ -402,14 +402,12 @@ def vectors_of_pairs(gpt: MiniGPT, idea: Idea, pairs: PairCounts, frequent: Tens
 
 def loss_of(network: Network, ids: Tensor, shares: Tensor, candidates: int, generator: torch.Generator) -> Tensor:
     """The mean loss of a batch (B, L + 1)."""
-    hidden, targets, output, tables = network(ids[:, :-1]), ids[:, 1:], network.gpt.output, network.rows
-    if candidates and not tables:
-        loss = sampled_cross_entropy(hidden, output.weight, output.bias, targets, shares, candidates, generator)
-    elif candidates:
-        loss = sampled_cross_entropy(hidden, tables["output"], output.bias, targets, shares, candidates, generator)
+    hidden, targets, bias = network(ids[:, :-1]), ids[:, 1:], network.gpt.output.bias
+    weight = network.rows["output"] if network.rows else network.gpt.output.weight  # both give rows by their numbers
+    if candidates:
+        loss = sampled_cross_entropy(hidden, weight, bias, targets, shares, candidates, generator)
     else:
-        weight = tables["output"][torch.arange(V)] if tables else output.weight
-        loss = linear_cross_entropy(hidden, weight, output.bias, targets)
+        loss = linear_cross_entropy(hidden, weight[torch.arange(V)] if network.rows else weight, bias, targets)
     return loss / targets.numel()
 
 

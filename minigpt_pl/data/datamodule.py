@@ -166,8 +166,7 @@ class TextDataModule(L.LightningDataModule):
 
     def pair_counts(self) -> PairCounts:
         """How often a token follows another: in at most 50,000 sequences, and in the first tokens of the text."""
-        sequences = self._some_sequences()
-        end_id = self.vocab_size - 1
+        sequences, end_id = self._some_sequences(), self.tokenizer.token_to_id(END)
         tokens = torch.from_numpy(self.corpus.train.shard(0).tokens[:PAIR_TOKENS].astype(np.int64))
         inside = tokens[:-1] != end_id  # the next document is no continuation
         if not self.data.end_token:
