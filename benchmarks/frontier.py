@@ -1,6 +1,6 @@
 """Ideas that make one block learn faster, each trained for some steps. docs/frontier.md has the rule and the log.
 
-    python benchmarks/frontier.py FOLDER [--ideas base pairs ...] [--steps 100] [--seeds 1] [--held-out 250]
+    python benchmarks/frontier.py FOLDER [--ideas base pairs ...] [--steps 100] [--seeds 1] [--held-out 250] [--final]
 
 FOLDER holds IMDB in the hub's layout. Each idea trains the notebook's network on the first 81 words of the reviews, in
 fp32. In each round every idea trains once, with the same sequences. Prints the seconds of training with the preparation
@@ -11,7 +11,9 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from minigpt_pl import MiniGPT
 from minigpt_pl.config import ImdbConfig, ScheduleConfig
+from minigpt_pl.data.corpus import Ids
 from minigpt_pl.data.datamodule import PairCounts, TextDataModule
 from minigpt_pl.loss import linear_cross_entropy, sampled_cross_entropy, token_losses
 from minigpt_pl.training.initial_weights import start_from_counts
@@ -148,7 +151,8 @@ IDEAS = {
 @dataclass(frozen=True)
 class Reviews:
     train: Tensor  # (N, L + 1) ids: the first words of each review, padded with 0
-    held_out: Tensor  # (M, L + 1)
+    held_out: Tensor  # (M, L + 1): the first reviews of `unsupervised`
+    final: Tensor  # the same of reviews 2,501 to 5,000, without those that are also training reviews
     all_tokens: np.ndarray  # the training reviews one after the other; the id V - 1 ends each of them
     shares: Tensor  # (V,)
     datamodule: TextDataModule
@@ -267,33 +271,45 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="steps of 32 sequences; other batches get as many words")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=250, help="reviews of `unsupervised`")
+    parser.add_argument("--final", action="store_true", help="also print the loss of reviews 2,501 to 5,000")
     parser.add_argument("--every", type=int, default=0, help="also print the loss after every so many steps")
     arguments = parser.parse_args()
     reviews = read_reviews(arguments.folder, arguments.held_out)
-    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arguments.ideas}
+    results: dict[str, list[tuple[float, ...]]] = {name: [] for name in arguments.ideas}
     for seed in range(arguments.seeds):
         for name, found in results.items():
             print(f"{name}, seed {seed}", flush=True)
-            found.append(train(IDEAS[name], reviews, arguments.steps, seed, arguments.every))
-    print(f"\n| idea | seconds | of a step | held-out loss, {arguments.seeds} seeds |\n|---|---|---|---|")
+            found.append(train(IDEAS[name], reviews, arguments.steps, seed, arguments.every, arguments.final))
+    losses_of = ["held-out loss", *(["of reviews 2,501 to 5,000"] if arguments.final else [])]
+    print(f"\n| idea | seconds | of a step | {' | '.join(losses_of)} |\n|---|---|---|{'---|' * len(losses_of)}")
     for name, found in results.items():
-        seconds, of_step = (statistics.median(values) for values in list(zip(*found, strict=True))[:2])
-        losses = ", ".join(f"{loss:.3f}" for *_, loss in found)
-        print(f"| {name} | {seconds:.0f} | {of_step:.2f} | {losses} |")
+        seconds, of_step, *losses = zip(*found, strict=True)
+        of_seeds = " | ".join(", ".join(f"{loss:.3f}" for loss in losses_of_seeds) for losses_of_seeds in losses)
+        print(f"| {name} | {statistics.median(seconds):.0f} | {statistics.median(of_step):.2f} | {of_seeds} |")
 
 
 def read_reviews(folder: str, held_out: int) -> Reviews:
-    config = ImdbConfig(source=folder, end_token=False, loss_on_padding=True, validation_documents=1000)
+    config = ImdbConfig(source=folder, end_token=False, loss_on_padding=True, validation_documents=5000)
     datamodule = TextDataModule(config, V, L)
     datamodule.setup()
     train, validation = datamodule._train_sequences, datamodule._val_sequences
     assert validation is not None, "FOLDER has no split `unsupervised`"
-    shown = train[np.arange(len(train))], validation[np.arange(held_out)]
+    of_train = set(documents(datamodule.corpus.train))
+    final = [
+        i for i, review in enumerate(documents(datamodule.corpus.validation)) if i >= 2500 and review not in of_train
+    ]
+    print(f"{len(train):,} training reviews, {held_out:,} and {len(final):,} held-out reviews")
+    shown = train[np.arange(len(train))], validation[np.arange(held_out)], validation[np.array(final)]
     return Reviews(*shown, np.asarray(datamodule.corpus.train.tokens), datamodule.target_shares(), datamodule)
 
 
-def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int = 0) -> tuple[float, float, float]:
-    """Train one network. Returns the seconds of all, the seconds of a step, and the loss on the held-out reviews."""
+def documents(ids: Ids) -> Iterator[bytes]:
+    """The tokens of each document."""
+    return (ids.tokens[start:end].tobytes() for start, end in pairwise(ids.offsets))
+
+
+def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int, final: bool) -> tuple[float, ...]:
+    """Train one network. Returns the seconds of all, the seconds of a step, and its held-out losses."""
     torch.manual_seed(seed)
     start = time.perf_counter()
     network = Network(idea)
@@ -334,14 +350,16 @@ def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int 
                 torch._foreach_lerp_(average, weights, 1 - idea.average)
         if every and steps % every == 0:
             now = time.perf_counter()
-            print(f"  {steps} steps, {preparation + now - start - paused:.0f} s: {evaluate(network, reviews):.4f}")
+            loss, seconds = evaluate(network, reviews.held_out), preparation + now - start - paused
+            print(f"  {steps} steps, {seconds:.0f} s: {loss:.4f}", flush=True)
             paused += time.perf_counter() - now
     of_steps = time.perf_counter() - start - paused
     for weight, mean in zip(weights, average, strict=True) if average else ():
         weight.copy_(mean)
-    result = preparation + of_steps, of_steps / max(steps, 1), evaluate(network, reviews)
-    print(f"  {result[0]:.0f} s, {preparation:.1f} s before the first step, {result[1]:.3f} s a step: {result[2]:.4f}")
-    return result
+    losses = [evaluate(network, held_out) for held_out in (reviews.held_out, *([reviews.final] if final else []))]
+    seconds, of_step = preparation + of_steps, of_steps / max(steps, 1)
+    print(f"  {seconds:.0f} s, {preparation:.1f} s before the first step, {of_step:.3f} s a step: {losses}", flush=True)
+    return seconds, of_step, *losses
 
 
 @torch.no_grad()
@@ -412,12 +430,11 @@ def loss_of(network: Network, ids: Tensor, shares: Tensor, candidates: int, gene
 
 
 @torch.no_grad()
-def evaluate(network: Network, reviews: Reviews) -> float:
-    """The mean loss of the held-out reviews."""
+def evaluate(network: Network, held_out: Tensor) -> float:
+    """The mean loss of held-out reviews (M, L + 1)."""
     output = network.gpt.output
     losses = [
-        token_losses(network(ids[:, :-1]), output.weight, output.bias, ids[:, 1:]).mean()
-        for ids in reviews.held_out.split(50)
+        token_losses(network(ids[:, :-1]), output.weight, output.bias, ids[:, 1:]).mean() for ids in held_out.split(50)
     ]
     return statistics.fmean(map(float, losses))
 

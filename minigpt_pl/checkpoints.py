@@ -54,12 +54,12 @@ def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
     """
     if run is not None:
         return find_checkpoint(run, output_dir)
-    finished = [folder for folder in runs.runs_by_status(output_dir, "finished") if runs.checkpoints_of(folder)]
+    folders = [folder for folder in runs.runs_by_status(output_dir) if runs.checkpoints_of(folder)]
+    finished = [folder for folder in folders if runs.read_record(folder).get("status") == "finished"]
     if not finished:
-        raise InputError(
-            f"output_dir={output_dir}: holds no finished run ({output_dir.resolve()}); train one, go to the folder"
-            " in which you trained, or give run=FOLDER"
-        )
+        remedies = [f"finish {run.name} with train resume={run.name}, or give run={run.name}" for run in folders[:1]]
+        remedy = "".join(remedies) or "train one, go to the folder in which you trained, or give run=FOLDER"
+        raise InputError(f"output_dir={output_dir}: holds no finished run ({output_dir.resolve()}); {remedy}")
     return find_checkpoint(finished[0])
 
 

@@ -38,6 +38,7 @@ def export(config: ExportConfig) -> Path:
     """
     from minigpt_pl.checkpoints import choose_checkpoint
     from minigpt_pl.exporting import html, manifest
+    from minigpt_pl.runs import read_record
     from minigpt_pl.text_model import load
 
     checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
@@ -72,6 +73,9 @@ def export(config: ExportConfig) -> Path:
             path.parent.rmdir()
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     log.info("Wrote %s (%.1f MB) from %s", path, size / 1e6, checkpoint)
+    if (status := read_record(run_folder).get("status", "finished")) != "finished":
+        name = run_folder.name
+        log.warning("The run %s is not finished (its status is %s). train resume=%s continues it.", name, status, name)
     if config.push is not None:
         from minigpt_pl.exporting import hugging_face
 

@@ -371,7 +371,7 @@ class TestChoice:
         options = ["trainer.max_epochs=9", "optimizer.learning_rate=1e-30", "run_name=mine", limit]
         caplog.set_level("INFO")
         folder = train(tiny_config(*options))
-        assert f"{limit.partition('=')[0]} ended the training before step " in caplog.text
+        assert f"{limit.partition('=')[0]} ended the training at step " in caplog.text
         before = (folder / "checkpoints" / "last.ckpt").read_bytes()
         train(tiny_config(*options, "resume=auto"), resume_from=newest_checkpoint(folder))
         assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before

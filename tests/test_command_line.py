@@ -239,6 +239,11 @@ class TestBadInput:
         (damaged / "outputs" / "tiny" / "tokenizer.json").unlink()
         assert_refused(sample(damaged, "prompt=the cat"), "tokenizer.json: no such file")
 
+    def test_no_finished_run(self, damaged):
+        record = damaged / "outputs" / "tiny" / "run.json"
+        record.write_text(record.read_text().replace('"finished"', '"interrupted"'))
+        assert_refused(sample(damaged, "prompt=the cat"), "finish tiny with train resume=tiny, or give run=tiny")
+
     def test_a_broken_record(self, damaged, caplog):
         (damaged / "outputs" / "tiny" / "run.json").write_text("{")
         assert_refused(sample(damaged, "prompt=the cat"), "output_dir=outputs: holds no finished run")
@@ -256,6 +261,7 @@ class TestBadInput:
             (["data=text", "data.path=none.txt"], ["data.path=none.txt: no such file or folder"]),
             (["data=text"], ["data.path=???: must be given"]),
             (["data=movies"], ["data=movies: no such choice; choose from imdb, text"]),
+            (["experiment=quik"], ["experiment=quik: no such choice; did you mean quick? choose from best, fast"]),
             (["experiment=mine"], ["experiment=mine: no such choice; choose from best, fast"]),
             (["data.source=none"], ["data.source=none: has no plain_text"]),
             (["model.embed_dim=-1", "data.cut=chop"], ["model.embed_dim=-1: must be", "data.cut=chop: must be one of"]),
@@ -404,7 +410,7 @@ class TestHelp:
         assert done.returncode == 0, done.stderr
         assert "  model.embed_dim=64\n      width of the embeddings" in done.stdout
         assert "  trainer.max_epochs=7\n" in done.stdout
-        assert "  experiment=best|fast|keras|large|mine|quick|scaling|small\n" in done.stdout
+        assert "  experiment=best|fast|keras|large|mine|quick|small\n" in done.stdout
         assert "  data=imdb|text\n" in done.stdout
 
     def test_a_setting_without_a_value(self, tmp_path):

@@ -122,10 +122,12 @@ class TestBadInput:
         assert words in done.stderr
         assert entries(cwd) == before
 
-    def test_no_finished_run(self, cwd):
+    def test_no_finished_run(self, cwd, caplog):
         runs.update_record(cwd / "outputs" / "tiny", status="running")
         self.refused(cwd, "output_dir=outputs: holds no finished run", "transformers")
         self.refused(cwd, "run=none: no such run folder", "onnx", "run=none")
+        run_main("export", "transformers", "run=tiny", cwd=cwd)
+        assert "The run tiny is not finished (its status is running). train resume=tiny continues it." in caplog.text
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_weights_that_are_not_numbers(self, value, cwd):

@@ -67,8 +67,13 @@ class TestEffects:
         ("effect", "words"), [(0.2, "more repetitive"), (-0.2, "less repetitive"), (0, "no clear difference")]
     )
     def test_repetition(self, effect, words):
-        text = findings.repetition(self.samples(effect, "repeated_4grams"), "temperature")
+        texts = self.samples(effect, "repeated_4grams")
+        for text, different in zip(texts, self.samples(-effect, "distinct_2"), strict=True):
+            text["metrics"] |= different["metrics"]
+        text = findings.repetition(texts, "temperature")
         assert words in text and f"the share of repeated 4-word sequences changes by {effect:+.2f}" in text
+        varied = "more varied" if effect < 0 else "less varied" if effect > 0 else "no clear difference"
+        assert varied in text.split("; it ")[1] and f"different pairs of words changes by {-effect:+.2f}" in text
 
     def test_one_setting(self):
         assert "You tried only one setting" in findings.coherence([sample()], None)
@@ -100,13 +105,13 @@ class TestContext:
     def test_the_shortest_context_that_is_enough(self):
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(0.04, 0.03, 0.05)}
         text = findings.context(self.LOSS, further)
-        assert text.startswith("The network hardly uses more than 5 words of its context: 80 words instead of 5 lower")
-        assert "by only 0.04 [0.03, 0.05] nats" in text
+        assert text.startswith("The network hardly uses more than 5 words of its context: 80 words instead of 5 change")
+        assert text.endswith("the loss by -0.04 [-0.05, -0.03] nats.")
 
     def test_no_clear_difference(self):
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(-0.01, -0.03, 0.01)}
         text = findings.context(self.LOSS, further)
-        assert text.endswith("lower the loss by -0.01 [-0.03, 0.01] nats, which is no clear difference.")
+        assert text.endswith("change the loss by +0.01 [-0.01, +0.03] nats, which is no clear difference.")
 
     def test_all_of_it(self):
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(0.06, 0.05, 0.07)}
@@ -118,9 +123,15 @@ class TestContext:
 
 
 def test_the_controls_of_two_findings():
-    some = [sample("a", s, t, ngram_loss=t, repeated_4grams=t) for s in range(2) for t in (0.5, 1)]
+    some = [sample("a", s, t, ngram_loss=t, repeated_4grams=t, distinct_2=-t) for s in range(2) for t in (0.5, 1)]
     study = {"context": {}, "further": {}}
     for varied in (["temperature"], ["top_k"], ["top_k", "temperature"]):
         found = findings.five_findings(some, varied, [], NO_FAILURES, study)
-        assert [finding.title for finding in found] == ["Prediction", "Coherence", "Repetition", "Failures", "Context"]
+        assert [finding.title for finding in found] == [
+            "Prediction",
+            "Coherence",
+            "Repetition and variety",
+            "Failures",
+            "Context",
+        ]
         assert found[1].text.startswith(f"Raising {varied[-1]} ") and found[2].text.startswith(f"Raising {varied[0]} ")

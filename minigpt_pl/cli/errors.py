@@ -78,8 +78,10 @@ def explain(error: Exception) -> str:
         return f"{error.override}: cannot be read; put quotes around the value, as in 'name=\"a, b\"'"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        choices = ", ".join(choices_of(error.options))
-        return f"{group}={choice}: no such choice; choose from {choices}, or add your own files with --config-dir"
+        choices = choices_of(error.options)
+        similar = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(choice, choices, 1))
+        remedy = f"{similar}choose from {', '.join(choices)}, or add your own files with --config-dir"
+        return f"{group}={choice}: no such choice; {remedy}"
     if isinstance(error, OSError) and error.filename:
         return f"hydra: cannot create {error.filename} ({error.strerror}); give another hydra.run.dir"
     if found := re.match("Could not delete from config. '(.*)' does not exist", text):

@@ -134,7 +134,10 @@ def _write(
         for context in sorted({context for estimates in by_context for context in estimates})
     ]
     summaries = {"real text": real_text} | {name: run["consistency"] for name, run in record["runs"].items()}
-    consistency = [[name, *(estimate_text(s[metric]) for metric in CONSISTENCY)] for name, s in summaries.items()]
+    consistency = [
+        [name, *(estimate_text(summary[metric], percent=metric.startswith("failure")) for metric in CONSISTENCY)]
+        for name, summary in summaries.items()
+    ]
     measures = [METRICS[name] for name in CONSISTENCY if name in METRICS]
     blocks = render(
         "compare.jinja",

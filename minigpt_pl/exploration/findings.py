@@ -33,7 +33,7 @@ def five_findings(
     return [
         Finding("Prediction", prediction([record["metrics"] for record in real_records])),
         Finding("Coherence", coherence(samples, first)),
-        Finding("Repetition", repetition(samples, second)),
+        Finding("Repetition and variety", repetition(samples, second)),
         Finding("Failures", failures(samples, real_text)),
         Finding("Context", context(network_study["context"], network_study["further"])),
     ]
@@ -49,8 +49,7 @@ def prediction(real_metrics: Sequence[dict[str, Any]]) -> str:
     if difference.low > 0:
         return (
             f"Your network predicts words worse than counting word pairs: {figures}."
-            " So some failures below come from too little training, not from the single block. Train longer, for"
-            " example with experiment=fast."
+            " So some failures below come from too little training, not from the single block. Train longer."
         )
     if difference.high < 0:
         return f"Your network predicts words better than counting word pairs: {figures}."
@@ -63,27 +62,27 @@ def _perplexity(loss: Estimate) -> str:
 
 def coherence(samples: Sequence[Sample], control: str | None) -> str:
     """The effect of a control on the n-gram loss, which is lower for usual words."""
-    directions = "more unusual", "more usual"
-    return _effect(samples, control, "ngram_loss", "the n-gram loss", "nats", directions)
+    return _effect(samples, control, ("ngram_loss", "the n-gram loss", "nats", "more unusual", "more usual"))
 
 
 def repetition(samples: Sequence[Sample], control: str | None) -> str:
-    """The effect of a control on the share of repeated 4-word sequences."""
-    directions = "more repetitive", "less repetitive"
-    return _effect(samples, control, "repeated_4grams", "the share of repeated 4-word sequences", "", directions)
+    """The effect of a control on the shares of repeated 4-word sequences and of different pairs of words."""
+    repeated = "repeated_4grams", "the share of repeated 4-word sequences", "", "more repetitive", "less repetitive"
+    different = "distinct_2", "the share of different pairs of words", "", "more varied", "less varied"
+    return _effect(samples, control, repeated, different)
 
 
-def _effect(
-    samples: Sequence[Sample], control: str | None, name: str, measure: str, unit: str, directions: tuple[str, str]
-) -> str:
+def _effect(samples: Sequence[Sample], control: str | None, *measures: tuple[str, str, str, str, str]) -> str:
+    """One sentence. A measure has a name, its words, a unit, and what the texts become if it rises or falls."""
     if control is None:
         return "You tried only one setting. Give several values, as in temperature=[0.5,1.0], to see an effect."
-    low, high, difference = effect(samples, control, name)
-    change = f"Raising {control} from {value_text(low)} to {value_text(high)}"
-    figures = f"{measure} changes by {' '.join([estimate_text(difference, sign=True), unit]).rstrip()}"
-    if difference.low > 0 or difference.high < 0:
-        return f"{change} makes the texts {directions[difference.high < 0]}: {figures}."
-    return f"{change} makes no clear difference: {figures}."
+    effects = []
+    for name, words, unit, rises, falls in measures:
+        low, high, difference = effect(samples, control, name)
+        clear = difference.low > 0 or difference.high < 0
+        result = f"makes the texts {rises if difference.low > 0 else falls}" if clear else "makes no clear difference"
+        effects.append(f"{result}: {words} changes by {estimate_text(difference, sign=True)} {unit}".rstrip())
+    return f"Raising {control} from {value_text(low)} to {value_text(high)} {'; it '.join(effects)}."
 
 
 def failures(samples: Sequence[Sample], real_text: Summary) -> str:
@@ -112,8 +111,8 @@ def context(loss: dict[int, Estimate], further: dict[int, Estimate]) -> str:
             f"The network uses all of its context: {longest} words instead of {last}"
             f" lower the loss by {estimate_text(further[last], digits=2)} nats."
         )
-    words, gain = "word" if enough == 1 else "words", estimate_text(further[enough], digits=2)
+    words, gain = "word" if enough == 1 else "words", further[enough]
     more = f"The network hardly uses more than {enough} {words} of its context: {longest} words instead of {enough}"
-    if further[enough].low <= 0:
-        return f"{more} lower the loss by {gain} nats, which is no clear difference."
-    return f"{more} lower the loss by only {gain} nats."
+    change = Estimate(-gain.mean, -gain.high, -gain.low)
+    figures = f"{more} change the loss by {estimate_text(change, sign=True, digits=2)} nats"
+    return f"{figures}, which is no clear difference." if change.low <= 0 <= change.high else f"{figures}."

@@ -90,7 +90,7 @@ METRICS = {
     ),
     "loop": Measure(
         "longest loop",
-        "words in the longest phrase that is said again at once or a few words later",
+        "words in the longest part that repeats one phrase at least twice in a row; punctuation does not count",
         "lower: less repetition",
         "https://doi.org/10.1016/0166-218X(89)90051-6",
         REPETITION,
@@ -119,7 +119,7 @@ METRICS = {
     ),
     "drift": Measure(
         "change of topic",
-        "distance of the second half from the text before, minus twice the returning words",
+        "how far the second half is from the topic of the text before; returning words lower it",
         "lower, also below 0: stays with its topic",
         f"{WIKIPEDIA}/Latent_semantic_analysis",
         TOPIC,

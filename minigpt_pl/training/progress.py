@@ -19,7 +19,7 @@ class Progress(L.Callback):
     result of each validation is also printed.
 
     Args:
-        seconds_left: returns the seconds until `max_time`.
+        seconds_left: returns the seconds until `max_time`. If they are too few for all steps, they are shown.
     """
 
     bar: Any = None
@@ -53,8 +53,10 @@ class Progress(L.Callback):
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         # The mean time of a step includes the time of validations and generated texts.
         seconds = (now - self.start) / (done - self.steps_before) * (total - done)
-        seconds = round(max(min(seconds, self.seconds_left()), 0))
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+        limit = self.seconds_left()
+        end = "to max_time" if limit < seconds else "left"
+        seconds = round(max(min(seconds, limit), 0))
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} {end}"
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=epoch, numbers=numbers, left=left)
         else:

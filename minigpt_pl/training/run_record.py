@@ -53,7 +53,7 @@ class RunRecord(L.Callback):
         if planned and trainer.global_step < planned:
             lost_patience = patience is not None and patience.wait_count >= patience.patience
             setting = "trainer.patience" if lost_patience else "trainer.max_time"
-            log.info("%s ended the training before step %s.", setting, f"{planned:,}")
+            log.info("%s ended the training at step %s of %s.", setting, f"{trainer.global_step:,}", f"{planned:,}")
         self._finish(trainer, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
