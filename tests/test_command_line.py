@@ -254,6 +254,7 @@ class TestBadInput:
         [
             (["quick"], ["quick: is not a setting; write SETTING=VALUE"]),
             (["--resume"], ["--resume: is a setting; write resume=VALUE"]),
+            (["--experiment=quick"], ["--experiment: is a setting; write experiment=quick"]),
             (["--resume", "auto"], ["--resume: is a setting; write resume=auto"]),
             (["embed_dim=8"], ["embed_dim=8: no such setting; did you mean model.embed_dim?"]),
             (["schedule.warmup=8"], ["schedule.warmup=8: no such setting; did you mean schedule.warmup_steps?"]),

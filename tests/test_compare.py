@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, TINY_RUN, records, run_module, train
+from conftest import PROMPTS, TINY_RUN, records, run_main, run_module, train
 
 from minigpt_pl import MiniGPT, load
 from minigpt_pl.cli import app
@@ -94,7 +94,7 @@ class TestCompare:
         assert "Against tokens: no comparison, because no two runs differ only in data.max_sequences" in report
 
     def test_no_power_law_of_two_runs(self, compared):
-        done = run_module("explore", *COMPARE, "compare=[tiny,less]", "folder=two", cwd=compared)
+        done = run_main("explore", *COMPARE, "compare=[tiny,less]", "folder=two", cwd=compared)
         assert done.returncode == 0, done.stderr
         report = (compared / "two/compare.md").read_text()
         assert "Against tokens: less, tiny differ only in data.max_sequences. These are too few for a power" in report
@@ -130,7 +130,7 @@ class TestCompare:
             config, record = compared / "outputs/held/config.yaml", compared / "outputs/held/run.json"
             config.write_text(config.read_text().replace("validation_share: 0.05", "validation_share: 0.2"))
             record.write_text(json.dumps(json.loads(record.read_text()) | {"text": {}}))
-        done = run_module("explore", *COMPARE, *overrides, "folder=refused", cwd=compared)
+        done = run_main("explore", *COMPARE, *overrides, "folder=refused", cwd=compared)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
         assert not (compared / "refused").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_module
+from conftest import run_main
 
 import minigpt_pl
 from minigpt_pl.checkpoints import read_checkpoint
@@ -159,7 +159,7 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
     (tmp_path / "text.txt").write_text("\n".join(text), encoding="utf-8")
 
     def command(*arguments: str) -> str:
-        done = run_module(*arguments, cwd=tmp_path)
+        done = run_main(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -175,7 +175,7 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
         torch.equal(trained["state_dict"][f"model.{name}"], weight) for name, weight in network().state_dict().items()
     )
     # Lightning would use the checkpoint's learning rate.
-    refused = run_module(*again, "optimizer.learning_rate=0.5", cwd=tmp_path)
+    refused = run_main(*again, "optimizer.learning_rate=0.5", cwd=tmp_path)
     assert refused.returncode == 2
     assert "optimizer.learning_rate=0.5: the checkpoint has 1e-30" in refused.stderr
     command(*again, "trainer.max_epochs=2")
@@ -189,7 +189,7 @@ def test_the_commands_take_it_and_training_goes_on(keras_file, vocabulary, tmp_p
 
 
 def test_a_failing_command_prints_one_line(tmp_path, vocabulary):
-    done = run_module("convert", "from_keras=none.keras", "vocabulary=vocab.txt", cwd=tmp_path)
+    done = run_main("convert", "from_keras=none.keras", "vocabulary=vocab.txt", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: from_keras=none.keras: no such file; give ")
     assert done.stderr.count("\n") == 1

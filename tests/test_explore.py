@@ -157,7 +157,7 @@ class TestCommand:
 
     def test_no_loop_in_any_text(self, explored):
         one_word = ["num_tokens=1", "temperature=1", "top_k=all", "num_seeds=1", "folder=one_word", "num_real=3"]
-        done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *one_word, cwd=explored)
+        done = run_main("explore", "run=tiny", "prompts=prompts.yaml", *one_word, cwd=explored)
         assert done.returncode == 0, done.stderr
         assert not (explored / "one_word/attention_loop.png").exists()
         assert len(records(explored, "held_out.jsonl", "one_word")) == 3 < len(records(explored, "held_out.jsonl"))
@@ -170,8 +170,8 @@ class TestCommand:
         (tmp_path / "text.txt").write_text("\n".join(lines))
         (tmp_path / "prompts.yaml").write_text("short: [the cat, the dog]\n")
         given = [*TINY_RUN, "data.path=text.txt", "run_name=tiny", "trainer.max_epochs=1", "data.validation_share=0.2"]
-        assert run_module("train", *given, cwd=tmp_path).returncode == 0
-        done = run_module("explore", *SMALL, cwd=tmp_path)
+        assert run_main("train", *given, cwd=tmp_path).returncode == 0
+        done = run_main("explore", *SMALL, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert records(tmp_path, "held_out.jsonl") == []
         report = (tmp_path / "outputs/tiny/explore/report.md").read_text()
@@ -261,7 +261,7 @@ class TestCommand:
         (folder / "samples.jsonl").write_text("\n".join(half) + "\n" + lines[9][:40])  # the last line is incomplete
         (folder / "report.md").unlink()
         spelled_otherwise = f"run={tmp_path / 'outputs/tiny'}"
-        done = run_module("explore", *SMALL, spelled_otherwise, cwd=tmp_path)
+        done = run_main("explore", *SMALL, spelled_otherwise, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         again = records(tmp_path)
         assert again[0].pop("kept") and again == records(explored)
@@ -292,7 +292,7 @@ class TestCommand:
     def test_bad_input_gives_one_line_and_changes_no_file(self, explored, overrides, message):
         (explored / "empty.yaml").write_text("short: []\n")
         before = {path: path.stat().st_mtime_ns for path in explored.rglob("*") if path.is_file()}
-        done = run_module("explore", *SMALL, *overrides, cwd=explored)
+        done = run_main("explore", *SMALL, *overrides, cwd=explored)
         assert done.returncode == 2
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0], done.stderr
@@ -303,7 +303,7 @@ class TestCommand:
     def test_a_run_without_a_tokenizer(self, explored, tmp_path):
         shutil.copytree(explored, tmp_path, dirs_exist_ok=True)
         (tmp_path / "outputs/tiny/tokenizer.json").unlink()
-        done = run_module("explore", *SMALL, cwd=tmp_path)
+        done = run_main("explore", *SMALL, cwd=tmp_path)
         assert done.returncode == 2 and "tokenizer.json: no such file" in done.stderr.splitlines()[-1]
         assert records(tmp_path) == records(explored)
 
@@ -311,7 +311,7 @@ class TestCommand:
         # The vocabulary has fewer than 300 words, so no_repeat_ngram_size=1 leaves no word to draw.
         settings = ["num_tokens=300", "num_seeds=1", "temperature=1.0", "min_tokens=300", "top_k=[null]"]
         settings += ["no_repeat_ngram_size=[0,1]", "folder=broken"]
-        done = run_module("explore", "run=tiny", "prompts=prompts.yaml", *settings, cwd=explored)
+        done = run_main("explore", "run=tiny", "prompts=prompts.yaml", *settings, cwd=explored)
         assert done.returncode == 0, done.stderr
         assert "Left out: " in done.stderr and "no_repeat_ngram_size=1: no token is left" in done.stderr
         assert {s["settings"]["no_repeat_ngram_size"] for s in records(explored, folder="broken")} == {0}

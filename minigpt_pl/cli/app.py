@@ -88,8 +88,10 @@ def run(
         with handled():
             # hydra.main() refuses overrides on both sides of a flag. Lightning appends some for its processes.
             parser = get_args_parser()
+            parser.allow_abbrev = False  # otherwise --experiment means --experimental-rerun
             parser.error = lambda message: exit_with(f"{message}; --hydra-help lists the flags")  # type: ignore
-            raise_for_flags(sys.argv[1:], OmegaConf.structured(getattr(config, f"{config_name.capitalize()}Config")))
+            settings = OmegaConf.structured(getattr(config, f"{config_name.capitalize()}Config"))
+            raise_for_flags(sys.argv[1:], {*_GROUPS.split("|"), *(name for name, *_ in each_setting(settings))})
             args = parser.parse_intermixed_args()
             if args.help:
                 show_help, args.help, args.multirun = True, False, False

@@ -110,13 +110,13 @@ def no_such_setting(name: str, composed: Any) -> str:
     return f"no such setting; {f'did you mean {by_last[similar[0]]}? ' if similar else ''}--help lists them"
 
 
-def raise_for_flags(arguments: Sequence[str], settings: Any) -> None:
-    """Refuse settings that are written as flags, such as `--prompt "a film"` or `--resume=auto`.
+def raise_for_flags(arguments: Sequence[str], names: set[str]) -> None:
+    """Refuse settings and groups that are written as flags, such as `--prompt "a film"` or `--experiment=quick`.
 
     Raises:
         InputError: one line for each.
     """
-    names, problems = {name for name, *_ in each_setting(settings)}, []
+    problems = []
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         flag, _, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
