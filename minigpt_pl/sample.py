@@ -64,7 +64,7 @@ def quote_prompts(arguments: list[str]) -> list[str]:
     """
     if words := [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]:
         beginning = [argument.partition("=")[2] for argument in arguments if argument.startswith("prompt=")]
-        prompt = " ".join([*beginning[-1:], *words])
+        prompt = " ".join([*beginning[-1:], *words]).strip("“”„")  # a shell does not know these quotes
         raise InputError(f"{' '.join(words)}: is not a setting; quote the prompt, as in prompt=" + f'"{prompt}"')
     hydra_value = r"""null|\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'"""
     quoted = []

@@ -85,10 +85,10 @@ class TestSample:
 
     def test_top_k_all_is_null(self, trained):
         arguments = ["prompt=the cat", "num_tokens=40", "seed=0", "temperature=2"]
-        one, all_, null = (
-            run_main("sample", *arguments, f"top_k={k}", cwd=trained).stdout for k in ("1", "all", "null")
+        one, all_, none, null = (
+            run_main("sample", *arguments, f"top_k={k}", cwd=trained).stdout for k in ("1", "all", "none", "null")
         )
-        assert all_ == null != one
+        assert all_ == none == null != one
         compared = run_main("sample", *arguments, "compare={top_k: [1, all]}", cwd=trained).stdout
         assert "[top_k=null]\n" + null in compared
         session = run_module("sample", "interactive=true", cwd=trained, input="/top_k all\n/settings\n").stdout
@@ -170,6 +170,7 @@ class TestBadInput:
                 ["prompt=the", "cat", "sees"],
                 ['cat sees: is not a setting; quote the prompt, as in prompt="the cat sees"'],
             ),
+            (["prompt=“the", "cat”"], ['cat”: is not a setting; quote the prompt, as in prompt="the cat"']),
             (["--prompt", "the cat"], ['--prompt: is a setting; write prompt="the cat"']),
             (
                 ["--top-k=5", "--prompt=a"],

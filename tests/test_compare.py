@@ -91,17 +91,38 @@ class TestCompare:
         assert mean == pytest.approx(-slope) and low < mean < high
         report = (compared / "outputs/compare/compare.md").read_text()
         assert f"with a = {mean:.3f} [{low:.3f}, {high:.3f}], over 4 runs" in report
-        assert "Against tokens: no comparison, because no two runs differ only in data.max_sequences" in report
+        assert (
+            "Against tokens: no comparison, because no two runs with equal passes differ only in data.max_sequences"
+            in report
+        )
+
+    def test_the_answers_are_kept(self, compared):
+        report = compared / "outputs/compare/compare.md"
+        before = report.read_bytes()
+        done = run_main("explore", *COMPARE, "compare=[tiny,less]", cwd=compared)
+        assert done.returncode == 2 and report.read_bytes() == before
+        assert "folder=outputs/compare: has a comparison; give folder=ANOTHER, or remove it" in done.stderr
 
     def test_no_power_law_of_two_runs(self, compared):
         done = run_main("explore", *COMPARE, "compare=[tiny,less]", "folder=two", cwd=compared)
         assert done.returncode == 0, done.stderr
         report = (compared / "two/compare.md").read_text()
         assert "Against tokens: less, tiny differ only in data.max_sequences. These are too few for a power" in report
-        assert "Against parameters: no comparison, because no two runs differ only in the network" in report
+        assert (
+            "Against parameters: no comparison, because no two runs with equal passes differ only in the network"
+            in report
+        )
         header, _, first, second = report[report.index("| run | parameters") :].splitlines()[:4]
         assert header.endswith("| data.max_sequences |"), "the settings that differ"
         assert first.endswith("| None |") and second.endswith("| 64 |")
+
+    def test_report_has_a_text_of_each_run(self, compared):
+        report = (compared / "outputs/compare/compare.md").read_text()
+        texts = [s for s in records(compared, folder="outputs/compare") if s["prompt"] == "the cat" and s["seed"] == 0]
+        assert len(texts) == 4
+        for sample in texts:
+            assert f"**{sample['run']}**: _the cat_" in report
+            assert sample["text"].split()[-1].strip(".,") in report.split(f"**{sample['run']}**: ")[1].splitlines()[0]
 
     def test_report_has_the_figures_of_the_record(self, compared, found):
         report = (compared / "outputs/compare/compare.md").read_text()

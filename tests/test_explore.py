@@ -283,6 +283,7 @@ class TestCommand:
         [
             (["num_seeds=3"], "has an exploration with other num_seeds; give folder=ANOTHER, or remove it"),
             (["run=none"], "run=none: no such run folder or checkpoint"),
+            (["run=outputs/tiny/checkpoints/last.ckpt"], "has an exploration of another checkpoint than outputs/tiny/"),
             (["prompts=none.yaml"], "prompts=none.yaml: cannot be read"),
             (["prompts=empty.yaml"], "prompts=empty.yaml: has no prompt"),
             (["top_k=[5,9999]", "folder=new"], "top_k=9999: the model has only"),

@@ -101,8 +101,10 @@ def run(
                 raise InputError(*(f"{override}: is not a choice; --help lists them" for override in wrong))
             # Users write +experiment=mine. Hydra refuses a + in front of a group that is already in the defaults list.
             overrides = [re.sub(r"^\+(?=(experiment|debug)=)", "", o) for o in args.overrides]
-            top_k = re.compile(r"\+*(text_generator\.)?top_k=")  # users write top_k=all for top_k=null
-            args.overrides = prepare([re.sub(r"\ball\b", "null", o) if top_k.match(o) else o for o in overrides])
+            top_k = re.compile(r"\+*(text_generator\.)?top_k=")  # users write top_k=all, or none, for top_k=null
+            args.overrides = prepare(
+                [re.sub(r"\b(all|[Nn]one)\b", "null", o) if top_k.match(o) else o for o in overrides]
+            )
             _run_hydra(args, parser, job, CONFIG_DIR, config_name)
     except Exception as error:
         if full_error or started:

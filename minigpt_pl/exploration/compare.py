@@ -13,7 +13,7 @@ from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig, NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import Link, render, write_markdown
+from minigpt_pl.exploration.markup import Link, MarkedSample, render, write_markdown
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
@@ -21,9 +21,11 @@ from minigpt_pl.exploration.scaling import MIN_SIZES, ComparedRun, open_runs, po
 from minigpt_pl.exploration.summary import Estimate, Summary, bootstrap, by_prompt, estimate_text, summarize_real
 from minigpt_pl.files import make_folder, write_text
 from minigpt_pl.generation.prompts import encode_prompts
+from minigpt_pl.generation.text import decode_continuation
 from minigpt_pl.measures.evaluation import frequency_ranks, summarize_losses
 from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.measures.probes import loss_by_context, non_overlapping_windows
+from minigpt_pl.text_model import TextModel
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,11 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
     """Measure runs, and write compare.md, compare.png, compare.json, samples.jsonl and held_out.jsonl into the folder.
 
     Raises:
-        InputError: the runs differ in their words or held-out text, or no text can be generated.
+        InputError: the runs differ in their words or held-out text, no text can be generated, or the folder has a
+            comparison.
     """
+    if (folder / "compare.md").exists():
+        raise InputError(f"folder={folder}: has a comparison; give folder=ANOTHER, or remove it")
     setting, names = _one_setting(config), config.compare or []
     checkpoints = [find_checkpoint(name, Path(config.output_dir), setting="compare") for name in names]
     compared = open_runs(checkpoints, config.source)
@@ -139,6 +144,7 @@ def _write(
         for name, summary in summaries.items()
     ]
     measures = [METRICS[name] for name in CONSISTENCY if name in METRICS]
+    prompt, seed = samples[0]["prompt"], samples[0]["seed"]
     blocks = render(
         "compare.jinja",
         record=record,
@@ -158,5 +164,13 @@ def _write(
         meanings=[[m.label, m.meaning, m.direction, Link("definition", m.source)] for m in measures],
         metrics=[METRICS[name].label if name in METRICS else name for name in CONSISTENCY],
         consistency=consistency,
+        texts=[
+            _marked(first.model, sample) for sample in samples if sample["seed"] == seed and sample["prompt"] == prompt
+        ],
     )
     write_markdown(path, blocks)
+
+
+def _marked(model: TextModel, sample: Sample) -> MarkedSample:
+    tokens = [decode_continuation(model.tokenizer, [id_]) for id_ in sample["ids"]]
+    return MarkedSample(sample["run"], sample["prompt"], tokens, sample["failures"])

@@ -152,9 +152,9 @@ def generate_samples(
     plan |= {"prompts": [list(prompt) for prompt in prompts], "settings": list(grid)}
     before = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else plan
     if changed := [name for name in plan if before.get(name) != plan[name]]:
-        raise InputError(
-            f"folder={folder}: has an exploration with other {', '.join(changed)}; give folder=ANOTHER, or remove it"
-        )
+        of_model = {"checkpoint", "size", "modified"} & {*changed}
+        other = f"of another checkpoint than {checkpoint}" if of_model else f"with other {', '.join(changed)}"
+        raise InputError(f"folder={folder}: has an exploration {other}; give folder=ANOTHER, or remove it")
     write_text(plan_file, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
     path = folder / SAMPLES
     *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]  # _: an incomplete line
