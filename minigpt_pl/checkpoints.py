@@ -55,12 +55,13 @@ def choose_checkpoint(output_dir: Path, run: str | None) -> Path:
     if run is not None:
         return find_checkpoint(run, output_dir)
     folders = [folder for folder in runs.runs_by_status(output_dir) if runs.checkpoints_of(folder)]
-    finished = [folder for folder in folders if runs.read_record(folder).get("status") == "finished"]
-    if not finished:
-        remedies = [f"finish {run.name} with train resume={run.name}, or give run={run.name}" for run in folders[:1]]
-        remedy = "".join(remedies) or "train one, go to the folder in which you trained, or give run=FOLDER"
-        raise InputError(f"output_dir={output_dir}: holds no finished run ({output_dir.resolve()}); {remedy}")
-    return find_checkpoint(finished[0])
+    newest = next((folder for folder in folders if runs.read_record(folder).get("status") == "finished"), None)
+    if newest is not None:
+        return find_checkpoint(newest)
+    remedy = "train one, go to the folder in which you trained, or give run=FOLDER"
+    if folders:
+        remedy = f"finish {folders[0].name} with train resume={folders[0].name}, or give run={folders[0].name}"
+    raise InputError(f"output_dir={output_dir}: holds no finished run ({output_dir.resolve()}); {remedy}")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

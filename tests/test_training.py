@@ -269,7 +269,7 @@ class TestSettings:
         trainer.global_step = 2
         shown.on_train_batch_end(trainer, module, None, None, 1)
         left = bar.update.call_args.kwargs["left"] if terminal else capsys.readouterr().err.splitlines()[-1]
-        assert left.endswith(f"{expected}")
+        assert left.endswith(expected)
 
     def test_ema(self, tiny_config):
         options = ["trainer.max_epochs=1", "text_generator.every_n_epochs=1", "optimizer.learning_rate=0.1"]

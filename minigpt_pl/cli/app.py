@@ -37,7 +37,7 @@ from minigpt_pl.errors import InputError
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ is inside the package. In a checkout the two are in the same folder.
 CONFIG_DIR = str(next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()))
-_GROUPS = "|".join(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
+_GROUPS = [path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir()]
 # With 1, Hydra raises its errors instead of printing them. The task and its processes get the user's value.
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -91,13 +91,15 @@ def run(
             parser.allow_abbrev = False  # otherwise --experiment means --experimental-rerun
             parser.error = lambda message: exit_with(f"{message}; --hydra-help lists the flags")  # type: ignore
             settings = OmegaConf.structured(getattr(config, f"{config_name.capitalize()}Config"))
-            raise_for_flags(sys.argv[1:], {*_GROUPS.split("|"), *(name for name, *_ in each_setting(settings))})
+            raise_for_flags(sys.argv[1:], {*_GROUPS, *(name for name, *_ in each_setting(settings))})
             args = parser.parse_intermixed_args()
             if args.help:
                 show_help, args.help, args.multirun = True, False, False
             if args.info is None:  # --info prints its own log
                 _start_logging()
-            if wrong := [o for o in args.overrides if re.fullmatch(rf"\+*({_GROUPS}|hydra|)=([\d.[\]]*|null)", o)]:
+            if wrong := [
+                o for o in args.overrides if re.fullmatch(rf"\+*({'|'.join(_GROUPS)}|hydra|)=([\d.[\]]*|null)", o)
+            ]:
                 raise InputError(*(f"{override}: is not a choice; --help lists them" for override in wrong))
             # Users write +experiment=mine. Hydra refuses a + in front of a group that is already in the defaults list.
             overrides = [re.sub(r"^\+(?=(experiment|debug)=)", "", o) for o in args.overrides]

@@ -25,7 +25,6 @@ from minigpt_pl.generation.text import decode_continuation
 from minigpt_pl.measures.evaluation import frequency_ranks, summarize_losses
 from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.measures.probes import loss_by_context, non_overlapping_windows
-from minigpt_pl.text_model import TextModel
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +143,12 @@ def _write(
         for name, summary in summaries.items()
     ]
     measures = [METRICS[name] for name in CONSISTENCY if name in METRICS]
-    prompt, seed = samples[0]["prompt"], samples[0]["seed"]
+    prompt, seed, tokenizer = samples[0]["prompt"], samples[0]["seed"], first.model.tokenizer
+    texts = []
+    for sample in samples:
+        if (sample["prompt"], sample["seed"]) == (prompt, seed):
+            tokens = [decode_continuation(tokenizer, [id_]) for id_ in sample["ids"]]
+            texts.append(MarkedSample(sample["run"], prompt, tokens, sample["failures"]))
     blocks = render(
         "compare.jinja",
         record=record,
@@ -164,13 +168,6 @@ def _write(
         meanings=[[m.label, m.meaning, m.direction, Link("definition", m.source)] for m in measures],
         metrics=[METRICS[name].label if name in METRICS else name for name in CONSISTENCY],
         consistency=consistency,
-        texts=[
-            _marked(first.model, sample) for sample in samples if sample["seed"] == seed and sample["prompt"] == prompt
-        ],
+        texts=texts,
     )
     write_markdown(path, blocks)
-
-
-def _marked(model: TextModel, sample: Sample) -> MarkedSample:
-    tokens = [decode_continuation(model.tokenizer, [id_]) for id_ in sample["ids"]]
-    return MarkedSample(sample["run"], sample["prompt"], tokens, sample["failures"])
