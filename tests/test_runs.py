@@ -116,14 +116,15 @@ class TestRunFolder:
 
 class TestCommand:
     def test_resume_auto_after_ctrl_c(self, story, tmp_path):
-        arguments = [*TINY_RUN, f"data.path={story}", "trainer.max_epochs=100000", "run_name=long"]
+        arguments = [*TINY_RUN, f"data.path={story}", "trainer.max_epochs=100000", "run_name=long", EVERY_STEP]
         process = subprocess.Popen(
             [sys.executable, "-m", "minigpt_pl.train", *arguments],
             cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        metrics = tmp_path / "outputs" / "long" / "metrics.csv"
+        folder = tmp_path / "outputs" / "long"
         deadline = time.monotonic() + 600
-        while not metrics.exists() and time.monotonic() < deadline:
+        while not ((folder / "metrics.csv").exists() and losses(folder)):  # a step has ended
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=600)[1]
@@ -131,7 +132,6 @@ class TestCommand:
         assert "Traceback" not in error and "interrupted after" in error
         assert "To continue it, add resume=long to the command." in error
         assert all(len(line) < 100 for line in error.splitlines())
-        folder = tmp_path / "outputs" / "long"
         steps = checkpoint(folder)["global_step"]
         assert steps > 0 and runs.read_record(folder)["status"] == "interrupted"
 
