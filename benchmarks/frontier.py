@@ -44,11 +44,13 @@ class Idea:
         triples: the same for three words, by their hash.
         *_rate: multiples of the learning rate, for a part of the network.
         small: factor of the block's outputs at the start.
+        embedding_scale: factor of the embeddings from counts. The first predictions hardly change.
         mix_before: add the embedding of the word before, times a learned vector.
         skip: add the embeddings to the block's output, times a learned vector.
         value_embeddings: add a second embedding of the words to the input of the attention's values.
         muon: learning rate of Muon for the block's matrices; 0 means Adam.
         short: share of the steps, at the start, with only 40 words.
+        later_words: share of the steps, at the start, with later pieces of the reviews instead of their first words.
         grow: batches of 16, then 32, then 64 sequences.
         average: decay of an average of the weights, which replaces them at the end; 0 means none.
     """
@@ -73,6 +75,7 @@ class Idea:
     beta1: float = 0.9
     beta2: float = 0.999
     small: float = 1.0
+    embedding_scale: float = 1.0
     mix_before: bool = False
     skip: bool = False
     value_embeddings: bool = False
@@ -83,6 +86,7 @@ class Idea:
     norm_first: bool = False
     muon: float = 0.0
     short: float = 0.0
+    later_words: float = 0.0
     grow: bool = False
     average: float = 0.0
 
@@ -111,6 +115,9 @@ IDEAS = {
     "rate of output x 0.5": replace(_BASE, output_rate=0.5),
     "rate of block x 0.5": replace(_BASE, block_rate=0.5),
     "rate of block x 2": replace(_BASE, block_rate=2.0),
+    "rate of embeddings x 3": replace(_BASE, embedding_rate=3.0),
+    "embeddings x 0.3": replace(_BASE, embedding_scale=0.3),
+    "no counts, rate 8e-3": replace(_BASE, counts=False, learning_rate=8e-3),
     "cosine": replace(_BASE, schedule="cosine"),
     "no warm-up": replace(_BASE, warmup_steps=0),
     "batch 16": replace(_BASE, batch_size=16),
@@ -130,6 +137,7 @@ IDEAS = {
     "GELU": replace(_BASE, activation=nn.GELU),
     "squared ReLU": replace(_BASE, activation=SquaredReLU),
     "norm first": replace(_BASE, norm_first=True),
+    "later words first": replace(_BASE, later_words=0.6),
     "mix of the word before": replace(_BASE, mix_before=True),
     "skip": replace(_BASE, skip=True),
     "value embeddings": replace(_BASE, value_embeddings=True),
@@ -152,6 +160,7 @@ IDEAS = {
 @dataclass(frozen=True)
 class Reviews:
     train: Tensor  # (N, L + 1) ids: the first words of each review, padded with 0
+    later: Tensor  # (P, L + 1): the words after them, cut into pieces
     held_out: Tensor  # (M, L + 1): the first reviews of `unsupervised`
     final: Tensor  # the same of reviews 2,501 to 5,000
     all_tokens: np.ndarray  # the training reviews one after the other; the id V - 1 ends each of them
@@ -296,7 +305,11 @@ def read_reviews(folder: str, held_out: int) -> Reviews:
     train, validation = datamodule._train_sequences, datamodule._val_sequences
     assert validation is not None, "FOLDER has no split `unsupervised`"
     shown = train[np.arange(len(train))], validation[np.arange(held_out)], validation[np.arange(2500, 5000)]
-    return Reviews(*shown, np.asarray(datamodule.corpus.train.tokens), datamodule.target_shares(), datamodule)
+    tokens = np.asarray(datamodule.corpus.train.tokens)
+    ends = np.flatnonzero(tokens == V - 1)
+    starts = [np.arange(first + L, end - L, L) for first, end in zip(np.append(0, ends[:-1] + 1), ends, strict=True)]
+    later = torch.from_numpy(tokens[np.concatenate(starts)[:, None] + np.arange(L + 1)].astype(np.int64))
+    return Reviews(shown[0], later, *shown[1:], tokens, datamodule.target_shares(), datamodule)
 
 
 def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int, final: bool) -> tuple[float, ...]:
@@ -316,6 +329,7 @@ def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int,
     schedule = ScheduleConfig(name=idea.schedule, warmup_steps=idea.warmup_steps)
     generator = torch.Generator().manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(reviews.train))
+    later_order = np.random.default_rng(seed).permutation(len(reviews.later))
     total, done, steps, average = steps_of_32 * 32, 0, 0, None
     start, paused = time.perf_counter(), 0.0
     while done < total:
@@ -323,7 +337,10 @@ def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int,
         size = (16 if part < 0.4 else 32 if part < 0.7 else 64) if idea.grow else idea.batch_size
         steps_of_idea = total // idea.batch_size
         factor = learning_rate_factor(int(part * steps_of_idea), steps_of_idea, schedule)
-        ids = reviews.train[np.take(order, range(done, done + size), mode="wrap")]
+        if part < idea.later_words:
+            ids = reviews.later[np.take(later_order, range(done, done + size), mode="wrap")]
+        else:
+            ids = reviews.train[np.take(order, range(done, done + size), mode="wrap")]
         ids = ids[:, :41] if part < idea.short else ids
         loss = loss_of(network, ids, reviews.shares, idea.candidates, generator)
         loss.backward()
@@ -364,6 +381,8 @@ def prepare(network: Network, reviews: Reviews) -> None:
         for name, weight in gpt.named_parameters():
             if name.endswith(("attention.output.weight", "feed_forward.2.weight")):
                 weight.mul_(idea.small)
+        gpt.token_embedding.weight.mul_(idea.embedding_scale)
+        gpt.position_embedding.weight.mul_(idea.embedding_scale)
     if idea.frequent_pairs or idea.pair_counts:
         network.frequent, following = count_triples(reviews, idea.pairs - 1)
         if idea.pair_counts:

@@ -45,7 +45,7 @@ def explore(config: ExploreConfig) -> None:
     if config.compare is not None:
         folder = Path(config.folder or Path(config.output_dir) / "compare")
         compare(config, prompts, folder)
-        log.info("Comparison: %s", folder / "compare.md")
+        log.info("Comparison: %s and %s", folder / "compare.html", folder / "compare.md")
         return
     checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
     run_folder, model = checkpoint.parent.parent, load(checkpoint)

@@ -187,6 +187,7 @@ class TestBadInput:
                 ["prompt=a", "seed=1,2"],
                 ["seed=1,2: has several values; write 0.5 instead of 0,5"],
             ),
+            (["run=a,b"], ["run=a,b: has several values; write 'run=[a,b]' for a list, or add -m to sweep"]),
             (["prompt=a", "+topk=3"], ["topk: no such setting"]),
             (["prompt=a", "run=${none}"], ["run: Interpolation key 'none' not found"]),
             (["--nope"], ["unrecognized arguments: --nope; --hydra-help lists the flags"]),

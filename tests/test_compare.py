@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -44,10 +45,20 @@ class TestCompare:
     def test_the_folder(self, compared):
         folder = compared / "outputs/compare"
         files = {path.name for path in folder.iterdir()}
-        assert files == {"compare.md", "compare.json", "compare.png", "samples.jsonl", "held_out.jsonl"}
+        assert files == {"compare.html", "compare.md", "compare.json", "compare.png", "samples.jsonl", "held_out.jsonl"}
         made = records(compared, folder=folder)
         assert [s["run"] for s in made] == [name for name in ("tiny", "w8", "w24", "w32") for _ in range(4 * 2)]
         assert {(s["settings"]["temperature"], s["settings"]["top_k"]) for s in made} == {(0.8, 5)}
+
+    def test_the_page_has_all_texts(self, compared):
+        page = (compared / "outputs/compare/compare.html").read_text()
+        data = json.loads(re.search(r'<script id="data" type="application/json">(.*)</script>', page)[1])
+        made = records(compared, folder=compared / "outputs/compare")
+        assert data["column"] == "run" and [s["name"] for s in data["samples"]] == [s["run"] for s in made]
+        for shown, sample in zip(data["samples"], made, strict=True):
+            text = sample["prompt"].rstrip() + "".join(shown["tokens"])
+            assert text.split() == sample["text"].split() and len(shown["metrics"]) == len(data["labels"])
+        assert page.count('class="answer"') == 1
 
     def test_loss_of_the_known_held_out_words(self, compared, found, monkeypatch):
         monkeypatch.chdir(compared)

@@ -131,10 +131,16 @@ class TestPrompts:
         [
             ("", "must map each kind"),
             ("short: []", "has no prompt"),
+            ("short:\n  - the cat\n    - a dog", "'the cat - a dog' stands on several lines; start each - in the same"),
+            ("short:\n\t- the cat", r"line 2: found character '\\t' that cannot start any token; write it as in"),
+            (
+                "short:\n  - the cat\n - a dog",
+                "line 3: expected <block end>.*, or put the same number of spaces before each -",
+            ),
             ("short: a cat", "must map each kind"),
             ("short: [10]", "10 is not text; write it in quotes"),
             ("short: [a cat]\nlong: [a cat]", "'a cat' occurs twice"),
-            ("short: [a", "cannot be read"),
+            ("short: [a", r"line 1: expected ',' or '\]', but got '<stream end>'; write it as in short"),
         ],
     )
     def test_bad_prompt_files(self, tmp_path, text, message):
@@ -469,19 +475,26 @@ class TestPage:
 
     @pytest.mark.parametrize("colour_scheme", ["light", "dark"])
     def test_a_phone(self, open_page, colour_scheme):
-        """Nothing is wider than the screen, apart from tables, which scroll next to their first column."""
+        """Nothing is wider than the screen. A table has one cell per line, with the name of its column."""
         page = open_page(390, color_scheme=colour_scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert page.locator("svg").evaluate_all("all => all.every(svg => svg.getBoundingClientRect().width <= 360)")
         assert page.locator("svg text").first.evaluate("text => getComputedStyle(text).fill") == (
             page.evaluate("getComputedStyle(document.body).color")
         )
-        frame = page.locator(".scroll:has(button:text-is('self-BLEU'))").first
-        assert frame.evaluate("frame => frame.scrollWidth > frame.clientWidth")
-        frame.evaluate("frame => { frame.scrollLeft = 9999; frame.scrollTop = 60; }")
-        left = frame.bounding_box()["x"]
-        for cell in ("th", "tbody tr:last-child td"):
-            assert abs(frame.locator(cell).first.bounding_box()["x"] - left) < 3
+        frames = page.locator(".scroll")
+        assert frames.evaluate_all("all => all.every(frame => frame.scrollWidth === frame.clientWidth)")
+        cells = "all => all.map(cell => [getComputedStyle(cell, '::before').content, cell.dataset.number])"
+        for table in ("table:has(button:text-is('self-BLEU'))", "#samples"):
+            row = page.locator(f"{table} >> tbody tr").first.locator("td")
+            names = page.locator(f"{table} >> th").all_text_contents()[: row.count()]
+            found = row.evaluate_all(cells)
+            assert [name for name, _ in found] == [f'"{name}: "' for name in names]
+            assert found[-1][1] is not None
+            left = row.evaluate_all("all => all.map(cell => cell.getBoundingClientRect().left)")
+            assert max(left) - min(left) < 1
+        page.get_by_label("Filter by prompt").fill("no such words")
+        assert page.locator("#samples tbody tr:visible").count() == 0
 
     def test_dark_mode(self, open_page):
         colours = [

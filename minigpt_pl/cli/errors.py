@@ -89,7 +89,9 @@ def explain(error: Exception) -> str:
     if found := re.match("Could not override '(.*)'. No match in the defaults list", text):
         return f"{found[1]}: is not a setting of this command; leave it out (--help lists the settings)"
     if found := re.match("Ambiguous value for argument '(.*)'", text):
-        return f"{found[1]}: has several values; write 0.5 instead of 0,5, [a,b] for a list, or add -m to sweep"
+        name, _, value = found[1].partition("=")
+        remedy = "0.5 instead of 0,5" if re.fullmatch(r"\d+,\d+", value) else f"'{name}=[{value}]' for a list"
+        return f"{found[1]}: has several values; write {remedy}, or add -m to sweep"
     cause = error if isinstance(error, InterpolationResolutionError) else error.__cause__ or error.__context__ or error
     if not isinstance(cause, OmegaConfBaseException):
         return " ".join(text.split())

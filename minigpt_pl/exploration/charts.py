@@ -3,6 +3,7 @@
 Colours are readable on white and on black. Text and lines in `INK` take the colour of the page in report.html.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
@@ -128,6 +129,7 @@ def context(network_study: dict[str, Any]) -> list[Panel]:
         for colour, (name, weights) in zip(RAMP(np.linspace(0, 1, len(attention))), attention, strict=True):
             axis.plot(weights, linewidth=1.4, color=colour, label=name)
         axis.set(title="mean attention weight", xlabel="words back")
+        axis.legend(frameon=False, ncols=math.ceil(len(attention) / 8))  # the other panels have no heads
 
     of_texts = {context: estimates["ngram_loss"] for context, estimates in network_study["cut"].items()}
     panels = {

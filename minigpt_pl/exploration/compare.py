@@ -13,7 +13,7 @@ from minigpt_pl.checkpoints import find_checkpoint
 from minigpt_pl.config import GRID, ExploreConfig, NumberControls
 from minigpt_pl.errors import InputError
 from minigpt_pl.exploration import charts
-from minigpt_pl.exploration.markup import Link, MarkedSample, render, write_markdown
+from minigpt_pl.exploration.markup import Link, MarkedSample, NamedText, render, write_html, write_markdown
 from minigpt_pl.exploration.metrics import METRICS, TextMetrics
 from minigpt_pl.exploration.network_study import NUM_WINDOWS
 from minigpt_pl.exploration.samples import Prompts, Sample, Setting, generate_setting, label, without_nan, write_samples
@@ -33,7 +33,9 @@ CONSISTENCY = ("sentiment", "failure: sentiment", "drift", "failure: drift", "ng
 
 
 def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
-    """Measure runs, and write compare.md, compare.png, compare.json, samples.jsonl and held_out.jsonl into the folder.
+    """Measure runs, and write a report into the folder.
+
+    The files are compare.html, compare.md, compare.png, compare.json, samples.jsonl and held_out.jsonl.
 
     Raises:
         InputError: the runs differ in their words or held-out text, no text can be generated, or the folder has a
@@ -87,7 +89,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
         "fits": power_laws(compared, {name: loss.mean for name, (loss, _) in losses_of_words.items()}),
     }
     write_text(folder / "compare.json", json.dumps(without_nan(record), indent=1) + "\n")
-    _write(compared, record, real_text, samples, folder / "compare.md")
+    _write(compared, record, real_text, samples, folder)
 
 
 def _one_setting(config: ExploreConfig) -> Setting:
@@ -114,9 +116,9 @@ def _by_context(compared: Sequence[ComparedRun], longest: int) -> dict[str, dict
 
 
 def _write(
-    compared: Sequence[ComparedRun], record: dict[str, Any], real_text: Summary, samples: Sequence[Sample], path: Path
+    compared: Sequence[ComparedRun], record: dict[str, Any], real_text: Summary, samples: Sequence[Sample], folder: Path
 ) -> None:
-    """Write compare.md. Its sentences are in compare.jinja."""
+    """Write compare.md and compare.html. Their sentences are in compare.jinja."""
     first, names = compared[0], [*record["runs"]]
     differing = [
         name
@@ -144,11 +146,11 @@ def _write(
     ]
     measures = [METRICS[name] for name in CONSISTENCY if name in METRICS]
     prompt, seed, tokenizer = samples[0]["prompt"], samples[0]["seed"], first.model.tokenizer
-    texts = []
-    for sample in samples:
-        if (sample["prompt"], sample["seed"]) == (prompt, seed):
-            tokens = [decode_continuation(tokenizer, [id_]) for id_ in sample["ids"]]
-            texts.append(MarkedSample(sample["run"], prompt, tokens, sample["failures"]))
+    texts = [
+        NamedText(sample["run"], [decode_continuation(tokenizer, [id_]) for id_ in sample["ids"]], sample)
+        for sample in samples
+    ]
+    shown = [text for text in texts if (text.sample["prompt"], text.sample["seed"]) == (prompt, seed)]
     blocks = render(
         "compare.jinja",
         record=record,
@@ -168,6 +170,7 @@ def _write(
         meanings=[[m.label, m.meaning, m.direction, Link("definition", m.source)] for m in measures],
         metrics=[METRICS[name].label if name in METRICS else name for name in CONSISTENCY],
         consistency=consistency,
-        texts=texts,
+        texts=[MarkedSample(name, prompt, tokens, sample["failures"]) for name, tokens, sample in shown],
     )
-    write_markdown(path, blocks)
+    write_markdown(folder / "compare.md", blocks)
+    write_html(folder / "compare.html", f"Comparison of {', '.join(names)}", blocks, "run", texts)

@@ -13,6 +13,8 @@ import jinja2
 from matplotlib.figure import Figure
 
 from minigpt_pl.exploration.charts import INK, Panel
+from minigpt_pl.exploration.metrics import METRICS
+from minigpt_pl.exploration.samples import Sample, without_nan
 from minigpt_pl.files import write_figure, write_text
 from minigpt_pl.measures.failures import KINDS
 
@@ -117,8 +119,9 @@ class Chart:
 
 
 def _legend(figure: Figure) -> dict[str, Any]:
-    """The labels of all axes, with a line or marker for each."""
-    handles = (zip(*reversed(axis.get_legend_handles_labels()), strict=True) for axis in figure.axes)
+    """The labels of all axes that have no legend themselves, with a line or marker for each."""
+    axes = [axis for axis in figure.axes if axis.get_legend() is None]
+    handles = (zip(*reversed(axis.get_legend_handles_labels()), strict=True) for axis in axes)
     return {name: line for pairs in handles for name, line in pairs}
 
 
@@ -146,6 +149,14 @@ class MarkedSample:
             text = "".join(self.tokens[start:end])
             kinds = {span["kind"] for span in self.failures if span["start"] <= start < span["end"]}
             yield " " * text.startswith(" "), text.removeprefix(" "), sorted(kinds)
+
+
+class NamedText(NamedTuple):
+    """A text for the script of page.html."""
+
+    name: str  # of its setting or run
+    tokens: Sequence[str]  # the words after the prompt; most start with a space
+    sample: Sample  # with metrics
 
 
 Block = Text | Table | Steps | Chart | MarkedSample
@@ -178,8 +189,20 @@ def write_markdown(path: Path, blocks: Sequence[Block]) -> None:
     write_text(path, "\n\n".join(block.markdown() for block in blocks) + "\n")
 
 
-def write_html(path: Path, title: str, blocks: Sequence[Block], data: Any) -> None:
-    """Fill page.html with the blocks and with the data for its script, and write it."""
+def write_html(path: Path, title: str, blocks: Sequence[Block], column: str, texts: Sequence[NamedText]) -> None:
+    """Fill page.html with the blocks and with the texts for its script, and write it.
+
+    Args:
+        column: what the names of the texts are: "setting" or "run".
+        texts: all texts.
+    """
+    samples = [
+        {key: text.sample[key] for key in ("prompt", "seed", "failures")}
+        | {"name": text.name, "tokens": text.tokens}
+        | {"metrics": without_nan([v and round(v, 4) for v in map(text.sample["metrics"].get, METRICS)])}
+        for text in texts
+    ]
+    data = {"column": column, "labels": [measure.label for measure in METRICS.values()], "samples": samples}
     environment = jinja2.Environment(loader=LOADER, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     # A number in a table cell, with % and interval if it has them. The table is sorted by the number.

@@ -12,9 +12,9 @@ from typing import Any
 
 from minigpt_pl.exploration import charts
 from minigpt_pl.exploration.findings import MIN_GAIN, five_findings
-from minigpt_pl.exploration.markup import Link, MarkedSample, render, write_html, write_markdown
+from minigpt_pl.exploration.markup import Link, MarkedSample, NamedText, render, write_html, write_markdown
 from minigpt_pl.exploration.metrics import FAILURES, METRICS, REAL_CONTEXT, REPETITION, TOPIC, USUAL
-from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls, without_nan
+from minigpt_pl.exploration.samples import Sample, Setting, is_greedy, label, value_text, varied_controls
 from minigpt_pl.exploration.summary import (
     bootstrap,
     by_prompt,
@@ -82,15 +82,8 @@ def report(results: Exploration, folder: Path) -> None:
         values |= section(results)
     blocks = render("report.jinja", **values)
     write_markdown(folder / "report.md", blocks)
-    shown = [name for names in TABLES.values() for name in names]
-    samples = [
-        {name: sample[name] for name in ("prompt", "seed", "failures")}
-        | {"tokens": results.tokens(sample), "setting": label(sample["settings"], results.varied)}
-        | {"metrics": without_nan([v and round(v, 4) for v in map(sample["metrics"].get, shown)])}
-        for sample in results.samples
-    ]
-    data = {"labels": [METRICS[name].label for name in shown], "samples": samples}
-    write_html(folder / "report.html", f"Exploring {results.run_name}", blocks, data)
+    texts = [NamedText(label(s["settings"], results.varied), results.tokens(s), s) for s in results.samples]
+    write_html(folder / "report.html", f"Exploring {results.run_name}", blocks, "setting", texts)
 
 
 def _findings(results: Exploration) -> dict[str, Any]:

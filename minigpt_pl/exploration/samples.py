@@ -33,7 +33,12 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     """Read (kind, prompt) from a YAML file with a list of prompts for each kind. No prompt may occur twice."""
     example = "as in short: [this movie is, the end]"
     try:
-        contents = yaml.safe_load(read_text(path))
+        text = read_text(path)
+        contents = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        remedy = f"write it {example}, or put the same number of spaces before each -"
+        raise InputError(f"prompts={path}: line {place}: {error.problem}; {remedy}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, {example}") from error
@@ -45,6 +50,8 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     for i, (_, prompt) in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompts={path}: {prompt!r} is not text; write it in quotes")
+        if " - " in prompt and prompt not in text:  # YAML joins a line that is indented more than the one before
+            raise InputError(f"prompts={path}: {prompt!r} stands on several lines; start each - in the same column")
         if prompt in [before for _, before in prompts[:i]]:
             raise InputError(f"prompts={path}: {prompt!r} occurs twice; remove one")
     return prompts
