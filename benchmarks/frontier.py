@@ -23,7 +23,7 @@ from minigpt_pl import MiniGPT
 from minigpt_pl.config import ImdbConfig, ScheduleConfig
 from minigpt_pl.data.datamodule import PairCounts, TextDataModule
 from minigpt_pl.loss import linear_cross_entropy, sampled_cross_entropy, token_losses
-from minigpt_pl.training.initial_weights import start_from_counts
+from minigpt_pl.training.initial_weights import SIZE, start_from_counts
 from minigpt_pl.training.optimizers import KerasAdam, SquaresByOccurrence, learning_rate_factor
 
 V, L, D = 20_000, 80, 256  # words, positions, width
@@ -44,7 +44,7 @@ class Idea:
         triples: the same for three words, by their hash.
         *_rate: multiples of the learning rate, for a part of the network.
         small: factor of the block's outputs at the start.
-        embedding_scale: factor of the embeddings from counts. The first predictions hardly change.
+        embedding_size: root mean square of the embeddings from counts. The first predictions hardly depend on it.
         mix_before: add the embedding of the word before, times a learned vector.
         skip: add the embeddings to the block's output, times a learned vector.
         value_embeddings: add a second embedding of the words to the input of the attention's values.
@@ -75,7 +75,7 @@ class Idea:
     beta1: float = 0.9
     beta2: float = 0.999
     small: float = 1.0
-    embedding_scale: float = 1.0
+    embedding_size: float = 1.0
     mix_before: bool = False
     skip: bool = False
     value_embeddings: bool = False
@@ -116,11 +116,11 @@ IDEAS = {
     "rate of block x 0.5": replace(_BASE, block_rate=0.5),
     "rate of block x 2": replace(_BASE, block_rate=2.0),
     "rate of embeddings x 3": replace(_BASE, embedding_rate=3.0),
-    "embeddings x 0.3": replace(_BASE, embedding_scale=0.3),
-    "embeddings x 0.1": replace(_BASE, embedding_scale=0.1),
-    "embeddings x 0.03": replace(_BASE, embedding_scale=0.03),
-    "embeddings x 0.1, rate 3e-3": replace(_BASE, embedding_scale=0.1, learning_rate=3e-3),
-    "embeddings x 0.1, rate 8e-3": replace(_BASE, embedding_scale=0.1, learning_rate=8e-3),
+    "embeddings 0.3": replace(_BASE, embedding_size=0.3),
+    "embeddings 0.1": replace(_BASE, embedding_size=0.1),
+    "embeddings 0.03": replace(_BASE, embedding_size=0.03),
+    "embeddings 0.1, rate 3e-3": replace(_BASE, embedding_size=0.1, learning_rate=3e-3),
+    "embeddings 0.1, rate 8e-3": replace(_BASE, embedding_size=0.1, learning_rate=8e-3),
     "no counts, rate 8e-3": replace(_BASE, counts=False, learning_rate=8e-3),
     "cosine": replace(_BASE, schedule="cosine"),
     "no warm-up": replace(_BASE, warmup_steps=0),
@@ -385,8 +385,8 @@ def prepare(network: Network, reviews: Reviews) -> None:
         for name, weight in gpt.named_parameters():
             if name.endswith(("attention.output.weight", "feed_forward.2.weight")):
                 weight.mul_(idea.small)
-        gpt.token_embedding.weight.mul_(idea.embedding_scale)
-        gpt.position_embedding.weight.mul_(idea.embedding_scale)
+        gpt.token_embedding.weight.mul_(idea.embedding_size / SIZE)
+        gpt.position_embedding.weight.mul_(idea.embedding_size / SIZE)
     if idea.frequent_pairs or idea.pair_counts:
         network.frequent, following = count_triples(reviews, idea.pairs - 1)
         if idea.pair_counts:

@@ -10,7 +10,8 @@ from minigpt_pl.model import MiniGPT
 
 SHRINKAGE = 300.0  # pseudo-count; with a larger one, rare pairs count less
 SMALL = 0.1  # factor of the block's outputs, so that the block changes its input little
-SMALL_POSITIONS = 0.2  # the same for the position embeddings
+SIZE = 0.1  # root mean square of the token embeddings: Adam's steps have a fixed size, so small weights learn faster
+POSITIONS = 0.02  # factor of the position embeddings, so that they change the token embeddings little
 _OVERSAMPLING = 20  # extra columns of the randomised decomposition
 
 
@@ -37,9 +38,9 @@ def start_from_counts(model: MiniGPT, pairs: PairCounts) -> None:
 
     left, singular = _singular_vectors(matrix, width)  # (V, R), (R,), R <= D
     embeddings = left * singular.sqrt() / row_weights[:, None]
-    embeddings /= math.sqrt((embeddings.square() * frequency[:, None]).sum() / frequency.sum() / width)
+    embeddings *= SIZE / math.sqrt((embeddings.square() * frequency[:, None]).sum() / frequency.sum() / width)
     model.token_embedding.weight[:, : embeddings.shape[1]] = embeddings
-    model.position_embedding.weight *= SMALL_POSITIONS
+    model.position_embedding.weight *= POSITIONS
     for name, weight in model.named_parameters():
         if name.endswith(("attention.output.weight", "feed_forward.2.weight")):
             weight.mul_(SMALL)
