@@ -1,6 +1,7 @@
 """Ideas that make one block learn faster, each trained for some steps. docs/frontier.md has the rule and the log.
 
     python benchmarks/frontier.py FOLDER [--ideas base pairs ...] [--steps 100] [--seeds 1] [--held-out 250] [--final]
+    python benchmarks/frontier.py FOLDER --runs fast fast1     # only the losses of trained runs
 
 FOLDER holds IMDB in the hub's layout. Each idea trains the notebook's network on the first 81 words of the reviews, in
 fp32. The 53 reviews that are also held out are left out. In each round every idea trains once, with the same sequences.
@@ -12,14 +13,16 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from minigpt_pl import MiniGPT
+from minigpt_pl import MiniGPT, load
 from minigpt_pl.config import ImdbConfig, ScheduleConfig
 from minigpt_pl.data.datamodule import PairCounts, TextDataModule
 from minigpt_pl.loss import linear_cross_entropy, sampled_cross_entropy, token_losses
@@ -101,7 +104,7 @@ _PAIRS = replace(_BASE, pairs=65_536)
 _COUNTED = replace(_PAIRS, pair_counts=True)
 _FOUR_HEADS = replace(_COUNTED, pair_shrinkage=100.0, heads=4, head_dim=64)
 IDEAS = {
-    "fast": Idea(learning_rate=8e-3, counts=False, candidates=0, rows_only=False),
+    "random weights": Idea(learning_rate=8e-3, counts=False, candidates=0, rows_only=False),
     "counts": replace(_BASE, candidates=0, rows_only=False),
     "counts, 2048 candidates": replace(_BASE, rows_only=False),
     "base": _BASE,  # counts, 2048 candidates, Adam for the rows in use
@@ -286,8 +289,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=250, help="reviews of `unsupervised`")
     parser.add_argument("--final", action="store_true", help="also print the loss of reviews 2,501 to 5,000")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="print the losses of these runs instead")
     parser.add_argument("--every", type=int, default=0, help="also print the loss after every so many steps")
     arguments = parser.parse_args()
+    if arguments.runs:
+        for name in arguments.runs:
+            model = load(name)
+            reviews = read_reviews(arguments.folder, 1000, model.tokenizer)
+            network = model.network
+            losses = [evaluate(network.hidden_states, network.output, ids) for ids in (reviews.held_out, reviews.final)]
+            print("{}: {:.4f} on the first 1,000 reviews, {:.4f} on 2,501 to 5,000".format(name, *losses))
+        return
     reviews = read_reviews(arguments.folder, arguments.held_out)
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in arguments.ideas}
     for seed in range(arguments.seeds):
@@ -302,9 +314,9 @@ def main() -> None:
         print(f"| {name} | {statistics.median(seconds):.0f} | {statistics.median(of_step):.2f} | {of_seeds} |")
 
 
-def read_reviews(folder: str, held_out: int) -> Reviews:
+def read_reviews(folder: str, held_out: int, tokenizer: Tokenizer | None = None) -> Reviews:
     config = ImdbConfig(source=folder, end_token=False, loss_on_padding=True, validation_documents=5000)
-    datamodule = TextDataModule(config, V, L)
+    datamodule = TextDataModule(config, V, L, tokenizer=tokenizer)
     datamodule.setup()
     train, validation = datamodule._train_sequences, datamodule._val_sequences
     assert validation is not None, "FOLDER has no split `unsupervised`"
@@ -362,13 +374,15 @@ def train(idea: Idea, reviews: Reviews, steps_of_32: int, seed: int, every: int,
                 torch._foreach_lerp_(average, weights, 1 - idea.average)
         if every and steps % every == 0:
             now = time.perf_counter()
-            loss, seconds = evaluate(network, reviews.held_out), preparation + now - start - paused
+            loss, seconds = evaluate(network, gpt.output, reviews.held_out), preparation + now - start - paused
             print(f"  {steps} steps, {seconds:.0f} s: {loss:.4f}", flush=True)
             paused += time.perf_counter() - now
     of_steps = time.perf_counter() - start - paused
     for weight, mean in zip(weights, average, strict=True) if average else ():
         weight.copy_(mean)
-    losses = [evaluate(network, held_out) for held_out in (reviews.held_out, *([reviews.final] if final else []))]
+    losses = [
+        evaluate(network, gpt.output, held_out) for held_out in (reviews.held_out, *([reviews.final] if final else []))
+    ]
     seconds, of_step = preparation + of_steps, of_steps / max(steps, 1)
     print(f"  {seconds:.0f} s, {preparation:.1f} s before the first step, {of_step:.3f} s a step: {losses}", flush=True)
     return seconds, of_step, *losses
@@ -444,11 +458,11 @@ def loss_of(network: Network, ids: Tensor, shares: Tensor, candidates: int, gene
 
 
 @torch.no_grad()
-def evaluate(network: Network, held_out: Tensor) -> float:
+def evaluate(hidden_states: Callable[[Tensor], Tensor], output: nn.Linear, held_out: Tensor) -> float:
     """The mean loss of held-out reviews (M, L + 1)."""
-    output = network.gpt.output
     losses = [
-        token_losses(network(ids[:, :-1]), output.weight, output.bias, ids[:, 1:]).mean() for ids in held_out.split(50)
+        token_losses(hidden_states(ids[:, :-1]), output.weight, output.bias, ids[:, 1:]).mean()
+        for ids in held_out.split(50)
     ]
     return statistics.fmean(map(float, losses))
 
