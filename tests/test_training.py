@@ -84,7 +84,8 @@ class TestLoss:
         options += [f"data.loss_on_padding={loss_on_padding}", "data.validation_share=0"]
         unigrams = losses(train(tiny_config(*options)))[0]
         config = tiny_config(*options, "bigram_weights=true")
-        bigrams = losses(train(config))[0]
+        folder = train(config)
+        bigrams = losses(folder)[0]
         datamodule = _open_text(config, None)
         first, second, counts = datamodule.pair_counts()
         table = torch.full((26, 26), 1e-9).index_put((first, second), counts.float())
@@ -95,6 +96,9 @@ class TestLoss:
         of_counts = of_counts[counted].mean().item()
         gained = (unigrams - bigrams) / (unigrams - of_counts)
         assert gained > 0.4, f"{unigrams:.2f} -> {bigrams:.2f}; the counts have {of_counts:.2f}"
+        embeddings = checkpoint(folder)["state_dict"]["model.token_embedding.weight"]
+        squares = embeddings[first].square().mean(1)  # of the first token of each pair
+        assert_close((squares * counts).sum() / counts.sum(), torch.tensor(0.1**2), atol=1e-4, rtol=0)
 
     def test_pairs_do_not_cross_documents(self, tiny_config):
         """Whole documents are counted, and the sequences once more."""
