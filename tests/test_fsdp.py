@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from enum import Enum
+from pathlib import PosixPath
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import EVERY_STEP, TINY_RUN, losses, run_main, train
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.testing import assert_close
 
 from minigpt_pl import generate_text, load, runs, sharded_checkpoints
@@ -266,3 +269,28 @@ def test_code_in_the_metadata_is_not_run(tmp_path):
         with pytest.raises((pickle.UnpicklingError, AttributeError)):
             ShardReader(tmp_path).read_metadata()
     assert not (tmp_path / "attacked").exists()
+
+
+def test_members_of_an_enum_as_python_3_11_2_writes_them(tmp_path):
+    """Debian 12 has this Python. It pickles a member as `getattr(kind, name)`, other versions as `kind(value)`."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value):
+            return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+    properties = TensorProperties(memory_format=torch.preserve_format)
+    metadata = Metadata({"a": TensorStorageMetadata(properties, torch.Size([1]), [])})
+    with (tmp_path / ".metadata").open("wb") as file:
+        Pickler(file).dump(metadata)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    assert ShardReader(tmp_path).read_metadata() == metadata
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute()))
+    with pytest.raises(pickle.UnpicklingError, match="contains builtins.getattr of .*PosixPath"):
+        ShardReader(tmp_path).read_metadata()
+
+
+class Attribute:
+    """An attribute of a class that is no enum."""
+
+    def __reduce__(self):
+        return getattr, (PosixPath, "home")
