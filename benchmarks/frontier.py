@@ -1,7 +1,6 @@
 """Ideas that make one block learn faster, each trained for some steps. docs/frontier.md has the rule and the log.
 
     python benchmarks/frontier.py FOLDER [--ideas base pairs ...] [--steps 100] [--seeds 1] [--held-out 250] [--final]
-    python benchmarks/frontier.py FOLDER --runs fast fast1     # only the losses of trained runs
 
 FOLDER holds IMDB in the hub's layout. Each idea trains the notebook's network on the first 81 words of the reviews, in
 fp32. The 53 reviews that are also held out are left out. In each round every idea trains once, with the same sequences.
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from minigpt_pl import MiniGPT, load
+from minigpt_pl import MiniGPT
 from minigpt_pl.config import ImdbConfig, ScheduleConfig
 from minigpt_pl.data.datamodule import PairCounts, TextDataModule
 from minigpt_pl.loss import linear_cross_entropy, sampled_cross_entropy, token_losses
@@ -286,17 +285,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=250, help="reviews of `unsupervised`")
     parser.add_argument("--final", action="store_true", help="also print the loss of reviews 2,501 to 5,000")
-    parser.add_argument("--runs", nargs="+", metavar="RUN", help="print the losses of these runs instead")
     parser.add_argument("--every", type=int, default=0, help="also print the loss after every so many steps")
     arguments = parser.parse_args()
-    if arguments.runs:
-        for name in arguments.runs:
-            model = load(name)
-            reviews = read_reviews(arguments.folder, 1000, model.tokenizer)
-            network = model.network
-            losses = [evaluate(network.hidden_states, network.output, ids) for ids in (reviews.held_out, reviews.final)]
-            print("{}: {:.4f} on the first 1,000 reviews, {:.4f} on 2,501 to 5,000".format(name, *losses))
-        return
     reviews = read_reviews(arguments.folder, arguments.held_out)
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in arguments.ideas}
     for seed in range(arguments.seeds):

@@ -1,5 +1,6 @@
 """Checkpoints: find the one that a user means, check that it is not damaged, and read it."""
 
+import difflib
 import errno
 import logging
 import textwrap
@@ -41,9 +42,10 @@ def find_checkpoint(path: str | Path, output_dir: Path | None = None, setting: s
             return found[-1] if found[-1].name == "best.ckpt" else found[0]
     reason = "holds no checkpoint" if any(place.is_dir() for place in places) else "no such run folder or checkpoint"
     folders = runs.runs_by_status(output_dir) if output_dir is not None else []
-    names = [folder.name for folder in folders if runs.checkpoints_of(folder)][:MAX_NAMES]
-    run = f"a run, such as {', '.join(names)}" if names else "the folder of a trained run"
-    raise InputError(f"{setting}={path}: {reason}; give {run}, or the path of a checkpoint")
+    names = [folder.name for folder in folders if runs.checkpoints_of(folder)]
+    run = f"a run, such as {', '.join(names[:MAX_NAMES])}" if names else "the folder of a trained run"
+    similar = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(str(path), names, 1))
+    raise InputError(f"{setting}={path}: {reason}; {similar}give {run}, or the path of a checkpoint")
 
 
 def choose_checkpoint(output_dir: Path, run: str | None) -> Path:

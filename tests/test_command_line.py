@@ -162,6 +162,10 @@ class TestBadInput:
                 ["prompt=a", "run=none"],
                 ["run=none: no such run folder or checkpoint; give a run, such as tiny, or the path"],
             ),
+            (
+                ["prompt=a", "run=tyni"],
+                ["no such run folder or checkpoint; did you mean tiny? give a run, such as tiny"],
+            ),
             (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: run=tiny also chooses one"]),
             (["prompt=[]"], ["prompt=[]: must be a text or a list of texts"]),
             (["prompt=[the cat, 2.50, null]"], ["prompt=['the cat', 2.5, None]: must be a text"]),

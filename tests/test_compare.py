@@ -90,7 +90,7 @@ class TestCompare:
                 p.numel() for p in load(compared / "outputs" / name).network.parameters()
             )
         saved = torch.load(compared / "outputs/w8/checkpoints/best.ckpt", weights_only=True)["global_step"]
-        assert found["runs"]["w8"]["passes"] == pytest.approx(saved * 16 / len(corpus.train.offsets[1:]))
+        assert found["runs"]["w8"]["passes"] == saved / -(-len(corpus.train.offsets[1:]) // 16) in (1, 2)
 
     def test_power_law_of_four_runs(self, compared, found):
         (fit,) = found["fits"]
@@ -112,7 +112,7 @@ class TestCompare:
         before = report.read_bytes()
         done = run_main("explore", *COMPARE, "compare=[tiny,less]", cwd=compared)
         assert done.returncode == 2 and report.read_bytes() == before
-        assert "folder=outputs/compare: has a comparison; give folder=ANOTHER, or remove it" in done.stderr
+        assert "folder=outputs/compare: has a comparison; give folder=ANOTHER" in done.stderr
 
     def test_no_power_law_of_two_runs(self, compared):
         done = run_main("explore", *COMPARE, "compare=[tiny,less]", "folder=two", cwd=compared)
@@ -123,9 +123,9 @@ class TestCompare:
             "Against parameters: no comparison, because no two runs with equal passes differ only in the network"
             in report
         )
-        header, _, first, second = report[report.index("| run | parameters") :].splitlines()[:4]
-        assert header.endswith("| data.max_sequences |"), "the settings that differ"
-        assert first.endswith("| None |") and second.endswith("| 64 |")
+        header, _, first, second = report[report.index("| run | ") :].splitlines()[:4]
+        assert header.startswith("| run | max_sequences | parameters |"), "the settings that differ"
+        assert first.startswith("| tiny | None |") and second.startswith("| less | 64 |")
 
     def test_report_has_a_text_of_each_run(self, compared):
         report = (compared / "outputs/compare/compare.md").read_text()
@@ -138,7 +138,8 @@ class TestCompare:
     def test_report_has_the_figures_of_the_record(self, compared, found):
         report = (compared / "outputs/compare/compare.md").read_text()
         for name, run in found["runs"].items():
-            line = next(line for line in report.splitlines() if line.startswith(f"| {name} | {run['parameters']:,} |"))
+            lines = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
+            line = next(line for line in lines if f"| {run['parameters']:,} |" in line)
             assert f"| {run['word_loss'][0]:.3f} [" in line and f"| {run['text']:,} | {run['passes']:.2f} |" in line
         made = [s for s in records(compared, folder=compared / "outputs/compare") if s["run"] == "w24"]
         by = {s["prompt"]: [r["metrics"]["ngram_loss"] for r in made if r["prompt"] == s["prompt"]] for s in made}

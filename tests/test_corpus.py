@@ -12,15 +12,17 @@ import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import imdb_config, text_config
 
-from minigpt_pl.data import encoding
-from minigpt_pl.data.corpus import encode_text, open_corpus
+from minigpt_pl.data import encoding, sources
+from minigpt_pl.data.corpus import encode_text, open_corpus, open_run_corpus
 from minigpt_pl.data.sources import Source
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import is_running
@@ -91,6 +93,24 @@ def test_a_changed_text_or_setting_is_encoded_again(config, story, tmp_path):
     config.validation_share = 0.1
     fingerprints.add(open_corpus(config, 200).record["fingerprint"])
     assert len(fingerprints) == 4
+
+
+def test_a_run_opens_the_reviews_that_auto_took(story, tmp_path, monkeypatch):
+    """It does not ask the hub again: the hub could now have an answer, and give another text."""
+    lines = story.read_text().splitlines()
+    small = Source("IMDB reviews, packaged", {"packaged": "small"}, lambda: iter(lines), None)
+    monkeypatch.setattr(sources, "_packaged_reviews", lambda: small)
+    monkeypatch.setattr(sources, "hub_revision", mock.Mock(side_effect=[OSError("silent"), "0123456789"]))
+    data = imdb_config("auto", cache_dir=str(tmp_path / "cache"))
+    corpus = open_corpus(data, 200)
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": asdict(data), "model": {"vocab_size": 200}}))
+    (tmp_path / "run.json").write_text(json.dumps({"text": corpus.record}))
+    opened, again = open_run_corpus(tmp_path, corpus.tokenizer, None)
+    assert again.record == corpus.record and opened.source == "packaged"
+    (tmp_path / "run.json").write_text(json.dumps({"text": corpus.record | {"source": "imdb from the hub"}}))
+    with pytest.raises(InputError, match=r"^data.source=hub: .* cannot be reached"):
+        monkeypatch.setattr(sources, "hub_revision", mock.Mock(side_effect=OSError("silent")))
+        open_run_corpus(tmp_path, corpus.tokenizer, None)
 
 
 def test_a_failed_encoding_leaves_nothing_behind(config, tmp_path):

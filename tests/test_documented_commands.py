@@ -58,6 +58,8 @@ def test_a_page_runs(page, few_reviews, tmp_path, monkeypatch):
     shutil.copytree(Path(sysconfig.get_paths()["stdlib"], "email"), library)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "conf").mkdir()
+    shutil.copy(ROOT / "conf/prompts.yaml", tmp_path / "conf")
     named = re.findall(r"`([\w./]+\.yaml)`[^\n]*\n\n```yaml\n", (ROOT / f"{page}.md").read_text())
     files, names, ran = iter(named), {}, 0
     for language, contents in blocks_of(page):

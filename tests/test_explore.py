@@ -15,6 +15,7 @@ from minigpt_pl.cli import app
 from minigpt_pl.exploration import samples as samples_
 from minigpt_pl.exploration.markup import MarkedSample, Table, Text, escape_markdown
 from minigpt_pl.exploration.metrics import METRICS
+from minigpt_pl.exploration.report import _worst
 from minigpt_pl.exploration.samples import check_grid, label, read_prompts, settings_grid, varied_controls
 from minigpt_pl.exploration.summary import (
     Estimate,
@@ -139,6 +140,7 @@ class TestPrompts:
             ),
             ("short: a cat", "must map each kind"),
             ("short: [10]", "10 is not text; write it in quotes"),
+            ("short:\n  - the end: good or bad", "'the end: good or bad' has a colon; write it in quotes"),
             ("short: [a cat]\nlong: [a cat]", "'a cat' occurs twice"),
             ("short: [a", r"line 1: expected ',' or '\]', but got '<stream end>'; write it as in short"),
         ],
@@ -210,6 +212,26 @@ class TestCommand:
         assert [row.split(" | ")[:2] for row in table] == kinds
         losses = [s["metrics"]["ngram_loss"] for s in records(explored) if s["kind"] == "incomplete"]
         assert f"| {np.mean(losses):.2f} [" in table[1]
+
+    def test_each_prompt_has_a_row(self, explored):
+        report = (explored / "outputs/tiny/explore/report.md").read_text()
+        table = report[report.index("| prompt | kind") :].splitlines()[2:6]
+        for row, prompt in zip(table, ("the cat", "a dog", "the king sees"), strict=False):
+            texts = [s for s in records(explored) if s["prompt"] == prompt]
+            assert row.startswith(f"| {prompt} |") and row.endswith(
+                f"| 9 | {sum(bool(s['failures']) for s in texts)} |"
+            )
+
+    def test_commands_are_code(self, explored):
+        folder = explored / "outputs/tiny/explore"
+        assert "```bash\npython -m minigpt_pl.explore compare=" in (folder / "report.md").read_text()
+        assert (folder / "report.html").read_text().count("<pre>python -m minigpt_pl.") == 3
+
+    def test_the_worst_examples_are_different_texts(self):
+        span = [{"kind": "loop", "start": 0, "end": 3, "note": ""}]
+        texts = [("a", [1]), ("a", [2]), ("b", [1]), ("c", [3])]
+        made = [{"prompt": prompt, "ids": ids, "failures": span} for prompt, ids in texts]
+        assert _worst(made, "loop") == [made[0], made[3]] and _worst(made, "drift") == []
 
     def test_report_has_the_figures_of_the_samples(self, explored):
         made = records(explored)
@@ -287,10 +309,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["num_seeds=3"], "has an exploration with other num_seeds; give folder=ANOTHER, or remove it"),
+            (["num_seeds=3"], "has an exploration with other num_seeds; give folder=ANOTHER"),
             (["run=none"], "run=none: no such run folder or checkpoint"),
             (["run=outputs/tiny/checkpoints/last.ckpt"], "has an exploration of another checkpoint than outputs/tiny/"),
-            (["prompts=none.yaml"], "prompts=none.yaml: cannot be read"),
+            (["prompts=none.yaml"], "prompts=none.yaml: no such file (/"),
             (["prompts=empty.yaml"], "prompts=empty.yaml: has no prompt"),
             (["top_k=[5,9999]", "folder=new"], "top_k=9999: the model has only"),
             (["banned_words=[the]", "num_tokens=0"], "num_tokens=0: must be at least 1"),
@@ -490,7 +512,7 @@ class TestPage:
             names = page.locator(f"{table} >> th").all_text_contents()[: row.count()]
             found = row.evaluate_all(cells)
             assert [name for name, _ in found] == [f'"{name}: "' for name in names]
-            assert found[-1][1] is not None
+            assert dict(zip(names, (number for _, number in found), strict=True))["different pairs"] is not None
             left = row.evaluate_all("all => all.map(cell => cell.getBoundingClientRect().left)")
             assert max(left) - min(left) < 1
         page.get_by_label("Filter by prompt").fill("no such words")

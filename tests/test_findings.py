@@ -54,14 +54,15 @@ class TestEffects:
     @pytest.mark.parametrize(
         ("effect", "words"),
         [
-            (1.5, "Raising temperature from 0.5 to 2 makes the texts more unusual: the n-gram loss changes by +1.50 ["),
-            (-1.5, "makes the texts more usual: the n-gram loss changes by -1.50 ["),
-            (0, "makes no clear difference: the n-gram loss changes by +0.0000 ["),
+            (1.5, "Raising temperature from 0.5 to 2 makes the texts more unusual: {} changes by +1.50 ["),
+            (-1.5, "makes the texts more usual: {} changes by -1.50 ["),
+            (0, "makes no clear difference: {} changes by +0.0000 ["),
         ],
     )
     def test_coherence(self, effect, words):
         text = findings.coherence(self.samples(effect, "ngram_loss"), "temperature")
-        assert words in text and "] nats." in text
+        measure = "the n-gram loss, which is lower for usual words,"
+        assert words.format(measure) in text and "] nats." in text
 
     @pytest.mark.parametrize(
         ("effect", "words"), [(0.2, "more repetitive"), (-0.2, "less repetitive"), (0, "no clear difference")]
@@ -84,7 +85,7 @@ class TestFailures:
         some = [sample(prompt, kinds=["loop", "drift"] if prompt < "e" else ["drift"]) for prompt in "abcdefgh"]
         real = NO_FAILURES | {"failure: drift": Estimate(0.9, 0.8, 0.95), "failure: loop": Estimate(0.01, 0.0, 0.02)}
         text = findings.failures(some, real)
-        assert text.startswith("The failure that is furthest above real text is loop: 50.0% [")
+        assert text.startswith("Compared with real text, the clearest failure is loop: 50.0% [")
         assert (
             "of your texts, 1.0% [0%, 2%] of real texts. Also clearly more frequent than in real text: drift." in text
         )
@@ -105,8 +106,14 @@ class TestContext:
     def test_the_shortest_context_that_is_enough(self):
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(0.04, 0.03, 0.05)}
         text = findings.context(self.LOSS, further)
-        assert text.startswith("The network hardly uses more than 5 words of its context: 80 words instead of 5 change")
-        assert text.endswith("the loss by -0.04 [-0.05, -0.03] nats.")
+        assert text.startswith("The network hardly uses more than 5 words of its context: 80 words instead of 5 lower")
+        assert text.endswith("the loss by 0.04 [0.03, 0.05] nats.")
+
+    def test_words_that_mislead_the_network(self):
+        further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(-0.04, -0.05, -0.03)}
+        assert findings.context(self.LOSS, further).endswith(
+            "80 words instead of 5 raise the loss by 0.04 [0.03, 0.05] nats."
+        )
 
     def test_no_clear_difference(self):
         further = {1: Estimate(0.9, 0.8, 1.0), 5: Estimate(-0.01, -0.03, 0.01)}

@@ -227,6 +227,8 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
     elif source is not None and isinstance(data, ImdbConfig):
         data.source = source
     record = runs.read_record(folder)
+    if isinstance(data, ImdbConfig) and data.source == "auto" and record.get("text"):  # take again what auto took then
+        data.source = "packaged" if "packaged" in record["text"]["source"] else "hub"
     try:
         corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
     except InputError as error:

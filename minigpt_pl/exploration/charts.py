@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter
 
 from minigpt_pl.exploration.metrics import METRICS
 from minigpt_pl.exploration.samples import Setting, is_greedy, label, value_text, varied_controls
@@ -26,6 +26,7 @@ BEST_COLOUR, OTHER_COLOUR, GREEDY_COLOUR = "#1a8a4a", "#4a7fd0", "#c8553d"
 RAMP = LinearSegmentedColormap.from_list("ramp", ["#3d7fe0", "#8a63d2", "#c2479f", "#d3503f", "#b06a00"])
 ATTENTION = LinearSegmentedColormap.from_list("attention", ["#2f7fd000", "#2f7fd0ff"])  # from transparent to blue
 MARKERS = "os^Dv*P"
+FEW_POINTS = 8  # a chart with more points names only some of them, because the names would overlap
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "minigpt_pl", "font.size": 9, "axes.titlesize": 9}
 matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.2, "axes.spines.top": False, "axes.spines.right": False}
@@ -81,7 +82,7 @@ def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: 
         diversity = "repeated_4grams"
     points = [(summary["ngram_loss"].mean, summary[diversity].mean) for summary in summaries]
     by_loss = sorted((i for i, point in enumerate(points) if not np.isnan(point).any()), key=lambda i: points[i])
-    named = {best, *by_loss[:1], *by_loss[-1:]}  # all names would overlap
+    named = {*by_loss} if len(by_loss) <= FEW_POINTS else {best, *by_loss[:1], *by_loss[-1:]}
     varied = varied_controls(grid)
 
     def panel(axis: Axes) -> None:
@@ -94,13 +95,16 @@ def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: 
             )
             axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), markersize=4, linewidth=0.6, **shape)
             if i in named:
-                name = label(grid[i], varied).replace("temperature=", "T ").replace("top_k=", "k ")
+                name = "greedy" if is_greedy(grid[i]) else ", ".join(value_text(grid[i][control]) for control in varied)
                 axis.annotate(name, points[i], xytext=(5, 5), textcoords="offset points", fontsize=8)
         if not np.isnan(real_text["ngram_loss"].mean):
             axis.axvline(real_text["ngram_loss"].mean, **REAL_TEXT_LINE)
         axis.plot([], [], "s", color=BEST_COLOUR, label="the first setting of the ranking")
+        axis.margins(x=0.15)  # room for the names
         axis.set(
-            xlabel="n-gram loss, nats (lower: more usual)", ylabel=f"{METRICS[diversity].label} (lower: more varied)"
+            title=f"beside a point: {', '.join(varied)}" if varied else "",
+            xlabel="n-gram loss, nats (lower: more usual)",
+            ylabel=f"{METRICS[diversity].label} (lower: more varied)",
         )
 
     return [panel]
@@ -153,8 +157,11 @@ def attention(maps: np.ndarray, words: Sequence[str]) -> list[Panel]:
     return [partial(panel, *place) for place in np.ndindex(*maps.shape[:2])]
 
 
-def compared(runs: Sequence[ComparedRun], record: dict[str, Any]) -> list[Panel]:
-    """Loss against parameters and tokens, with power laws, and by position. `record` is the content of compare.json."""
+def compared(runs: Sequence[ComparedRun], record: dict[str, Any], differing: Sequence[str]) -> list[Panel]:
+    """Loss against parameters and tokens, with power laws, and by position. `record` is the content of compare.json.
+
+    The legend has the settings that differ.
+    """
     by_name = {run.name: run for run in runs}
 
     def scaling(variable: str, text: str, axis: Axes) -> None:
@@ -166,17 +173,20 @@ def compared(runs: Sequence[ComparedRun], record: dict[str, Any]) -> list[Panel]
                 x = np.geomspace(*(getattr(by_name[fit["of"][end]], variable) for end in (0, -1)))
                 axis.plot(x, fit["scale"] * x ** -fit["exponent"].mean, "--", color="#999", linewidth=1)
         axis.set(xscale="log", xlabel=text, ylabel="loss of a word (nats)")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        sizes: list[float] = []
+        for size in sorted(getattr(run, variable) for run in runs):
+            sizes += [size] if not sizes or size > 1.3 * sizes[-1] else []  # the numbers must not overlap
+        axis.set_xticks(sizes, map(EngFormatter(places=1, sep=""), sizes), rotation=45)
         axis.minorticks_off()
 
     def by_position(axis: Axes) -> None:
         bands = [row["band"] for row in record["by_position"]]
         for i, run in enumerate(runs):
             losses = [row[run.name] for row in record["by_position"]]
-            axis.plot(bands, losses, "o-", markersize=3, color=f"C{i}", label=run.name)
+            settings = ", ".join(f"{name.split('.')[-1]}={run.settings[name]}" for name in differing)
+            axis.plot(bands, losses, "o-", markersize=3, color=f"C{i}", label=f"{run.name}: {settings}".rstrip(": "))
         axis.set(xlabel="number of tokens before it in the document", ylabel="loss (nats)")
         axis.tick_params(axis="x", rotation=45)
 
-    labels = {"parameters": "parameters", "tokens": "training tokens, counted in each pass"}
+    labels = {"parameters": "parameters", "tokens": "tokens of training text"}
     return [*(partial(scaling, *item) for item in labels.items()), by_position]

@@ -42,7 +42,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
             comparison.
     """
     if (folder / "compare.md").exists():
-        raise InputError(f"folder={folder}: has a comparison; give folder=ANOTHER, or remove it")
+        raise InputError(f"folder={folder}: has a comparison; give folder=ANOTHER")
     setting, names = _one_setting(config), config.compare or []
     checkpoints = [find_checkpoint(name, Path(config.output_dir), setting="compare") for name in names]
     compared = open_runs(checkpoints, config.source)
@@ -77,7 +77,7 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
                 "parameters": run.parameters,
                 "in_blocks": sum(p.numel() for block in run.model.network.blocks for p in block.parameters()),
                 "context": run.model.network.max_length,
-                "text": run.text_tokens,
+                "text": run.tokens,
                 "passes": run.epochs,
                 **dict(zip(("word_loss", "less_first"), losses_of_words[run.name], strict=True)),
                 "consistency": {name: bootstrap(by_prompt(texts_of[run.name], name)) for name in CONSISTENCY},
@@ -132,7 +132,7 @@ def _write(
         epochs = "–" if math.isnan(run.epochs) else f"{run.epochs:.2f}"
         loss, difference = figures["word_loss"], estimate_text(figures["less_first"], sign=True, digits=3)
         losses = [estimate_text(loss, digits=3), difference, f"{math.exp(loss.mean):.1f}"]
-        rows.append([run.name, *sizes, epochs, *losses, *(str(run.settings[name]) for name in differing)])
+        rows.append([run.name, *(str(run.settings[name]) for name in differing), *sizes, epochs, *losses])
     positions = [[r["band"], f"{r['tokens']:,}", *(f"{r[name]:.3f}" for name in names)] for r in record["by_position"]]
     by_context = record["by_context"].values()
     contexts = [
@@ -158,7 +158,8 @@ def _write(
         source=first.corpus.record["source"],
         runs=rows,
         differing=differing,
-        panels=charts.compared(compared, record),
+        short_names=[name.split(".")[-1] for name in differing],
+        panels=charts.compared(compared, record, differing),
         estimate_text=estimate_text,
         min_sizes=MIN_SIZES,
         names=names,

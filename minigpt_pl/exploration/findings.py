@@ -62,7 +62,8 @@ def _perplexity(loss: Estimate) -> str:
 
 def coherence(samples: Sequence[Sample], control: str | None) -> str:
     """The effect of a control on the n-gram loss, which is lower for usual words."""
-    return _effect(samples, control, ("ngram_loss", "the n-gram loss", "nats", "more unusual", "more usual"))
+    words = "the n-gram loss, which is lower for usual words,"
+    return _effect(samples, control, ("ngram_loss", words, "nats", "more unusual", "more usual"))
 
 
 def repetition(samples: Sequence[Sample], control: str | None) -> str:
@@ -96,7 +97,8 @@ def failures(samples: Sequence[Sample], real_text: Summary) -> str:
     share, real = estimate_text(found[kind], percent=True), estimate_text(real_text[f"failure: {kind}"], percent=True)
     others = [other for other in clear if other != kind]
     more = f" Also clearly more frequent than in real text: {', '.join(others)}." if others else ""
-    return f"The failure that is furthest above real text is {kind}: {share} of your texts, {real} of real texts.{more}"
+    figures = f"{share} of your texts, {real} of real texts"
+    return f"Compared with real text, the clearest failure is {kind}: {figures}.{more}"
 
 
 def context(loss: dict[int, Estimate], further: dict[int, Estimate]) -> str:
@@ -114,5 +116,8 @@ def context(loss: dict[int, Estimate], further: dict[int, Estimate]) -> str:
     words, gain = "word" if enough == 1 else "words", further[enough]
     more = f"The network hardly uses more than {enough} {words} of its context: {longest} words instead of {enough}"
     change = Estimate(-gain.mean, -gain.high, -gain.low)
-    figures = f"{more} change the loss by {estimate_text(change, sign=True, digits=2)} nats"
-    return f"{figures}, which is no clear difference." if change.low <= 0 <= change.high else f"{figures}."
+    if gain.low > 0:
+        return f"{more} lower the loss by {estimate_text(gain, digits=2)} nats."
+    if gain.high < 0:
+        return f"{more} raise the loss by {estimate_text(change, digits=2)} nats."
+    return f"{more} change the loss by {estimate_text(change, sign=True, digits=2)} nats, which is no clear difference."

@@ -24,7 +24,9 @@ LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
 
 @dataclass
 class Text:
-    """A heading if it starts with `#`, a question with room for an answer if with `QUESTION`, else a paragraph."""
+    """A heading if it starts with `#`, a question with room for an answer if with `QUESTION`, a command if with
+    `python -m`, else a paragraph.
+    """
 
     text: str
 
@@ -32,9 +34,12 @@ class Text:
         mark, _, text = self.text.partition(" ")
         is_marked = mark == QUESTION or not mark.strip("#")
         self.mark, self.text = (mark, text) if is_marked else ("", self.text)
+        self.is_command = self.text.startswith("python -m ")
         self.anchor = re.sub(r"\W+", "-", self.text.lower()).strip("-")  # of a heading
 
     def markdown(self) -> str:
+        if self.is_command:
+            return f"```bash\n{self.text}\n```"
         text = escape_markdown(self.text)
         if self.mark == QUESTION:
             return f"> **Your own reasoning.** {text}\n>\n> _(write here)_"
@@ -95,7 +100,9 @@ class Chart:
         for axis in [*axes][len(self.panels) :]:
             axis.remove()
         if legend := _legend(figure):
-            figure.legend(legend.values(), legend, loc="outside lower center", ncols=2 * columns, frameon=False)
+            per_panel = 2 if max(map(len, legend)) < 18 else 1
+            ncols = per_panel * columns
+            figure.legend(legend.values(), legend, loc="outside lower center", ncols=ncols, frameon=False)
         return figure
 
     def svgs(self) -> list[str]:
@@ -196,13 +203,14 @@ def write_html(path: Path, title: str, blocks: Sequence[Block], column: str, tex
         column: what the names of the texts are: "setting" or "run".
         texts: all texts.
     """
+    shown = {name: measure.label for name, measure in METRICS.items() if measure.table}  # a table explains each
     samples = [
         {key: text.sample[key] for key in ("prompt", "seed", "failures")}
         | {"name": text.name, "tokens": text.tokens}
-        | {"metrics": without_nan([v and round(v, 4) for v in map(text.sample["metrics"].get, METRICS)])}
+        | {"metrics": without_nan([v and round(v, 4) for v in map(text.sample["metrics"].get, shown)])}
         for text in texts
     ]
-    data = {"column": column, "labels": [measure.label for measure in METRICS.values()], "samples": samples}
+    data = {"column": column, "labels": [*shown.values()], "samples": samples}
     environment = jinja2.Environment(loader=LOADER, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     # A number in a table cell, with % and interval if it has them. The table is sorted by the number.

@@ -89,7 +89,7 @@ METRICS = {
         REPETITION,
     ),
     "loop": Measure(
-        "longest loop",
+        "repeated in a row",
         "words in the longest part that repeats one phrase at least twice in a row; punctuation does not count",
         "lower: less repetition",
         "https://doi.org/10.1016/0166-218X(89)90051-6",

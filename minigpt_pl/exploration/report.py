@@ -25,7 +25,7 @@ from minigpt_pl.exploration.summary import (
     summarize_real,
 )
 from minigpt_pl.generation.text import decode_continuation
-from minigpt_pl.measures.failures import KINDS
+from minigpt_pl.measures.failures import KINDS, MAX_OPEN
 from minigpt_pl.measures.probes import attention_maps
 from minigpt_pl.measures.repetition import distinct, longest_loop, repeated
 from minigpt_pl.text_model import TextModel
@@ -37,6 +37,12 @@ TABLES = {table: [n for n in METRICS if METRICS[n].table == table] for table in 
 CUT = ("ngram_loss", "loss", "repeated_4grams")  # of texts that were generated with a short context
 ANY_FAILURE = "failure: any"
 LENGTH_MEASURES = ("repeated_4grams", "distinct_2", "loop")
+COPYING = {  # the losses of `probes.induction_losses`, by the half that is predicted
+    "random, first": "random words, another half",
+    "random, again": "random words, the same half again",
+    "real, first": "real text, another half",
+    "real, again": "real text, the same half again",
+}
 
 
 @dataclass
@@ -77,7 +83,7 @@ class Exploration:
 
 def report(results: Exploration, folder: Path) -> None:
     """Write report.md, report.html and the charts as PNG into the folder."""
-    values = {"results": results, "charts": charts, "real_context": REAL_CONTEXT}
+    values = {"results": results, "charts": charts, "real_context": REAL_CONTEXT, "max_open": MAX_OPEN}
     for section in (_findings, _controls, _length, _outputs, _behaviour, _failures, _network, _copying):
         values |= section(results)
     blocks = render("report.jinja", **values)
@@ -134,13 +140,19 @@ def _outputs(results: Exploration) -> dict[str, Any]:
     for kind, prompt in results.prompts:
         samples = [(results.first_sample(i, prompt), results.names[i]) for i in shown]
         outputs[f"{prompt} ({kind.replace('_', ' ')})"] = [results.marked(text, name) for text, name in samples if text]
+    prompts = []
+    for kind, prompt in results.prompts:
+        texts = [sample for sample in results.samples if sample["prompt"] == prompt]
+        failing = sum(bool(sample["failures"]) for sample in texts)
+        prompts.append([prompt, kind.replace("_", " "), str(len(texts)), str(failing)])
     kinds = []
     for kind in dict.fromkeys(kind for kind, _ in results.prompts):
         of_kind = [sample for sample in results.samples if sample["kind"] == kind]
         estimates = [bootstrap(by_prompt(of_kind, name)) for name in ("ngram_loss", "repeated_4grams", ANY_FAILURE)]
         figures = [estimate_text(estimate, percent=i == 2) for i, estimate in enumerate(estimates)]
         kinds.append([kind.replace("_", " "), str(len({sample["prompt"] for sample in of_kind})), *figures])
-    return {"shown": [results.names[i] for i in shown], "outputs": outputs, "prompt_kinds": kinds}
+    names = [results.names[i] for i in shown]
+    return {"shown": names, "outputs": outputs, "by_prompt": prompts, "prompt_kinds": kinds}
 
 
 def _behaviour(results: Exploration) -> dict[str, Any]:
@@ -182,15 +194,16 @@ def _failures(results: Exploration) -> dict[str, Any]:
 
 
 def _worst(samples: Sequence[Sample], kind: str) -> list[Sample]:
-    """The texts with the most words of this kind of failure, at most one for each prompt."""
+    """The texts with the most words of this kind of failure. All have different prompts and different words."""
 
     def marked(sample: Sample) -> int:
         return sum(span["end"] - span["start"] for span in sample["failures"] if span["kind"] == kind)
 
-    worst: dict[str, Sample] = {}
+    worst: list[Sample] = []
     for sample in sorted(filter(marked, samples), key=marked, reverse=True):
-        worst.setdefault(sample["prompt"], sample)
-    return list(worst.values())[:NUM_EXAMPLES]
+        if all(sample["prompt"] != other["prompt"] and sample["ids"] != other["ids"] for other in worst):
+            worst.append(sample)
+    return worst[:NUM_EXAMPLES]
 
 
 def _network(results: Exploration) -> dict[str, Any]:
@@ -201,16 +214,15 @@ def _network(results: Exploration) -> dict[str, Any]:
         estimates = [network_study["context"].get(c), network_study["further"].get(c)]
         estimates += [of_texts.get(name) for name in CUT]
         rows.append([str(c), *map(estimate_text, estimates)])
-    losses = [
-        [name.replace("first", "after another").replace("again", "after itself"), estimate_text(loss)]
-        for name, loss in network_study["copying"].items()
-    ]
+    losses = [[COPYING[name], estimate_text(loss)] for name, loss in network_study["copying"].items()]
     model, best = results.model, results.first_sample(results.ranking[0], results.prompts[0][1])
     looping = max(results.samples, key=lambda sample: sample["metrics"]["loop"])
     onset = longest_loop([str(model.tokenizer.id_to_token(id_)) for id_ in looping["ids"]]).onset
-    mapped = {"attention_best": ("a text of the best setting", [*best["prompt_ids"], *best["ids"]])} if best else {}
+    mapped = {}
+    if best:
+        mapped["attention_best"] = "a text of the first setting in the ranking", [*best["prompt_ids"], *best["ids"]]
     if looping["metrics"]["loop"]:
-        mapped["attention_loop"] = "the longest loop", looping["ids"][onset:]
+        mapped["attention_loop"] = "the longest phrase repeated in a row", looping["ids"][onset:]
     attention = []
     for name, (title, ids) in mapped.items():
         ids = ids[: min(MAP_WORDS, model.network.max_length)]

@@ -39,6 +39,8 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         place = error.problem_mark.line + 1 if error.problem_mark else "unknown"
         remedy = f"write it {example}, or put the same number of spaces before each -"
         raise InputError(f"prompts={path}: line {place}: {error.problem}; {remedy}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"prompts={path}: no such file ({path.absolute()}); write it, or go to its folder") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, {example}") from error
@@ -48,6 +50,9 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     if not prompts:
         raise InputError(f"prompts={path}: has no prompt; write some, {example}")
     for i, (_, prompt) in enumerate(prompts):
+        if isinstance(prompt, dict) and len(prompt) == 1:
+            ((before, after),) = prompt.items()
+            raise InputError(f"prompts={path}: '{before}: {after}' has a colon; write it in quotes")
         if not isinstance(prompt, str):
             raise InputError(f"prompts={path}: {prompt!r} is not text; write it in quotes")
         if " - " in prompt and prompt not in text:  # YAML joins a line that is indented more than the one before
@@ -161,7 +166,7 @@ def generate_samples(
     if changed := [name for name in plan if before.get(name) != plan[name]]:
         of_model = {"checkpoint", "size", "modified"} & {*changed}
         other = f"of another checkpoint than {checkpoint}" if of_model else f"with other {', '.join(changed)}"
-        raise InputError(f"folder={folder}: has an exploration {other}; give folder=ANOTHER, or remove it")
+        raise InputError(f"folder={folder}: has an exploration {other}; give folder=ANOTHER")
     write_text(plan_file, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
     path = folder / SAMPLES
     *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]  # _: an incomplete line

@@ -33,18 +33,13 @@ class ComparedRun:
     model: TextModel
     corpus: Corpus
     held_out: Ids
-    text_tokens: int  # tokens of the training text that are used as targets, without padding
+    tokens: int  # of the training text that are used as targets, without padding
     epochs: float  # passes over them up to the checkpoint; nan for a model from Keras
     settings: dict[str, Any]  # name -> value, without IGNORED_SETTINGS
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.network.parameters())
-
-    @property
-    def tokens(self) -> float:
-        """Targets in the whole training. A token counts once in each pass."""
-        return self.text_tokens * self.epochs
 
 
 def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[ComparedRun]:
@@ -83,9 +78,9 @@ def open_runs(checkpoints: Sequence[Path], source: str | None) -> list[ComparedR
         seed = contents["hyper_parameters"].get("seed", 0)
         loader = BatchLoader(sequences, data.batch_size, seed, max_sequences=data.max_sequences)
         batches = contents.get("global_step", math.nan) * settings.get("trainer.accumulate_grad_batches", 1)
-        text_tokens, epochs = loader.count_targets(), batches * data.batch_size / loader.num_sequences
+        tokens, epochs = loader.count_targets(), batches / loader.num_batches
         kept = {name: value for name, value in settings.items() if not name.startswith(IGNORED_SETTINGS)}
-        opened.append(ComparedRun(folder.name, model, corpus, held_out, text_tokens, epochs, kept))
+        opened.append(ComparedRun(folder.name, model, corpus, held_out, tokens, epochs, kept))
     return opened
 
 
@@ -138,7 +133,7 @@ def power_laws(compared: Sequence[ComparedRun], loss: dict[str, float]) -> list[
         for run in compared:
             if not math.isnan(run.epochs):
                 same = [(key, str(v)) for key, v in run.settings.items() if not key.startswith((prefix, "seed"))]
-                text = run.text_tokens if variable == "parameters" else None
+                text = run.tokens if variable == "parameters" else None
                 groups.setdefault((*sorted(same), text, round(run.epochs, 1)), []).append(run)
         for group in groups.values():
             group.sort(key=lambda run: getattr(run, variable))

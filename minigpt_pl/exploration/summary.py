@@ -41,7 +41,7 @@ def estimate_text(
         return f"{estimate.mean:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"
     if digits is None:
         size = max(map(abs, estimate))
-        digits = 4 if size < 0.1 else 2 if size < 10 else 1
+        digits = 4 if size < 0.01 else 3 if size < 1 else 2 if size < 10 else 1
     return "{} [{}, {}]".format(*(f"{number:{'+' if sign else ''}.{digits}f}" for number in estimate))
 
 

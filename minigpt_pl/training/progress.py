@@ -67,7 +67,7 @@ class Progress(L.Callback):
         metrics = trainer.callback_metrics
         print(
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: val/loss {metrics['val/loss']:.4f},"
-            f" perplexity {metrics['val/perplexity']:,.2f}, per word {metrics['val/word_perplexity']:,.2f}",
+            f" perplexity {metrics['val/perplexity']:,.2f}, word perplexity {metrics['val/word_perplexity']:,.2f}",
             file=sys.stderr,
             flush=True,
         )
