@@ -97,7 +97,7 @@ METRICS = {
     ),
     "distinct_2": Measure(
         "different pairs",
-        "share of pairs of neighbouring words that are different",
+        "number of different pairs of neighbouring words, divided by the number of all pairs",
         "higher: more varied",
         f"{ARXIV}/1510.03055",
         REPETITION,
