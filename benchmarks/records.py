@@ -86,17 +86,15 @@ def seconds(run: Path, steps: int | None = None) -> float:
 def measure(run: Path, folder: str) -> Iterator[str]:
     """For each part of the reviews: the loss, if the run was trained with padding, and the word perplexities."""
     model = load(run.name)
+    network, reviews = model.network, read_reviews(folder, 1000, model.tokenizer)
     with_padding = read_settings(run)["data"]["loss_on_padding"]
-    reviews = read_reviews(folder, 1000, model.tokenizer)
-    held_out = open_corpus(
-        ImdbConfig(source=folder, validation_documents=5000), model.network.vocab_size, model.tokenizer
-    ).validation
-    assert held_out is not None
+    data = ImdbConfig(source=folder, validation_documents=5000)
+    held_out = open_corpus(data, network.vocab_size, model.tokenizer).validation
+    assert held_out is not None, "FOLDER has no split `unsupervised`"
+    edges = list(pairwise(held_out.offsets))
     for part, padded in zip(PARTS.values(), (reviews.held_out, reviews.final), strict=True):
-        network = model.network
         yield f"{evaluate(network.hidden_states, network.output, padded):.3f}" if with_padding else "-"
-        offsets = held_out.offsets
-        documents = [held_out.tokens[a : b - 1] for a, b in list(pairwise(offsets))[part]]  # without [END]
+        documents = [held_out.tokens[start : end - 1] for start, end in edges[part]]  # without [END]
         losses = document_losses(network, documents, show_progress=True)
         words = np.concatenate([document[1:] for document in documents]) > UNKNOWN_ID
         first = np.concatenate([np.arange(1, len(document)) < FIRST_WORDS for document in documents])
