@@ -81,12 +81,12 @@ def _print(result: dict[str, Any], models: Sequence[str]) -> None:
         means = result[part]
         print(f"\n{heading}: {means['tokens']:,}, with {means['words']:,} known words")
         last = "  bits per byte" if part == "whole" else ""
-        print(f"{'':9}{'loss':>8}{'perplexity':>13}{'word perplexity':>17}{last}")
+        print(f"{'':9}{'loss':>8}{'perplexity':>12}{'word perplexity':>16}{last}")
         for name in models:
             row = means[name]
             last = f"{row['bits_per_byte']:15.4f}" if part == "whole" else ""
             word_perplexity = "-" if row["word_perplexity"] is None else f"{row['word_perplexity']:,.2f}"
-            print(f"{name:9}{row['loss']:8.4f}{row['perplexity']:13,.2f}{word_perplexity:>17}{last}")
+            print(f"{name:9}{row['loss']:8.4f}{row['perplexity']:12,.2f}{word_perplexity:>16}{last}")
     spelling, unknown = result["spelling_bits_per_byte"], result["unknown_words"]
     print(f"\n({spelling:.4f} of the bits per byte spell {unknown:,} unknown words)")
     for part, heading in BANDS.items():

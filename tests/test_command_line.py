@@ -163,7 +163,7 @@ class TestBadInput:
                 ["run=none: no such run folder or checkpoint; give a run, such as tiny, or the path"],
             ),
             (
-                ["prompt=a", "run=tyni"],
+                ["prompt=a", "run=tinny"],
                 ["no such run folder or checkpoint; did you mean tiny? give a run, such as tiny"],
             ),
             (["prompt=a", "run=tiny", "checkpoint=x"], ["checkpoint=x: run=tiny also chooses one"]),
