@@ -140,11 +140,6 @@ def _outputs(results: Exploration) -> dict[str, Any]:
     for kind, prompt in results.prompts:
         samples = [(results.first_sample(i, prompt), results.names[i]) for i in shown]
         outputs[f"{prompt} ({kind.replace('_', ' ')})"] = [results.marked(text, name) for text, name in samples if text]
-    prompts = []
-    for kind, prompt in results.prompts:
-        texts = [sample for sample in results.samples if sample["prompt"] == prompt]
-        failing = sum(bool(sample["failures"]) for sample in texts)
-        prompts.append([prompt, kind.replace("_", " "), str(len(texts)), str(failing)])
     kinds = []
     for kind in dict.fromkeys(kind for kind, _ in results.prompts):
         of_kind = [sample for sample in results.samples if sample["kind"] == kind]
@@ -152,7 +147,16 @@ def _outputs(results: Exploration) -> dict[str, Any]:
         figures = [estimate_text(estimate, percent=i == 2) for i, estimate in enumerate(estimates)]
         kinds.append([kind.replace("_", " "), str(len({sample["prompt"] for sample in of_kind})), *figures])
     names = [results.names[i] for i in shown]
-    return {"shown": names, "outputs": outputs, "by_prompt": prompts, "prompt_kinds": kinds}
+    return {"shown": names, "outputs": outputs, "by_prompt": _prompt_rows(results.samples), "prompt_kinds": kinds}
+
+
+def _prompt_rows(samples: Sequence[Sample]) -> list[list[str]]:
+    """For each prompt: its text, its kind, the number of its texts, and how many of them have a failure."""
+    rows = []
+    for prompt, kind in {sample["prompt"]: sample["kind"] for sample in samples}.items():
+        failures = [sample["failures"] for sample in samples if sample["prompt"] == prompt]
+        rows.append([prompt, kind.replace("_", " "), str(len(failures)), str(sum(map(bool, failures)))])
+    return rows
 
 
 def _behaviour(results: Exploration) -> dict[str, Any]:
