@@ -555,7 +555,7 @@ def type_words(type_: Any) -> str:
     if isinstance(type_, UnionType):
         return " or ".join(type_words(choice) for choice in get_args(type_))
     if get_origin(type_) is list:
-        return "a list, as in [a, b]"
+        return "a list, as in [a,b]"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "None"}[type_]
 
 

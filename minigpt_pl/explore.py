@@ -50,13 +50,14 @@ def explore(config: ExploreConfig) -> None:
     checkpoint = choose_checkpoint(Path(config.output_dir), config.run)
     run_folder, model = checkpoint.parent.parent, load(checkpoint)
     grid = samples.check_grid(config, model, prompts)
-    _, corpus = open_run_corpus(run_folder, model.tokenizer, config.source)
+    data, corpus = open_run_corpus(run_folder, model.tokenizer, config.source)
     held_out = corpus.validation
     if held_out is None:
         raise InputError(f"run={run_folder.name}: has no held-out text; train with data.validation_share above 0")
     folder = Path(config.folder or run_folder / "explore")
     make_folder(folder, "folder")
     log.info("Exploring %s: %d prompts, %d settings", checkpoint, len(prompts), len(grid))
+    log.info("If you stop it with Ctrl-C, the same command continues.")
     generated, failed = samples.generate_samples(config, model, prompts, grid, folder)
     for line in failed:
         log.warning("Left out: %s", line)
@@ -76,7 +77,9 @@ def explore(config: ExploreConfig) -> None:
     network_study = study_network(metrics, held_out, [prompt for _, prompt in prompts], config.num_tokens, folder)
     log.info("Drawing the charts and writing the report.")
     measured = real_records, metrics.num_calibration, network_study
-    report(Exploration(run_folder.name, corpus.record["source"], model, grid, generated, failed, *measured), folder)
+    cut = f", the first {model.network.max_length + 1} tokens of each" if data.cut == "truncate" else ""
+    text = f"{corpus.record['source']}{cut}"
+    report(Exploration(run_folder.name, text, model, grid, generated, failed, *measured), folder)
     log.info("Report: %s and %s", page, folder / "report.md")
 
 

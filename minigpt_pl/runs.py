@@ -32,6 +32,11 @@ META = "meta.pt"  # in a checkpoint that is a folder
 IMPORTED_FROM = "imported_from"  # key in the record of a run that `convert` made: the Keras file
 
 
+def how_to_continue(folder: Path) -> str:
+    """The sentence that names the command. The run's own settings are in its record, also those of a job of a sweep."""
+    return f"To continue the run: python -m minigpt_pl.train resume={folder}"
+
+
 def make_run_folder(output_dir: Path, run_name: str | None, prefix: str, **record: Any) -> Path:
     """Create the folder of a new run, with its record.
 

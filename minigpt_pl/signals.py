@@ -14,6 +14,10 @@ SIGNALS = [signal.Signals[name] for name in _NAMES if name in signal.Signals.__m
 before_exit: Callable[[int], int] = lambda number: 128 + number  # noqa: E731
 
 
+# What the user can do after `exit_at_once`. `fit` replaces it as soon as the run has a folder.
+advice = "No run was started."
+
+
 class Interrupted(BaseException):
     """A signal has stopped the training.
 
@@ -32,7 +36,7 @@ def exit_at_once(number: int, frame: Any = None) -> None:
     The exit code is 128 + number, as shells write it.
     """
     set_handlers(dict.fromkeys(SIGNALS, lambda number, frame: os._exit(128 + number)))
-    say(f"{signal.Signals(number).name}: stopped at once. To continue the run, add resume=auto to the command.")
+    say(f"{signal.Signals(number).name}: stopped at once. {advice}")
     os._exit(before_exit(number))
 
 

@@ -47,8 +47,6 @@ def _refuse_in_sweep(config: TrainConfig) -> None:
     problems = []
     if (config.trainer.devices or 1) > 1:
         problems.append(f"trainer.devices={config.trainer.devices}: each process would start the whole sweep again")
-    if config.resume is not None:
-        problems.append(f"resume={config.resume}: all jobs would continue the same run")
     if f"run_name={config.run_name}" in sys.argv:
         problems.append(f"run_name={config.run_name}: all jobs would have the same name")
     if config.find_learning_rate:
@@ -69,6 +67,8 @@ def _add_settings_of_the_run(arguments: list[str]) -> list[str]:
     if {"-m", "--multirun"} & {*sys.argv}:
         if group.world_size > 1:
             raise InputError("-m: a sweep needs one process; start one job per combination (docs/cluster.md)")
+        if resumed := [argument for argument in arguments if _name(argument) == "resume"]:
+            raise InputError(f"{resumed[0]}: continues one run, and -m starts several; give {resumed[0]} alone")
         return arguments
     given = {_name(argument) for argument in arguments}
     job = cluster.slurm_job()

@@ -150,7 +150,7 @@ class TestBadInput:
             (["prompt=a", "top_k=2.5"], ["top_k=2.5: must be a whole number or null"]),
             (["prompt=a", "temperature=x"], ["temperature=x: must be a number"]),
             (["prompt=a", "interactive=maybe"], ["interactive=maybe: must be true or false"]),
-            (["prompt=a", "banned_words=the"], ["banned_words=the: must be a list, as in [a, b]"]),
+            (["prompt=a", "banned_words=the"], ["banned_words=the: must be a list, as in [a,b]"]),
             (["prompt=a", "temperature=-1"], ["temperature=-1.0: must be at least 0"]),
             (["prompt=a", "temperature=nan"], ["temperature=nan: must be a finite number"]),
             (["prompt=a", "top_k=0"], ["top_k=0: must be at least 1"]),
@@ -274,6 +274,7 @@ class TestBadInput:
             (["model.embed_dim=-1", "data.cut=chop"], ["model.embed_dim=-1: must be", "data.cut=chop: must be one of"]),
             (["trainer.max_epochs=x", "model.embed_dim=-1"], ["trainer.max_epochs=x: must be a whole number"]),
             (["=3"], ["=3: is not a choice; --help lists them"]),
+            (["-m", "seed=1,", "2"], ["seed=1,: ends with a comma; write several values without spaces"]),
             (["model=1", "+data=null"], ["model=1: is not a choice", "+data=null: is not a choice"]),
             (["~trainer.nothing"], ["~trainer.nothing: has no value to delete"]),
             (["+seed=1"], ["An item is already at 'seed'. Either remove + prefix: 'seed=1'"]),
@@ -289,7 +290,7 @@ class TestBadInput:
             ),
             (["schedule.final_ratio=0.1"], ["schedule.final_ratio=0.1: has no effect with schedule.name=constant"]),
             (["-m", "seed=1,2", "run_name=x"], ["run_name=x: all jobs would have the same name"]),
-            (["-m", "seed=1,2", "resume=auto"], ["resume=auto: all jobs would continue the same run"]),
+            (["-m", "seed=1,2", "resume=auto"], ["resume=auto: continues one run, and -m starts several; give"]),
         ],
     )
     def test_train(self, tmp_path, arguments, messages):

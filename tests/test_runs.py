@@ -130,7 +130,7 @@ class TestCommand:
         error = process.communicate(timeout=600)[1]
         assert process.returncode == 130
         assert "Traceback" not in error and "interrupted after" in error
-        assert "To continue it, add resume=long to the command." in error
+        assert "To continue the run: python -m minigpt_pl.train resume=outputs/long\n" in error
         assert all(len(line) < 100 for line in error.splitlines())
         steps = checkpoint(folder)["global_step"]
         assert steps > 0 and runs.read_record(folder)["status"] == "interrupted"

@@ -76,9 +76,9 @@ def test_before_the_training(story, tmp_path, module, name):
     done = run(AT_IMPORT.format(module=module, name=name), tmp_path, *TINY_RUN, f"data.path={story}")
     assert done.returncode == 128 + signal.Signals[name]
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == (
-        f"{name}: stopped at once. To continue the run, add resume=auto to the command."
-    )
+    has_folder = "To continue the run: python -m minigpt_pl.train resume=outputs/text-001"
+    advice = has_folder if module == "datasets" else "No run was started."
+    assert done.stderr.splitlines()[-1] == f"{name}: stopped at once. {advice}"
 
 
 def test_the_second_signal_stops_at_once(story, tmp_path):

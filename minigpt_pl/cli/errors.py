@@ -75,6 +75,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override}: is not a setting; write SETTING=VALUE, as in seed=1 (--help lists the settings)"
+        if error.override.endswith(","):
+            return f"{error.override}: ends with a comma; write several values without spaces, as in [a,b] or a,b"
         return f"{error.override}: cannot be read; put quotes around the value, as in 'name=\"a, b\"'"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")

@@ -41,10 +41,10 @@ def compare(config: ExploreConfig, prompts: Prompts, folder: Path) -> None:
         InputError: the runs differ in their words or held-out text, no text can be generated, or the folder has a
             comparison.
     """
-    if (folder / "compare.md").exists():
-        raise InputError(f"folder={folder}: has a comparison; give folder=ANOTHER")
     setting, names = _one_setting(config), config.compare or []
     checkpoints = [find_checkpoint(name, Path(config.output_dir), setting="compare") for name in names]
+    if (folder / "compare.md").exists():
+        raise InputError(f"folder={folder}: has a comparison; give folder=ANOTHER")
     compared = open_runs(checkpoints, config.source)
     first = compared[0]
     encode_prompts(first.model.tokenizer, [prompt for _, prompt in prompts], "prompts: prompt")

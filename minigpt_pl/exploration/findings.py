@@ -81,8 +81,9 @@ def _effect(samples: Sequence[Sample], control: str | None, *measures: tuple[str
     for name, words, unit, rises, falls in measures:
         low, high, difference = effect(samples, control, name)
         clear = difference.low > 0 or difference.high < 0
-        result = f"makes the texts {rises if difference.low > 0 else falls}" if clear else "makes no clear difference"
-        effects.append(f"{result}: {words} changes by {estimate_text(difference, sign=True)} {unit}".rstrip())
+        change = f"{estimate_text(difference, sign=True)} {unit}".rstrip()
+        result = f"makes the texts {rises if difference.low > 0 else falls}: {words} changes by {change}"
+        effects.append(result if clear else f"does not clearly change {words.rstrip(',')} ({change})")
     return f"Raising {control} from {value_text(low)} to {value_text(high)} {'; it '.join(effects)}."
 
 

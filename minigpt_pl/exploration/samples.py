@@ -36,9 +36,12 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         text = read_text(path)
         contents = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
-        place = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        mark, problem = error.problem_mark, error.problem
         remedy = f"write it {example}, or put the same number of spaces before each -"
-        raise InputError(f"prompts={path}: line {place}: {error.problem}; {remedy}") from error
+        if "quoted scalar" in (error.context or ""):
+            mark, problem, remedy = error.context_mark, "a quotation mark is not closed", "close it"
+        place = mark.line + 1 if mark else "unknown"
+        raise InputError(f"prompts={path}: line {place}: {problem}; {remedy}") from error
     except FileNotFoundError as error:
         raise InputError(f"prompts={path}: no such file ({path.absolute()}); write it, or go to its folder") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -51,8 +54,8 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         raise InputError(f"prompts={path}: has no prompt; write some, {example}")
     for i, (_, prompt) in enumerate(prompts):
         if isinstance(prompt, dict) and len(prompt) == 1:
-            ((before, after),) = prompt.items()
-            raise InputError(f"prompts={path}: '{before}: {after}' has a colon; write it in quotes")
+            (before,) = prompt
+            raise InputError(f"prompts={path}: the prompt that starts with '{before}:' has a colon; write it in quotes")
         if not isinstance(prompt, str):
             raise InputError(f"prompts={path}: {prompt!r} is not text; write it in quotes")
         if " - " in prompt and prompt not in text:  # YAML joins a line that is indented more than the one before

@@ -446,7 +446,7 @@ class Cluster:
             return
         self.end.set()
         if line:
-            say(f"{line} To continue the run, add resume=auto to the command.")
+            say(f"{line} {signals.advice}")
         if not self.leaving.wait(GRACE):
             for child in self.children:
                 child.kill()

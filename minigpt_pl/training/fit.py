@@ -15,7 +15,7 @@ from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
 
-from minigpt_pl import runs
+from minigpt_pl import runs, signals
 from minigpt_pl.config import TOKENIZERS, ModelConfig, TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data import cache
@@ -80,6 +80,7 @@ def fit(config: TrainConfig, name_prefix: str, overrides: list[str], resume_from
         return str(runs.make_run_folder(Path(config.output_dir), config.run_name, name_prefix, **record))
 
     folder = Path(group.decide("run folder", choose_folder))
+    signals.advice = runs.how_to_continue(folder)
     group.launch(config.trainer.devices or 1)
     with ExitStack() as stack:
         if group.is_first:

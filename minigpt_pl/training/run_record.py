@@ -73,6 +73,6 @@ def finish(folder: Path, status: str, epochs: int, steps: int) -> None:
     runs.update_record(folder, status=status, epochs=epochs, steps=steps)
     log.info("Run %s: %s after %s steps.", folder, status, steps)
     if status == "interrupted":
-        log.info("To continue it, add resume=%s to the command.", folder.name)
+        log.info(runs.how_to_continue(folder))
     if status != "finished":
         loss_curve.draw(folder)  # last: the scheduler may soon kill the process
