@@ -2,7 +2,7 @@
 
     python benchmarks/records.py FOLDER [--experiments fast best] [--seeds 2] [--picture records.png]
 
-FOLDER holds IMDB in the hub's layout. Each seed trains each experiment once, in a process of its own, and times twelve
+FOLDER holds IMDB in the hub's layout. Each seed trains each experiment once, in a process of its own, and times 30
 steps of `experiment=keras`. A run has the folder outputs/EXPERIMENT-SEED. If that folder exists, it is not trained
 again. The seconds are those of the training steps.
 """
@@ -12,23 +12,21 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from frontier import evaluate, read_reviews
 from matplotlib.figure import Figure
+from mixture import FIRST_WORDS, held_out, open_reviews
 
 from minigpt_pl import load
-from minigpt_pl.config import ImdbConfig
-from minigpt_pl.data.corpus import open_corpus
 from minigpt_pl.files import write_figure
 from minigpt_pl.measures.likelihood import document_losses
 from minigpt_pl.runs import read_settings
 from minigpt_pl.tokenizer import UNKNOWN_ID
 from minigpt_pl.training.loss_curve import read_metrics
 
-FIRST_WORDS = 80
+STEPS_TO_TIME = 30
 KERAS_STEPS = 1564  # of four epochs
 KERAS_LOSS = 4.528  # of `experiment=keras` after them, held out, with padding
 PARTS = {"1 to 1,000": slice(1000), "2,501 to 5,000": slice(2500, 5000)}  # reviews of `unsupervised`
@@ -45,8 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
     step_seconds, runs = [], {}
     for seed in range(arguments.seeds):
-        keras = train(arguments.folder, "keras", seed, "trainer.max_steps=12")
-        step_seconds.append(seconds(keras, 12) / 12)
+        keras = train(arguments.folder, "keras", seed, f"trainer.max_steps={STEPS_TO_TIME}")
+        step_seconds.append(seconds(keras, STEPS_TO_TIME) / STEPS_TO_TIME)
         print(f"experiment=keras: {step_seconds[-1]:.2f} s a step", flush=True)
         for experiment in arguments.experiments:
             every = STEPS_BETWEEN_VALIDATIONS[experiment]
@@ -88,13 +86,10 @@ def measure(run: Path, folder: str) -> Iterator[str]:
     model = load(run.name)
     network, reviews = model.network, read_reviews(folder, 1000, model.tokenizer)
     with_padding = read_settings(run)["data"]["loss_on_padding"]
-    data = ImdbConfig(source=folder, validation_documents=5000)
-    held_out = open_corpus(data, network.vocab_size, model.tokenizer).validation
-    assert held_out is not None, "FOLDER has no split `unsupervised`"
-    edges = list(pairwise(held_out.offsets))
+    all_documents = held_out(open_reviews(folder, model))
     for part, padded in zip(PARTS.values(), (reviews.held_out, reviews.final), strict=True):
         yield f"{evaluate(network.hidden_states, network.output, padded):.3f}" if with_padding else "-"
-        documents = [held_out.tokens[start : end - 1] for start, end in edges[part]]  # without [END]
+        documents = all_documents[part]
         losses = document_losses(network, documents, show_progress=True)
         words = np.concatenate([document[1:] for document in documents]) > UNKNOWN_ID
         first = np.concatenate([np.arange(1, len(document)) < FIRST_WORDS for document in documents])

@@ -111,6 +111,7 @@ def test_a_run_opens_the_reviews_that_auto_took(story, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^data.source=hub: .* cannot be reached"):
         monkeypatch.setattr(sources, "hub_revision", mock.Mock(side_effect=OSError("silent")))
         open_run_corpus(tmp_path, corpus.tokenizer, None)
+    assert open_run_corpus(tmp_path, corpus.tokenizer, "auto")[1].record == corpus.record  # asks again
 
 
 def test_a_failed_encoding_leaves_nothing_behind(config, tmp_path):

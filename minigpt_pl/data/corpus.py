@@ -222,12 +222,12 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
         InputError: the text cannot be found, or it is a different text.
     """
     data, vocab_size = runs.read_data_settings(folder)
+    record = runs.read_record(folder)
     if source is not None and isinstance(data, TextConfig):
         data.path = source
     elif source is not None and isinstance(data, ImdbConfig):
         data.source = source
-    record = runs.read_record(folder)
-    if isinstance(data, ImdbConfig) and data.source == "auto" and record.get("text"):  # take again what auto took then
+    elif isinstance(data, ImdbConfig) and data.source == "auto" and record.get("text"):  # what auto took then
         data.source = "packaged" if "packaged" in record["text"]["source"] else "hub"
     try:
         corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
