@@ -139,7 +139,8 @@ class TestPrompts:
                 "line 3: expected <block end>.*, or put the same number of spaces before each -",
             ),
             ("short: a cat", "must map each kind"),
-            ("short: [10]", "10 is not text; write it in quotes"),
+            ("short: [[10]]", r"\['10'\] is not text; write it in quotes"),
+            ("short: [a cat]\nlong: [b]\nshort: [c]", "the kind short occurs twice; put its prompts under one name"),
             ("short:\n  - the end: good or bad", "prompt that starts with 'the end:' has a colon; write it in quotes"),
             ("short:\n  - the end: no", "the prompt that starts with 'the end:' has a colon"),
             ('short:\n  - "the end\n  - a cat\n', "line 2: a quotation mark is not closed; close it"),
@@ -219,12 +220,20 @@ class TestCommand:
         report = (explored / "outputs/tiny/explore/report.md").read_text()
         table = report[report.index("| prompt | kind") :].splitlines()[2:5]
         rows = _prompt_rows(records(explored))
-        assert table == [f"| {' | '.join(row)} |" for row in rows[:3]] and [row[2] for row in rows] == ["9"] * 4
+        assert table == [f"| {' | '.join(row)} |" for row in rows[:3]] and [row[3] for row in rows] == ["9"] * 4
 
     def test_the_row_of_a_prompt_counts_its_texts(self):
         texts = [("a", "loop"), ("a", None), ("b", None), ("b", "loop"), ("b", "drift")]
-        made = [{"prompt": prompt, "kind": "short", "failures": [f] if f else []} for prompt, f in texts]
-        assert _prompt_rows(made) == [["a", "short", "2", "1"], ["b", "short", "3", "2"]]
+        made = [
+            {
+                "prompt": prompt,
+                "kind": "short",
+                "failures": [f] if f else [],
+                "unknown_in_prompt": ["x", "y"][: prompt == "b"],
+            }
+            for prompt, f in texts
+        ]
+        assert _prompt_rows(made) == [["a", "short", "–", "2", "1"], ["b", "short", "x", "3", "2"]]
 
     def test_commands_are_code(self, explored):
         folder = explored / "outputs/tiny/explore"
@@ -416,6 +425,29 @@ class TestSummary:
         low, high, difference = effect(some, "temperature", "ngram_loss")
         assert (low, high) == (0.5, 2.0) and difference.mean == pytest.approx(1.5, abs=0.02)
         assert difference.high - difference.low < 0.1  # the differences between the prompts, 10, do not count
+
+    def test_the_values_of_other_controls_are_not_resampled(self):
+        """The temperature changes the loss by 1 for each top_k, and top_k changes it by 10."""
+        some = [
+            self.sample(prompt, seed, t, t + (top_k or 15), top_k=top_k)
+            for prompt in "abcd"
+            for seed in range(2)
+            for t in (1.0, 2.0)
+            for top_k in (5, None)
+        ]
+        assert effect(some, "temperature", "ngram_loss")[2] == (1, 1, 1)
+
+    def test_the_effect_at_each_value_of_the_other_control(self, explored):
+        report = (explored / "outputs/tiny/explore/report.md").read_text()
+        header = report[report.index("| measure | all texts") :].splitlines()
+        assert header[0] == "| measure | all texts | top_k=5 | top_k=all |", "top_k=1 is greedy"
+        row = next(line for line in header if line.startswith("| different pairs"))
+        made = [s for s in records(explored) if s["settings"]["top_k"] == 5]
+        means = [
+            np.nanmean([s["metrics"]["distinct_2"] for s in made if s["settings"]["temperature"] == t])
+            for t in (0.5, 1.5)
+        ]
+        assert row.split(" | ")[2].startswith(f"{means[1] - means[0]:+.3f}"[:5])
 
     def test_no_effect_on_a_metric_without_values(self):
         some = [self.sample("a", 0, t, None) for t in (0.5, 2.0)]

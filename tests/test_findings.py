@@ -12,9 +12,9 @@ from minigpt_pl.measures.failures import KINDS
 NO_FAILURES = {f"failure: {kind}": Estimate(0.0, 0.0, 0.0) for kind in KINDS}
 
 
-def sample(prompt="a", seed=0, temperature=1.0, kinds=(), **metrics):
+def sample(prompt="a", seed=0, temperature=1.0, kinds=(), top_k=5, **metrics):
     marks = [{"kind": kind, "start": 0, "end": 1, "note": ""} for kind in kinds]
-    chosen = {"temperature": temperature, "top_k": 5 if temperature < 1 else 10}
+    chosen = {"temperature": temperature, "top_k": top_k}
     return {"prompt": prompt, "seed": seed, "settings": chosen, "metrics": metrics, "failures": marks}
 
 
@@ -136,7 +136,12 @@ class TestContext:
 
 
 def test_the_controls_of_two_findings():
-    some = [sample("a", s, t, ngram_loss=t, repeated_4grams=t, distinct_2=-t) for s in range(2) for t in (0.5, 1)]
+    some = [
+        sample("a", seed, t, top_k=top_k, ngram_loss=t, repeated_4grams=t, distinct_2=-t)
+        for seed in range(2)
+        for t in (0.5, 1)
+        for top_k in (5, 10)
+    ]
     study = {"context": {}, "further": {}}
     for varied in (["temperature"], ["top_k"], ["top_k", "temperature"]):
         found = findings.five_findings(some, varied, [], NO_FAILURES, study)

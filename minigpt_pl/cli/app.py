@@ -97,8 +97,10 @@ def run(
                 show_help, args.help, args.multirun = True, False, False
             if args.info is None:  # --info prints its own log
                 _start_logging()
+            if without_name := [override for override in args.overrides if override.startswith("=")]:
+                raise InputError(f'{without_name[0]}: write SETTING=VALUE without spaces, as in prompt="the cat"')
             if wrong := [
-                o for o in args.overrides if re.fullmatch(rf"\+*({'|'.join(_GROUPS)}|hydra|)=([\d.[\]]*|null)", o)
+                o for o in args.overrides if re.fullmatch(rf"\+*({'|'.join(_GROUPS)}|hydra)=([\d.[\]]*|null)", o)
             ]:
                 raise InputError(*(f"{override}: is not a choice; --help lists them" for override in wrong))
             # Users write +experiment=mine. Hydra refuses a + in front of a group that is already in the defaults list.

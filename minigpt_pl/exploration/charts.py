@@ -76,7 +76,7 @@ def behaviour(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: 
 
 
 def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: Summary, best: int) -> list[Panel]:
-    """Unusual words against repetition."""
+    """Unusual words against the similarity of texts."""
     diversity = "self_bleu"
     if all(np.isnan(summary[diversity].mean) for summary in summaries):
         diversity = "repeated_4grams"
@@ -184,7 +184,7 @@ def compared(runs: Sequence[ComparedRun], record: dict[str, Any], differing: Seq
         for i, run in enumerate(runs):
             losses = [row[run.name] for row in record["by_position"]]
             settings = ", ".join(f"{name.split('.')[-1]}={run.settings[name]}" for name in differing)
-            axis.plot(bands, losses, "o-", markersize=3, color=f"C{i}", label=f"{run.name}: {settings}".rstrip(": "))
+            axis.plot(bands, losses, "o", markersize=4, color=f"C{i}", label=f"{run.name}: {settings}".rstrip(": "))
         axis.set(xlabel="number of tokens before it in the document", ylabel="loss (nats)")
         axis.tick_params(axis="x", rotation=45)
 

@@ -106,12 +106,17 @@ def _one_setting(config: ExploreConfig) -> Setting:
 
 
 def _by_context(compared: Sequence[ComparedRun], longest: int) -> dict[str, dict[int, Estimate]]:
-    """Run name -> words of context, up to the context of the run -> loss. All runs predict the same tokens."""
+    """Run name -> words of context -> how much higher the loss is than with the whole context of the run.
+
+    The entry of the whole context is the loss itself. All runs predict the same tokens.
+    """
     held_out, result = compared[0].held_out, {}
     windows = non_overlapping_windows(held_out.tokens, held_out.offsets, longest + 1, NUM_WINDOWS)  # (N, longest + 1)
     for run in compared:
         losses = loss_by_context(run.model.network, windows[:, -run.model.network.max_length - 1 :])
-        result[run.name] = {c: bootstrap(values[:, None]) for c, values in losses.items()}
+        whole = max(losses, default=0)  # without windows, there are no losses
+        less = {c: values - losses[whole] if c < whole else values for c, values in losses.items()}
+        result[run.name] = {c: bootstrap(values[:, None]) for c, values in less.items()}
     return result
 
 
@@ -136,7 +141,7 @@ def _write(
     positions = [[r["band"], f"{r['tokens']:,}", *(f"{r[name]:.3f}" for name in names)] for r in record["by_position"]]
     by_context = record["by_context"].values()
     contexts = [
-        [str(context), *(estimate_text(estimates.get(context)) for estimates in by_context)]
+        [str(context), *(estimate_text(e.get(context), sign=context < max(e)) for e in by_context)]
         for context in sorted({context for estimates in by_context for context in estimates})
     ]
     summaries = {"real text": real_text} | {name: run["consistency"] for name, run in record["runs"].items()}

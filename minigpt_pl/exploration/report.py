@@ -20,6 +20,7 @@ from minigpt_pl.exploration.summary import (
     by_prompt,
     effect,
     estimate_text,
+    none_last,
     ranked_settings,
     summarize,
     summarize_real,
@@ -135,7 +136,9 @@ def _length(results: Exploration) -> dict[str, Any]:
 def _outputs(results: Exploration) -> dict[str, Any]:
     greedy = [i for i, setting in enumerate(results.grid) if is_greedy(setting)]
     by_loss = sorted(set(range(len(results.grid))) - set(greedy), key=lambda i: results.summaries[i]["ngram_loss"].mean)
-    shown = list(dict.fromkeys([results.ranking[0], *greedy, *by_loss[:1], *by_loss[-1:]]))
+    reasons = [(results.ranking[0], "first of the ranking below"), *((i, "no random draw") for i in greedy)]
+    reasons += [(i, "most usual words") for i in by_loss[:1]] + [(i, "most unusual words") for i in by_loss[-1:]]
+    shown = list(dict.fromkeys(i for i, _ in reasons))
     outputs = {}
     for kind, prompt in results.prompts:
         samples = [(results.first_sample(i, prompt), results.names[i]) for i in shown]
@@ -146,16 +149,17 @@ def _outputs(results: Exploration) -> dict[str, Any]:
         estimates = [bootstrap(by_prompt(of_kind, name)) for name in ("ngram_loss", "repeated_4grams", ANY_FAILURE)]
         figures = [estimate_text(estimate, percent=i == 2) for i, estimate in enumerate(estimates)]
         kinds.append([kind.replace("_", " "), str(len({sample["prompt"] for sample in of_kind})), *figures])
-    names = [results.names[i] for i in shown]
+    names = [f"{results.names[i]} ({', '.join(reason for j, reason in reasons if j == i)})" for i in shown]
     return {"shown": names, "outputs": outputs, "by_prompt": _prompt_rows(results.samples), "prompt_kinds": kinds}
 
 
 def _prompt_rows(samples: Sequence[Sample]) -> list[list[str]]:
-    """For each prompt: its text, its kind, the number of its texts, and how many of them have a failure."""
+    """For each prompt: its text, kind and unknown words, the number of its texts, and of those with a failure."""
     rows = []
-    for prompt, kind in {sample["prompt"]: sample["kind"] for sample in samples}.items():
+    for prompt, first in {sample["prompt"]: sample for sample in samples}.items():
         failures = [sample["failures"] for sample in samples if sample["prompt"] == prompt]
-        rows.append([prompt, kind.replace("_", " "), str(len(failures)), str(sum(map(bool, failures)))])
+        texts = [str(len(failures)), str(sum(map(bool, failures)))]
+        rows.append([prompt, first["kind"].replace("_", " "), ", ".join(first["unknown_in_prompt"]) or "–", *texts])
     return rows
 
 
@@ -165,10 +169,19 @@ def _behaviour(results: Exploration) -> dict[str, Any]:
     for control in results.varied:
         names = {name: METRICS[name].label for table in TABLES.values() for name in table}
         names |= {ANY_FAILURE: "texts with a failure"}
-        differences = {name: effect(results.samples, control, name) for name in names}
-        low, high = map(value_text, differences["loss"][:2])
-        rows = [[names[name], estimate_text(difference, sign=True)] for name, (*_, difference) in differences.items()]
-        effects.append((control, low, high, rows))
+        others = [other for other in results.varied if other != control]
+        texts_of = {"all texts": results.samples}
+        if len(others) == 1:  # also the effect at each value of the other control
+            for value in sorted({setting[others[0]] for setting in results.grid}, key=none_last):
+                of_value = [sample for sample in results.samples if sample["settings"][others[0]] == value]
+                if len({s["settings"][control] for s in of_value if not is_greedy(s["settings"])}) > 1:
+                    texts_of[f"{others[0]}={value_text(value)}"] = of_value
+        low, high = map(value_text, effect(results.samples, control, "loss")[:2])
+        rows = [
+            [label, *(estimate_text(effect(texts, control, name)[2], sign=True) for texts in texts_of.values())]
+            for name, label in names.items()
+        ]
+        effects.append((control, low, high, list(texts_of), rows))
     for title, names_ in TABLES.items():
         measures = [METRICS[name] for name in names_]
         meanings = [

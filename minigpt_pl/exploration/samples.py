@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ from minigpt_pl.generation.text import generate_texts
 from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import rules_of
 
+log = logging.getLogger(__name__)
+
 SAMPLES, PLAN = "samples.jsonl", "plan.json"
 GREEDY = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # for all greedy settings
 MAX_UNCONFIRMED = 10_000  # texts; more need confirm=true
@@ -34,7 +37,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     example = "as in short: [this movie is, the end]"
     try:
         text = read_text(path)
-        contents = yaml.safe_load(text)
+        contents, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text)  # BaseLoader reads no and 10 as text
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, error.problem
         remedy = f"write it {example}, or put the same number of spaces before each -"
@@ -44,12 +47,17 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         raise InputError(f"prompts={path}: line {place}: {problem}; {remedy}") from error
     except FileNotFoundError as error:
         raise InputError(f"prompts={path}: no such file ({path.absolute()}); write it, or go to its folder") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompts={path}: is not UTF-8 text; save it as UTF-8") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, {example}") from error
     if not isinstance(contents, dict) or not all(isinstance(group, list) for group in contents.values()):
         raise InputError(f"prompts={path}: must map each kind to a list, {example}")
-    prompts = [(str(kind), prompt) for kind, group in contents.items() for prompt in group]
+    kinds = [kind.value for kind, _ in node.value]
+    if repeated := [kind for kind in contents if kinds.count(kind) > 1]:
+        raise InputError(f"prompts={path}: the kind {repeated[0]} occurs twice; put its prompts under one name")
+    prompts = [(kind, prompt) for kind, group in contents.items() for prompt in group]
     if not prompts:
         raise InputError(f"prompts={path}: has no prompt; write some, {example}")
     for i, (_, prompt) in enumerate(prompts):
@@ -131,12 +139,17 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
         raise InputError(*problems)
     grid = settings_grid(config)
     try:
-        encode_prompts(model.tokenizer, [prompt for _, prompt in prompts], f"prompts={config.prompts}: prompt")
+        all_ids = encode_prompts(model.tokenizer, [text for _, text in prompts], f"prompts={config.prompts}: prompt")
     except InputError as error:
         if config.prompts is not None:
             raise
         problem = f"the model knows no word of {len(error.problems)} of the {len(prompts)} default prompts"
         raise InputError(f"prompts: {problem}; give prompts=FILE with prompts that fit its text") from error
+    for i, (_, prompt) in enumerate(prompts):
+        if (first := prompts[all_ids.index(all_ids[i])][1]) != prompt:
+            log.warning("%r: the network reads the same as for %r, so these texts count twice.", prompt, first)
+        if unknown := unknown_words(model.tokenizer, prompt):
+            log.warning("%r: not in the vocabulary, so the network reads [UNK]: %s", prompt, ", ".join(unknown))
     count = sum(1 if is_greedy(setting) else config.num_seeds for setting in grid) * len(prompts)
     if count > MAX_UNCONFIRMED and not config.confirm:
         start = time.monotonic()

@@ -59,14 +59,12 @@ def bootstrap(values: np.ndarray) -> Estimate:
     Methods, 1997, section 3.8). `values` is (P, S), prompts x texts. A nan in it means that a value is missing.
     """
     values = values[~np.isnan(values).all(axis=1)]
-    return interval(_mean(values), *_resampled_means([values])) if values.size else Estimate(*[math.nan] * 3)
-
-
-def _resampled_means(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Resampled means of (P, S) tables. The same prompts are drawn for each table."""
-    rng, num_prompts = np.random.default_rng(0), len(tables[0])
-    rows = rng.integers(num_prompts, size=(RESAMPLES, num_prompts))
-    return [_mean(t[rows[:, :, None], rng.integers(t.shape[1], size=(*rows.shape, t.shape[1]))]) for t in tables]
+    if not values.size:
+        return Estimate(*[math.nan] * 3)
+    rng, (num_prompts, num_texts) = np.random.default_rng(0), values.shape
+    prompts = rng.integers(num_prompts, size=(RESAMPLES, num_prompts))
+    texts = rng.integers(num_texts, size=(RESAMPLES, num_prompts, num_texts))
+    return interval(_mean(values), _mean(values[prompts[:, :, None], texts]))
 
 
 def _mean(values: np.ndarray) -> Any:
@@ -106,13 +104,24 @@ def summarize_real(records: Sequence[dict[str, Any]]) -> Summary:
 def effect(samples: Sequence[Sample], control: str, name: str) -> tuple[float | None, float | None, Estimate]:
     """The lowest and highest value of a control, and how much the metric differs between them (highest - lowest).
 
-    The difference is computed for each prompt, as a mean over all other controls. Greedy settings are left out.
+    Two texts with the same prompt, seed and other controls make a pair. The differences of the pairs are averaged for
+    each prompt and seed, and then bootstrapped: the other controls are fixed, so they are not resampled. Greedy
+    settings are left out.
     """
     sampled = [sample for sample in samples if not is_greedy(sample["settings"])]
     low, *_, high = sorted({sample["settings"][control] for sample in sampled}, key=none_last)
-    tables = [by_prompt([s for s in sampled if s["settings"][control] == value], name) for value in (low, high)]
-    resampled_low, resampled_high = _resampled_means(tables)
-    return low, high, interval(_mean(tables[1]) - _mean(tables[0]), resampled_high - resampled_low)
+    pairs: dict[Any, dict[Any, float]] = {}  # prompt, seed and other controls -> value of the control -> metric
+    for sample in sampled:
+        others = tuple(str(value) for key, value in sample["settings"].items() if key != control)
+        pair = pairs.setdefault((sample["prompt"], sample["seed"], others), {})
+        pair[sample["settings"][control]] = _value(sample, name)
+    differences: dict[str, dict[int, list[float]]] = {}  # prompt -> seed -> differences
+    for (prompt, seed, _), pair in pairs.items():
+        if low in pair and high in pair:
+            differences.setdefault(prompt, {}).setdefault(seed, []).append(pair[high] - pair[low])
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nanmean warns where it returns nan
+        rows = [[np.nanmean(of_seed) for of_seed in of_prompt.values()] for of_prompt in differences.values()]
+    return low, high, bootstrap(np.array(list(zip_longest(*rows, fillvalue=math.nan)), ndmin=2).T)
 
 
 def none_last(value: float | None) -> tuple[bool, float]:

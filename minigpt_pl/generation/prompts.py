@@ -13,6 +13,7 @@ from minigpt_pl.generation.controls import Controls
 from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID
 
+HUGGING_FACE_NAMES = {"max_new_tokens": "num_tokens", "do_sample": "temperature", "num_return_sequences": "num_samples"}
 NOT_IN_VOCABULARY = "not in the model's vocabulary; use words that it knows"
 
 
@@ -68,7 +69,9 @@ def controls_on_ids(model: TextModel, values: Mapping[str, Any]) -> tuple[Contro
     unknown = [name for name in values if name not in CONTROLS]
     problems = []
     for name in unknown:
-        similar = [f"did you mean {choice}? " for choice in difflib.get_close_matches(name, CONTROLS, 1)]
+        known = HUGGING_FACE_NAMES.get(name)
+        names = [known] if known else difflib.get_close_matches(name, CONTROLS, 1)
+        similar = [f"did you mean {choice}? " for choice in names]
         problems.append(f"{name}={values[name]!r}: no such control; {''.join(similar)}choose from {choices}")
     if len(counts) > 1:
         problems.append(f"max_tokens={counts[1]}: is an alias of num_tokens; give one of them")
