@@ -106,6 +106,14 @@ class TestGrid:
         [line] = error.value.problems
         assert line.startswith("prompts: the model knows no word of 2 of the 3 default prompts; give prompts=FILE")
 
+    def test_unknown_words_and_equal_prompts_are_named(self, trained, caplog):
+        prompts = [("short", prompt) for prompt in ("the cat", "The Cat", "a xyzzy dog")]
+        check_grid(settings("top_k=[5]"), load(trained / "outputs/tiny"), prompts)
+        assert caplog.messages == [
+            "'The Cat': the network reads the same as for 'the cat', so these texts count twice.",
+            "'a xyzzy dog': not in the vocabulary, so the network reads [UNK]: xyzzy",
+        ]
+
     def test_many_texts_need_confirmation(self, trained):
         model, prompts = load(trained / "outputs/tiny"), [("short", "the cat")] * 12
         wanted = ["num_seeds=300", "top_k=[5]", "num_tokens=3"]

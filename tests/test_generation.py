@@ -346,6 +346,7 @@ class TestText:
                 {"topk": 5},
                 r"topk=5: no such control; did you mean top_k\? choose from num_tokens, min_tokens, temp.*, top_k",
             ),
+            ({"max_new_tokens": 5}, r"max_new_tokens=5: no such control; did you mean num_tokens\?"),
             ({"prompt": 5}, "prompt=5: must be a text"),
             ({"prompt": ["the"]}, r"prompt=\['the'\]: must be a text"),
         ],

@@ -13,7 +13,7 @@ from minigpt_pl.generation.controls import Controls
 from minigpt_pl.text_model import TextModel
 from minigpt_pl.tokenizer import END, PADDING_ID, UNKNOWN_ID
 
-HUGGING_FACE_NAMES = {"max_new_tokens": "num_tokens", "do_sample": "temperature", "num_return_sequences": "num_samples"}
+HUGGING_FACE_NAMES = {"max_new_tokens": "num_tokens", "do_sample": "temperature"}
 NOT_IN_VOCABULARY = "not in the model's vocabulary; use words that it knows"
 
 
