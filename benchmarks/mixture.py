@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minigpt_pl import MiniGPT, TextModel, load
 from minigpt_pl.config import ImdbConfig
-from minigpt_pl.data.corpus import Corpus, open_corpus
+from minigpt_pl.data.corpus import Corpus, Ids, open_corpus
 from minigpt_pl.generation.inference import inference_without_autocast
 from minigpt_pl.loss import token_losses
 from minigpt_pl.measures.likelihood import predictions
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load(arguments.run)
     corpus = open_reviews(arguments.folder, model)
-    documents = held_out(corpus)
+    documents = documents_of(corpus.validation)
     tokens, offsets = corpus.train.tokens, corpus.train.offsets
     tokens, offsets = np.delete(tokens, offsets[1:] - 1), offsets - np.arange(len(offsets))
     ngrams = NGramModel.fit(tokens, offsets, model.network.vocab_size, max(ORDERS), show_progress=True)
@@ -71,9 +71,8 @@ def open_reviews(folder: str, model: TextModel) -> Corpus:
     return open_corpus(ImdbConfig(source=folder, validation_documents=5000), model.network.vocab_size, model.tokenizer)
 
 
-def held_out(corpus: Corpus) -> list[np.ndarray]:
-    """The ids of each held-out review, without [END]."""
-    reviews = corpus.validation
+def documents_of(reviews: Ids | None) -> list[np.ndarray]:
+    """The ids of each review, without [END]."""
     assert reviews is not None, "FOLDER has no split `unsupervised`"
     return [reviews.tokens[start : end - 1] for start, end in pairwise(reviews.offsets)]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from frontier import evaluate, read_reviews
 from matplotlib.figure import Figure
-from mixture import FIRST_WORDS, held_out, open_reviews
+from mixture import FIRST_WORDS, documents_of, open_reviews
 
 from minigpt_pl import load
 from minigpt_pl.files import write_figure
@@ -54,7 +54,7 @@ def main() -> None:
     write_figure(arguments.picture, draw(runs, of_keras))
     print(f"\nexperiment=keras: {of_keras:,.0f} s for {KERAS_STEPS:,} steps (computed)")
     measures = ("loss with padding", "first 80 words", "all words")
-    columns = [f"{name}, {part}" for part in PARTS for name in measures]
+    columns = [f"{name}, {part}" for part in (*PARTS, "1,000 of training") for name in measures]
     print(f"\n| run | seconds | times keras | {' | '.join(columns)} |\n{'|---' * (3 + len(columns))}|")
     for run in sum(runs.values(), []):
         of_run = seconds(run)
@@ -86,10 +86,11 @@ def measure(run: Path, folder: str) -> Iterator[str]:
     model = load(run.name)
     network, reviews = model.network, read_reviews(folder, 1000, model.tokenizer)
     with_padding = read_settings(run)["data"]["loss_on_padding"]
-    all_documents = held_out(open_reviews(folder, model))
-    for part, padded in zip(PARTS.values(), (reviews.held_out, reviews.final), strict=True):
+    corpus = open_reviews(folder, model)
+    held_out = documents_of(corpus.validation)
+    parts = [*(held_out[part] for part in PARTS.values()), documents_of(corpus.train)[:1000]]
+    for documents, padded in zip(parts, (reviews.held_out, reviews.final, reviews.train[:1000]), strict=True):
         yield f"{evaluate(network.hidden_states, network.output, padded):.3f}" if with_padding else "-"
-        documents = all_documents[part]
         losses = document_losses(network, documents, show_progress=True)
         words = np.concatenate([document[1:] for document in documents]) > UNKNOWN_ID
         first = np.concatenate([np.arange(1, len(document)) < FIRST_WORDS for document in documents])
