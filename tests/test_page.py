@@ -96,6 +96,15 @@ def page(start):
     return start()
 
 
+@pytest.fixture
+def slow_page(page):
+    """The page in a browser whose processor is ten times slower, so that a fast machine has not written all words."""
+    session = page.context.new_cdp_session(page)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": 10})
+    yield page
+    session.send("Emulation.setCPUThrottlingRate", {"rate": 1})
+
+
 def wait(page, selector, text):
     """Wait until the element has this text. `page.wait_for_function` needs eval, which the page's policy forbids."""
     page.locator(selector, has_text=re.compile(text)).wait_for()
@@ -178,7 +187,8 @@ class TestPrompt:
 
 
 class TestText:
-    def test_words_stream_in_until_the_user_stops(self, page):
+    def test_words_stream_in_until_the_user_stops(self, slow_page):
+        page = slow_page
         page.fill("#num_tokens", "2000")
         page.click("#write")
         wait(page, "#words", "word")
@@ -192,7 +202,8 @@ class TestText:
         page.fill("#num_tokens", "7")
         assert len(write(page, "#go-on")) == count + 7
 
-    def test_the_page_reacts_while_it_writes(self, page):
+    def test_the_page_reacts_while_it_writes(self, slow_page):
+        page = slow_page
         gaps = page.evaluate("""() => new Promise(resolve => {
             const count = document.getElementById("num_tokens"), gaps = [];
             count.value = 2000;
