@@ -158,7 +158,7 @@ class TestPrompt:
         write(page)
         assert page.locator("main img, main script").count() == 0
         assert page.inner_text("#text-prompt") == prompt
-        assert prompt[-40:] in page.inner_text("#versions")
+        wait(page, "#versions", re.escape(prompt[-40:]))
 
     def test_a_prompt_of_a_megabyte(self, page):
         times = page.evaluate("""() => new Promise(resolve => {
