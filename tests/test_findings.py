@@ -62,7 +62,7 @@ class TestEffects:
     def test_coherence(self, effect, words):
         text = findings.coherence(self.samples(effect, "ngram_loss"), "temperature")
         measure = "the n-gram loss, which is lower for usual words,"
-        assert words.format(measure) in text and "] nats" in text
+        assert words.format(measure) in text and text.endswith("] nats." if effect else "] nats).")
 
     @pytest.mark.parametrize(
         ("effect", "words"),
@@ -80,7 +80,8 @@ class TestEffects:
         first, second = text.split("; it ")
         assert words.format("the share of repeated 4-word sequences") in first
         varied = "more varied" if effect < 0 else "less varied" if effect > 0 else "does not clearly change"
-        assert varied in second and f"{-effect:+.2f}" in second
+        change = f" changes by {-effect:+.2f}" if effect else " (+0.00"
+        assert varied in second and f"the share of different pairs of words{change}" in second
 
     def test_one_setting(self):
         assert "You tried only one setting" in findings.coherence([sample()], None)
