@@ -449,13 +449,16 @@ class TestSummary:
         report = (explored / "outputs/tiny/explore/report.md").read_text()
         header = report[report.index("| measure | all texts") :].splitlines()
         assert header[0] == "| measure | all texts | top_k=5 | top_k=all |", "top_k=1 is greedy"
-        row = next(line for line in header if line.startswith("| different pairs"))
-        made = [s for s in records(explored) if s["settings"]["top_k"] == 5]
-        means = [
-            np.nanmean([s["metrics"]["distinct_2"] for s in made if s["settings"]["temperature"] == t])
-            for t in (0.5, 1.5)
-        ]
-        assert row.split(" | ")[2].startswith(f"{means[1] - means[0]:+.3f}"[:5])
+        row = next(line for line in header if line.startswith("| n-gram loss"))
+        found = [float(cell.split(" [")[0]) for cell in row.strip("| ").split(" | ")[1:]]
+        for cell, top_k in zip(found[1:], (5, None), strict=True):
+            made = [s for s in records(explored) if s["settings"]["top_k"] == top_k]
+            low, high = (
+                np.mean([s["metrics"]["ngram_loss"] for s in made if s["settings"]["temperature"] == t])
+                for t in (0.5, 1.5)
+            )
+            assert cell == pytest.approx(high - low, abs=0.006)
+        assert abs(found[1] - found[2]) > 0.05 and found[0] == pytest.approx(sum(found[1:]) / 2, abs=0.006)
 
     def test_no_effect_on_a_metric_without_values(self):
         some = [self.sample("a", 0, t, None) for t in (0.5, 2.0)]
