@@ -43,9 +43,11 @@ def find_checkpoint(path: str | Path, output_dir: Path | None = None, setting: s
     reason = "holds no checkpoint" if any(place.is_dir() for place in places) else "no such run folder or checkpoint"
     folders = runs.runs_by_status(output_dir) if output_dir is not None else []
     names = [folder.name for folder in folders if runs.checkpoints_of(folder)]
-    run = f"a run, such as {', '.join(names[:MAX_NAMES])}" if names else "the folder of a trained run"
+    remedy = f"give a run, such as {', '.join(names[:MAX_NAMES])}"
+    if not names:
+        remedy = f"go to the folder in which you trained (this is {Path.cwd()}), give the folder of a trained run"
     similar = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(str(path), names, 1))
-    raise InputError(f"{setting}={path}: {reason}; {similar}give {run}, or the path of a checkpoint")
+    raise InputError(f"{setting}={path}: {reason}; {similar}{remedy}, or the path of a checkpoint")
 
 
 def choose_checkpoint(output_dir: Path, run: str | None) -> Path:

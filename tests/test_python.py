@@ -50,7 +50,7 @@ class TestLoad:
     def test_from_another_folder(self, trained, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert minigpt_pl.load("tiny", trained / "outputs").checkpoint.parent.parent == trained / "outputs" / "tiny"
-        with pytest.raises(InputError, match="path=tiny: no such run folder or checkpoint"):
+        with pytest.raises(InputError, match="path=tiny: no such run folder or checkpoint; go to the folder in which"):
             minigpt_pl.load("tiny")
         with pytest.raises(InputError, match="output_dir=outputs: holds no finished run"):
             minigpt_pl.load()

@@ -96,11 +96,12 @@ def trade_off(summaries: Sequence[Summary], grid: Sequence[Setting], real_text: 
             axis.errorbar(x.mean, y.mean, _error_bar(y), _error_bar(x), markersize=4, linewidth=0.6, **shape)
             if i in named:
                 name = "greedy" if is_greedy(grid[i]) else ", ".join(value_text(grid[i][control]) for control in varied)
-                axis.annotate(name, points[i], xytext=(5, 5), textcoords="offset points", fontsize=8)
+                below = by_loss.index(i) % 2  # every second name is below its point, because neighbours can be close
+                axis.annotate(name, points[i], xytext=(5, -12 if below else 5), textcoords="offset points", fontsize=8)
         if not np.isnan(real_text["ngram_loss"].mean):
             axis.axvline(real_text["ngram_loss"].mean, **REAL_TEXT_LINE)
         axis.plot([], [], "s", color=BEST_COLOUR, label="the first setting of the ranking")
-        axis.margins(x=0.15)  # room for the names
+        axis.margins(0.15)  # room for the names
         axis.set(
             title=f"beside a point: {', '.join(varied)}" if varied else "",
             xlabel="n-gram loss, nats (lower: more usual)",

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SAMPLES, PLAN = "samples.jsonl", "plan.json"
 GREEDY = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # for all greedy settings
 MAX_UNCONFIRMED = 10_000  # texts; more need confirm=true
+FEW_PROMPTS = 5  # a bootstrap of fewer gives intervals that are too narrow
 
 Setting = dict[str, Any]  # control -> value
 Sample = dict[str, Any]  # a line of samples.jsonl
@@ -150,6 +151,8 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
             log.warning("%r: the network reads the same as for %r, so these texts count twice.", prompt, first)
         if unknown := unknown_words(model.tokenizer, prompt):
             log.warning("%r: not in the vocabulary, so the network reads [UNK]: %s", prompt, ", ".join(unknown))
+    if len(prompts) < FEW_PROMPTS:
+        log.warning("%d prompts are few, so the intervals of the report will be too narrow. Ten are better.", len(prompts))
     count = sum(1 if is_greedy(setting) else config.num_seeds for setting in grid) * len(prompts)
     if count > MAX_UNCONFIRMED and not config.confirm:
         start = time.monotonic()
