@@ -112,7 +112,7 @@ class TestGrid:
         assert caplog.messages == [
             "'The Cat': the network reads the same as for 'the cat', so these texts count twice.",
             "'a xyzzy dog': not in the vocabulary, so the network reads [UNK]: xyzzy",
-            "3 prompts are few, so the intervals of the report will be too narrow. Ten are better.",
+            "3 prompts are few: the intervals of the report will be too narrow. Ten are better.",
         ]
         caplog.clear()
         check_grid(settings("top_k=[5]"), load(trained / "outputs/tiny"), [("short", f"the cat {w}") for w in "aaaaa"])

@@ -152,7 +152,7 @@ def check_grid(config: ExploreConfig, model: TextModel, prompts: Prompts) -> lis
         if unknown := unknown_words(model.tokenizer, prompt):
             log.warning("%r: not in the vocabulary, so the network reads [UNK]: %s", prompt, ", ".join(unknown))
     if len(prompts) < FEW_PROMPTS:
-        log.warning("%d prompts are few, so the intervals of the report will be too narrow. Ten are better.", len(prompts))
+        log.warning("%d prompts are few: the intervals of the report will be too narrow. Ten are better.", len(prompts))
     count = sum(1 if is_greedy(setting) else config.num_seeds for setting in grid) * len(prompts)
     if count > MAX_UNCONFIRMED and not config.confirm:
         start = time.monotonic()
