@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.parse
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import huggingface_hub
@@ -228,6 +229,22 @@ def test_a_resume_compares_the_text_and_not_the_commit(hub, tiny_config, story):
     config.trainer.max_epochs = 3
     with pytest.raises(InputError, match="data: this is not the text"):
         train(config, resume_from=last)
+
+
+def test_a_resume_takes_the_reviews_that_auto_took(hub, tiny_config, story, monkeypatch):
+    """The packaged reviews, although the hub answers now."""
+    lines = story.read_text().splitlines()
+    packaged = sources.Source("IMDB reviews, packaged", {"packaged": "small"}, lambda: iter(lines), None)
+    monkeypatch.setattr(sources, "_packaged_reviews", lambda: packaged)
+    config = tiny_config("trainer.max_epochs=1")
+    config.data = imdb_config("auto", batch_size=16, cache_dir=config.data.cache_dir)
+    with monkeypatch.context() as silent:
+        silent.setattr(sources, "hub_revision", mock.Mock(side_effect=OSError("silent")))
+        last = train(config) / "checkpoints" / "last.ckpt"
+    steps = checkpoint(last.parent.parent)["global_step"]
+    config.trainer.max_epochs = 2
+    train(config, resume_from=last)
+    assert checkpoint(last.parent.parent)["global_step"] == 2 * steps and not hub.requests
 
 
 def test_revision_and_a_missing_split(hub):

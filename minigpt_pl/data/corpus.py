@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as cache_results
 from functools import cached_property, partial
 from pathlib import Path
@@ -223,12 +223,12 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
     """
     data, vocab_size = runs.read_data_settings(folder)
     record = runs.read_record(folder)
-    if source is not None and isinstance(data, TextConfig):
+    if source is None:
+        data = same_source(data, record)
+    elif isinstance(data, TextConfig):
         data.path = source
-    elif source is not None and isinstance(data, ImdbConfig):
+    elif isinstance(data, ImdbConfig):
         data.source = source
-    elif isinstance(data, ImdbConfig) and data.source == "auto" and record.get("text"):  # what auto took then
-        data.source = "packaged" if "packaged" in record["text"]["source"] else "hub"
     try:
         corpus = open_corpus(data, vocab_size, tokenizer if runs.IMPORTED_FROM in record else None)
     except InputError as error:
@@ -246,6 +246,16 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
             " source=PATH"
         )
     return data, corpus
+
+
+def same_source(data: DataConfig, record: dict[str, Any]) -> DataConfig:
+    """Replace `data.source=auto` by what it took when the run of this record began.
+
+    The hub may answer now and not then, or the other way round.
+    """
+    if isinstance(data, ImdbConfig) and data.source == "auto" and record.get("text"):
+        return replace(data, source="packaged" if "packaged" in record["text"]["source"] else "hub")
+    return data
 
 
 def is_same_text(before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from minigpt_pl import runs, signals
 from minigpt_pl.config import TOKENIZERS, ModelConfig, TrainConfig, WandbConfig
 from minigpt_pl.cpu.allocator import keep_freed_memory
 from minigpt_pl.data import cache
+from minigpt_pl.data.corpus import same_source
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.files import make_folder, remove_temporaries, temporary_path, write_figure
@@ -161,11 +162,15 @@ def _choose_messages(profiler: str | None) -> None:
 
 
 def _open_text(config: TrainConfig, resume_from: Path | None) -> TextDataModule:
-    tokenizer = None
-    if resume_from is not None and runs.IMPORTED_FROM in runs.read_record(resume_from.parent.parent):
-        tokenizer = load_tokenizer(resume_from.parent.parent / "tokenizer.json")  # has the Keras model's words
+    tokenizer, data = None, config.data
+    if resume_from is not None:
+        folder = resume_from.parent.parent
+        record = runs.read_record(folder)
+        data = same_source(data, record)
+        if runs.IMPORTED_FROM in record:
+            tokenizer = load_tokenizer(folder / "tokenizer.json")  # has the Keras model's words
     model = config.model
-    datamodule = TextDataModule(config.data, model.vocab_size, model.max_length, config.seed, tokenizer)
+    datamodule = TextDataModule(data, model.vocab_size, model.max_length, config.seed, tokenizer)
 
     def encode() -> str:
         datamodule.prepare_data()
