@@ -142,22 +142,26 @@ class TestPrompts:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "must map each kind"),
+            ("", "must begin with a kind, such as short:"),
+            ("- the cat", "must begin with a kind, such as short:"),
+            ("short:\n  - a cat\nlong:\n  -the cat", "the kind long has no list of prompts; start each prompt with -"),
+            ("short:\n  - movie #1 is", "line 2: the words after # do not count; write the prompt in single quotes"),
+            ('short:\n  - "good" is not', "line 2: expected <block end>.*; write the prompt in single quotes"),
             ("short: []", "has no prompt"),
             ("short:\n  - the cat\n    - a dog", "'the cat - a dog' stands on several lines; start each - in the same"),
-            ("short:\n\t- the cat", r"line 2: found character '\\t' that cannot start any token; write it as in"),
+            ("short:\n\t- the cat", r"line 2: found character '\\t' that cannot start any token; write the prompt in"),
             (
                 "short:\n  - the cat\n - a dog",
                 "line 3: expected <block end>.*, or put the same number of spaces before each -",
             ),
-            ("short: a cat", "must map each kind"),
+            ("short: a cat", "the kind short has no list of prompts"),
             ("short: [[10]]", r"\['10'\] is not text; write it in quotes"),
             ("short: [a cat]\nlong: [b]\nshort: [c]", "the kind short occurs twice; put its prompts under one name"),
             ("short:\n  - the end: good or bad", "prompt that starts with 'the end:' has a colon; write it in quotes"),
             ("short:\n  - the end: no", "the prompt that starts with 'the end:' has a colon"),
             ('short:\n  - "the end\n  - a cat\n', "line 2: a quotation mark is not closed; close it"),
             ("short: [a cat]\nlong: [a cat]", "'a cat' occurs twice"),
-            ("short: [a", r"line 1: expected ',' or '\]', but got '<stream end>'; write it as in short"),
+            ("short: [a", r"line 1: expected ',' or '\]', but got '<stream end>'; write the prompt in"),
         ],
     )
     def test_bad_prompt_files(self, tmp_path, text, message):

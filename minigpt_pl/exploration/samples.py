@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -41,7 +42,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         contents, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text)  # BaseLoader reads no and 10 as text
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, error.problem
-        remedy = f"write it {example}, or put the same number of spaces before each -"
+        remedy = "write the prompt in single quotes, or put the same number of spaces before each -"
         if "quoted scalar" in (error.context or ""):
             mark, problem, remedy = error.context_mark, "a quotation mark is not closed", "close it"
         place = mark.line + 1 if mark else "unknown"
@@ -53,11 +54,18 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"prompts={path}: cannot be read ({reason}); give a YAML file, {example}") from error
-    if not isinstance(contents, dict) or not all(isinstance(group, list) for group in contents.values()):
-        raise InputError(f"prompts={path}: must map each kind to a list, {example}")
+    if not isinstance(contents, dict):
+        raise InputError(f"prompts={path}: must begin with a kind, such as short:, and have its prompts below it")
+    if without := [kind for kind, group in contents.items() if not isinstance(group, list)]:
+        remedy = "start each prompt with - and a space, or delete the name"
+        raise InputError(f"prompts={path}: the kind {without[0]} has no list of prompts; {remedy}")
     kinds = [kind.value for kind, _ in node.value]
     if repeated := [kind for kind in contents if kinds.count(kind) > 1]:
         raise InputError(f"prompts={path}: the kind {repeated[0]} occurs twice; put its prompts under one name")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if re.match(r"\s*- [^'\"#].*\s#", line):
+            remedy = "write the prompt in single quotes, or the comment in a line of its own"
+            raise InputError(f"prompts={path}: line {number}: the words after # do not count; {remedy}")
     prompts = [(kind, prompt) for kind, group in contents.items() for prompt in group]
     if not prompts:
         raise InputError(f"prompts={path}: has no prompt; write some, {example}")

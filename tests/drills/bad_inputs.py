@@ -148,7 +148,7 @@ BAD_INPUTS: list[tuple[str, list[str], str]] = [
         [*EXPLORE, "prompts=/dev/zero"],
         "prompts=/dev/zero: cannot be read (longer than 10,000,000 characters)",
     ),
-    ("explore", [*EXPLORE, "prompts=story.txt"], "prompts=story.txt: must map each kind to a list"),
+    ("explore", [*EXPLORE, "prompts=story.txt"], "prompts=story.txt: must begin with a kind"),
     ("explore", [*EXPLORE, "folder=file"], "folder=file: cannot be created"),
     ("convert", ["from_keras=bomb.keras", *IMPORT], "from_keras=bomb.keras: cannot be read (it would become 0.1 GB"),
     ("convert", ["from_keras=bomb.weights.h5", *IMPORT], "from_keras=bomb.weights.h5: cannot be read (it would become"),
