@@ -610,12 +610,15 @@ class TestPage:
         page.get_by_label("Name").fill('Ada "A" L.')
         with page.expect_download() as download:
             page.locator("#save").click()
-        download.value.save_as(tmp_path / "homework.html")
+        download.value.save_as(tmp_path / "homework-report.html")
         saved = open_page()
-        saved.goto(f"file://{tmp_path}/homework.html")
+        saved.goto(f"file://{tmp_path}/homework-report.html")
         assert saved.locator(".answer").first.inner_text() == "two\nlines"
         assert saved.get_by_label("Name").input_value() == 'Ada "A" L.'
         assert saved.locator("#samples tbody tr").count() == page.locator("#samples tbody tr").count()
+        with saved.expect_download() as again:
+            saved.locator("#save").click()
+        assert again.value.suggested_filename == download.value.suggested_filename == "homework-report.html"
 
     def test_print(self, page):
         """On A4 paper, no table is wider than the page, and what needs a mouse is left out."""
