@@ -110,13 +110,8 @@ def write_keras(path: Path, network: MiniGPT) -> None:
     The notebook's model has two separate matrices for tied embeddings, so the file contains the matrix twice.
 
     Raises:
-        InputError: the notebook's model has no place for a weight, or the file cannot be written.
+        InputError: the file cannot be written.
     """
-    if network.arguments.relative_attention_bias:
-        raise InputError(
-            f"to_keras={path}: the notebook's model has no bias for distances, and this run was trained with"
-            " model.relative_attention_bias=true; convert another run"
-        )
     state = network.state_dict()
     attention: Any = network.blocks[0].attention
     sizes = {"H": attention.num_heads, "K": attention.head_dim, "F": len(state["blocks.0.feed_forward.0.bias"])}

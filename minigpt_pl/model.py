@@ -22,9 +22,6 @@ LAYER_NORM_EPSILON = 1e-6  # as in the notebook; PyTorch's default is 1e-5
 EMBEDDING_RANGE = 0.05  # default of Keras's Embedding: uniform in +-0.05
 # In bf16 on a CPU, up to this length, our own attention code takes half the time of scaled_dot_product_attention.
 EXPLICIT_LENGTH = 256
-# With a relative attention bias, so many heads start with their attention on one earlier token each: the token before,
-# the one before that, and so on. The score of this token is larger than the others by `PREVIOUS_SCORE`.
-PREVIOUS_TOKEN_HEADS, PREVIOUS_SCORE = 3, 5.0
 
 
 class MiniGPT(nn.Module):
@@ -40,8 +37,6 @@ class MiniGPT(nn.Module):
         num_blocks: number of Transformer blocks; the notebook has one.
         dropout: probability of dropout after attention and feed-forward layers, in [0, 1).
         tie_embeddings: use the token embedding as the output layer's weight (arXiv 1608.05859).
-        relative_attention_bias: add a learned number for each head and distance to the attention scores, as in T5
-            (arXiv 1910.10683). Each distance has its own number.
 
     Attributes:
         arguments: the arguments above. `head_dim` is a number here.
@@ -65,20 +60,18 @@ class MiniGPT(nn.Module):
         num_blocks: int = 1,
         dropout: float = 0.1,
         tie_embeddings: bool = False,
-        relative_attention_bias: bool = False,
     ):
         super().__init__()
         sizes = (vocab_size, max_length, embed_dim, num_heads, head_dim, feed_forward_dim, num_blocks)
-        self.arguments = ModelConfig(*sizes, dropout, tie_embeddings, relative_attention_bias)
+        self.arguments = ModelConfig(*sizes, dropout, tie_embeddings)
         if problems := [*range_problems(self.arguments)]:
             raise InputError(*problems)
         self.arguments.head_dim = head_dim = embed_dim if head_dim is None else head_dim
         self.vocab_size, self.max_length = vocab_size, max_length
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_length, embed_dim)
-        distances = max_length if relative_attention_bias else None
         block_sizes = (embed_dim, num_heads, head_dim, feed_forward_dim)
-        blocks = nn.ModuleList(TransformerBlock(*block_sizes, dropout, distances) for _ in range(num_blocks))
+        blocks = nn.ModuleList(TransformerBlock(*block_sizes, dropout) for _ in range(num_blocks))
         self.blocks = cast(Sequence[TransformerBlock], blocks)
         self.output = nn.Linear(embed_dim, vocab_size)
         self.activation_checkpointing = False
@@ -152,17 +145,9 @@ class TransformerBlock(nn.Module):
     The norm comes last, as in the notebook and in "Attention Is All You Need" (arXiv 1706.03762). In GPT-2 it is first.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        feed_forward_dim: int,
-        dropout: float,
-        distances: int | None = None,
-    ):
+    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, feed_forward_dim: int, dropout: float):
         super().__init__()
-        self.attention = CausalSelfAttention(embed_dim, num_heads, head_dim, distances)
+        self.attention = CausalSelfAttention(embed_dim, num_heads, head_dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(embed_dim, feed_forward_dim), nn.ReLU(), nn.Linear(feed_forward_dim, embed_dim)
         )
@@ -185,30 +170,23 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention. Each position attends to itself and earlier positions.
 
     It equals Keras's `MultiHeadAttention(H, key_dim=K)`. In `torch.nn.MultiheadAttention(D, H)`, K is D / H.
-
-    Attributes:
-        relative_bias: (H, W), added to the score of the token at each distance 0 to W - 1; None without `distances`.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, distances: int | None = None):
+    def __init__(self, embed_dim: int, num_heads: int, head_dim: int):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         self.query = nn.Linear(embed_dim, num_heads * head_dim)
         self.key = nn.Linear(embed_dim, num_heads * head_dim)
         self.value = nn.Linear(embed_dim, num_heads * head_dim)
         self.output = nn.Linear(num_heads * head_dim, embed_dim)
-        self.relative_bias = None if distances is None else nn.Parameter(_previous_tokens(num_heads, distances))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         query, key, value = self.project(x)
         if x.device.type == "cpu" and query.dtype == torch.bfloat16 and x.shape[1] <= EXPLICIT_LENGTH:
-            mixed = self._weights(query, key) @ value  # (B, H, L, L) @ (B, H, L, K)
-        elif self.relative_bias is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # same result
+            mixed = _attention_weights(query, key) @ value  # (B, H, L, L) @ (B, H, L, K)
         else:
-            added = self._added_to_scores(x.shape[1]).to(query.dtype)  # (H, L, L)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # same result
         return self.merge_heads(mixed)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -224,31 +202,14 @@ class CausalSelfAttention(nn.Module):
     def attention_weights(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, H, L, L). Row i sums to 1 over the positions j <= i."""
         query, key, _ = self.project(x)
-        return self._weights(query, key)
-
-    def _weights(self, query: Tensor, key: Tensor) -> Tensor:
-        """softmax(query @ key.T / sqrt(K) + bias), arXiv 1706.03762: (B, H, L, K) each -> (B, H, L, L)."""
-        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
-        return (scores + self._added_to_scores(scores.shape[-1]).to(scores.dtype)).softmax(dim=-1)
-
-    def _added_to_scores(self, length: int) -> Tensor:
-        """-inf for later positions, and the relative bias for the others: (H, L, L), or (L, L) without a bias."""
-        positions = torch.arange(length, device=self.query.weight.device)  # (L,)
-        distances = positions[:, None] - positions  # (L, L), negative for later positions
-        bias = self.query.weight.new_zeros(1) if self.relative_bias is None else self.bias_at(distances)
-        return bias.masked_fill(distances < 0, -math.inf)
-
-    def bias_at(self, distances: Tensor) -> Tensor:
-        """The relative bias at distances of any shape: (...) -> (H, ...). Negative distances count as 0."""
-        return cast(Tensor, self.relative_bias)[:, distances.clamp(min=0)]
+        return _attention_weights(query, key)
 
 
-def _previous_tokens(num_heads: int, distances: int) -> Tensor:
-    """The initial relative bias of a block: (H, W)."""
-    bias = torch.zeros(num_heads, distances)
-    for head in range(min(num_heads, distances - 1, PREVIOUS_TOKEN_HEADS)):
-        bias[head, head + 1] = PREVIOUS_SCORE
-    return bias
+def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(query @ key.T / sqrt(K)), 0 for later positions (arXiv 1706.03762): (B, H, L, K) each -> (B, H, L, L)."""
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)  # (L, L)
+    return scores.masked_fill(later, -math.inf).softmax(dim=-1)
 
 
 def _initialize_as_keras(module: nn.Module) -> None:

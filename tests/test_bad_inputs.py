@@ -98,7 +98,6 @@ class TestMemory:
         [
             {},
             {"tie_embeddings": True, "num_blocks": 3},
-            {"relative_attention_bias": True, "num_blocks": 3},
             {"num_heads": 3, "head_dim": 5, "embed_dim": 7, "max_length": 9},
         ],
     )

@@ -41,7 +41,6 @@ SIZES = {
         feed_forward_dim=30,
         num_blocks=3,
         tie_embeddings=True,
-        relative_attention_bias=True,
     ),
 }
 TOP_10 = """([contexts]) => contexts.map(ids => {

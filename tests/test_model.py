@@ -83,32 +83,10 @@ def test_fused_attention_equals_the_explicit_mask(ids):
     assert_close(attention(x), explicit, atol=1e-12, rtol=0)
 
 
-def test_the_relative_bias_is_added_to_the_scores():
-    attention = MiniGPT(**SMALL, relative_attention_bias=True).blocks[0].attention.double()
-    torch.nn.init.normal_(attention.relative_bias)
-    x = torch.randn(3, 12, 16, dtype=torch.float64)
-    query, key, value = attention.project(x)
-    scores = query @ key.mT / math.sqrt(8)
-    for head, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(12), torch.arange(12)).tolist():
-        scores[:, head, i, j] += attention.relative_bias[head, i - j] if j <= i else -math.inf
-    weights = scores.softmax(-1)
-    assert_close(attention.attention_weights(x), weights)
-    assert_close(attention(x), attention.merge_heads(weights @ value), atol=1e-12, rtol=0)
-
-
-def test_heads_with_a_relative_bias_start_with_their_attention_on_earlier_tokens():
-    model = MiniGPT(**SMALL | {"num_heads": 4}, relative_attention_bias=True)
-    weights = model.blocks[0].attention.attention_weights(model.embed(torch.arange(12)[None]))[0]
-    for head in range(3):
-        assert weights[head].diagonal(-1 - head).min() > 0.8
-    assert weights[3, 4:].max() < 0.3, "the fourth head looks for no position"
-
-
-@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("limit", [0, 256], ids=["fused", "explicit"])
-def test_attention_in_bf16_stays_within_its_rounding(monkeypatch, limit, relative):
+def test_attention_in_bf16_stays_within_its_rounding(monkeypatch, limit):
     monkeypatch.setattr("minigpt_pl.model.EXPLICIT_LENGTH", limit)
-    attention = MiniGPT(**SMALL, relative_attention_bias=relative).blocks[0].attention
+    attention = MiniGPT(**SMALL).blocks[0].attention
     x = torch.randn(3, 12, 16)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = attention(x)

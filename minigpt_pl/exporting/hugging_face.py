@@ -31,7 +31,6 @@ SIZES = {
     "num_hidden_layers": "num_blocks",
     "hidden_dropout_prob": "dropout",
     "tie_word_embeddings": "tie_embeddings",
-    "relative_attention_bias": "relative_attention_bias",
 }
 USAGE = """\
 ```python
@@ -135,7 +134,6 @@ def read_model(folder: Path) -> TextModel:
         )
         if config["model_type"] != MODEL_TYPE:
             raise ValueError(f"model_type={config['model_type']}")
-        config = {"relative_attention_bias": False} | config  # an older version did not write it
         network = MiniGPT(**{argument: config[name] for name, argument in SIZES.items()})
         weights = load_file(folder / WEIGHTS)
         if network.arguments.tie_embeddings:

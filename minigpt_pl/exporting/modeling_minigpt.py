@@ -5,7 +5,6 @@
 Dimensions in comments: B batch, L new tokens, T all tokens, D width, H heads, K head width, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -36,14 +35,12 @@ class MiniGPTConfig(PreTrainedConfig):
         hidden_dropout_prob: float = 0.1,
         layer_norm_eps: float = 1e-6,
         tie_word_embeddings: bool = False,
-        relative_attention_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.num_attention_heads, self.head_dim = hidden_size, num_attention_heads, head_dim
         self.intermediate_size, self.num_hidden_layers = intermediate_size, num_hidden_layers
         self.hidden_dropout_prob, self.layer_norm_eps = hidden_dropout_prob, layer_norm_eps
-        self.relative_attention_bias = relative_attention_bias
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -122,9 +119,9 @@ class MiniGPTForCausalLM(PreTrainedModel, GenerationMixin):
             mask = attends[:, None]  # (B, 1, L, T)
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]  # (B, L)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, L, D)
-        states, distances = [x], rows - columns  # (L, T)
+        states = [x]
         for block in self.blocks:
-            x = block(x, mask, distances, cache)
+            x = block(x, mask, cache)
             states.append(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.output(x[:, kept])  # (B, L, V)
@@ -176,8 +173,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None, distances: Tensor, cache: Cache | None) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask, distances, cache)))
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask, cache)))
         output: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return output
 
@@ -191,22 +188,15 @@ class CausalSelfAttention(nn.Module):
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
         self.output = nn.Linear(inner, width)
-        self.relative_bias = None  # (H, W): added to the score of the token at each distance
-        if config.relative_attention_bias:
-            self.relative_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.max_position_embeddings))
 
-    def forward(self, x: Tensor, mask: Tensor | None, distances: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """(B, L, D) -> (B, L, D). `mask`, (L, T) or (B, 1, L, T), is true where a token attends; None for causal."""
         layers = (self.query, self.key, self.value)
         query, key, value = (layer(x).unflatten(-1, self.heads).transpose(1, 2) for layer in layers)  # (B, H, L, K)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)  # (B, H, T, K)
-        excluded: float = False
-        if self.relative_bias is not None:
-            bias, excluded = self.relative_bias[:, distances.clamp(min=0)], -math.inf  # (H, L, T)
-            mask = bias.masked_fill(distances < 0 if mask is None else ~mask, excluded)
         if mask is not None:  # a static cache has room for later tokens
-            mask = F.pad(mask, (0, key.shape[2] - mask.shape[-1]), value=excluded)
+            mask = F.pad(mask, (0, key.shape[2] - mask.shape[-1]))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))  # (B, H, L, K) -> (B, L, H*K) -> (B, L, D)
         return output

@@ -72,8 +72,6 @@ class OneBlockDecoder:
             # Slot s holds position s - (L - own length), which is s + own length modulo L. Earlier slots are empty.
             empty = (self.slots[:length] < length - self.lengths[:, None])[:, None]  # (B, 1, L)
             by_position = self._roll(by_position, self.lengths).masked_fill_(empty, -math.inf)
-        if self.attention.relative_bias is not None:
-            by_position = by_position + self.attention.relative_bias[:, -length:]  # (B, H, L) + (H, L)
         scores = torch.baddbmm(by_position, query, window.mT)  # (B, H, L) + (B, H, D) @ (B, D, L)
         weights = scores.softmax(dim=-1)
         mixed = weights @ window  # (B, H, L) @ (B, L, D)
@@ -132,15 +130,10 @@ class KVCacheDecoder:
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Put keys and values of new tokens into the cache. Ids and positions (B, N) -> hidden states (B, N, D)."""
         x: Tensor = self.network.token_embedding(ids) + self.network.position_embedding(positions)  # (B, N, D)
-        rows, distances = torch.arange(len(ids))[:, None], positions[..., None] - self.slots  # (B, 1), (B, N, W)
-        visible = (distances >= 0)[:, None]  # (B, 1, N, W)
+        rows, visible = torch.arange(len(ids))[:, None], (self.slots <= positions[..., None])[:, None]  # (B, 1, N, W)
         for block, cache in zip(self.network.blocks, self.cache, strict=True):
             query, *new = block.attention.project(x)  # (B, H, N, K) each
             cache[:, rows, :, positions] = torch.stack(new).permute(1, 3, 0, 2, 4)  # (B, N, 2, H, K)
-            mask = visible
-            if block.attention.relative_bias is not None:
-                bias = block.attention.bias_at(distances).transpose(0, 1)  # (B, H, N, W)
-                mask = bias.masked_fill(~visible, -math.inf)
-            mixed = F.scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=mask)  # (B, H, N, K)
+            mixed = F.scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=visible)  # (B, H, N, K)
             x = block.after_attention(x, block.attention.merge_heads(mixed))
         return x

@@ -83,7 +83,6 @@ class AbsorbedAttention:
 
     Attributes:
         query: D -> H*(D + W) for W = max_length. For each head: q_i, then the scores of q_i for all W positions.
-        relative_bias: (H, W), aligned at the end: the last column belongs to the newest token. None without a bias.
         value: H*(D + W) -> D. For each head: the weighted sum of token embeddings, then the weights of all positions.
     """
 
@@ -99,8 +98,6 @@ class AbsorbedAttention:
         weight = with_positions(query.mT @ key * scale)  # (H, D, D) -> (H, D, D + W)
         bias = with_positions((attention.query.bias.view(heads)[:, None] @ key)[:, 0] * scale)  # (H, D + W)
         self.query = PackedLinear(weight.transpose(1, 2).flatten(0, 1), bias.flatten())
-        relative_bias = attention.relative_bias
-        self.relative_bias = None if relative_bias is None else relative_bias.flip(1)
         product = attention.output.weight.view(-1, *heads).transpose(0, 1) @ value  # (H, D, K) @ (H, K, D)
         weight = with_positions(product)  # (H, D, D) -> (H, D, D + W)
         bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)

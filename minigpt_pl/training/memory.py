@@ -72,8 +72,6 @@ def num_parameters(model: ModelConfig) -> int:
     attention = 3 * (width + 1) * heads + (heads + 1) * width
     feed_forward = (width + 1) * hidden + (hidden + 1) * width
     block = attention + feed_forward + 4 * width  # two norms
-    if model.relative_attention_bias:
-        block += model.num_heads * model.max_length
     output = model.vocab_size * (1 if model.tie_embeddings else width + 1)
     return (model.vocab_size + model.max_length) * width + model.num_blocks * block + output
 

@@ -80,7 +80,6 @@ const MiniGPT = (() => {
     return {
       query: layer("attention.query"), // (H*K, D), as key and value
       key: layer("attention.key"),
-      relativeBias: tensors[`${prefix}attention.relative_bias`], // (H, W) by distance, or undefined
       value: layer("attention.value"),
       output: layer("attention.output"), // (D, H*K)
       attentionNorm: layer("attention_norm"), // (D,)
@@ -240,10 +239,6 @@ const MiniGPT = (() => {
       const first = head * width;
       const absorbed = transposed(block.key.weight, x.length, query.subarray(first, first + width), first); // (D,)
       const scores = inputs.map((input) => dot(input, 0, absorbed) / Math.sqrt(width)); // L
-      if (block.relativeBias) {
-        const size = block.relativeBias.length / numHeads; // W
-        scores.forEach((_, j) => { scores[j] += block.relativeBias[head * size + scores.length - 1 - j]; });
-      }
       weights.push(softmax(scores)); // (L,)
       const mixed = new Float32Array(x.length); // (D,)
       inputs.forEach((input, j) => {
