@@ -335,12 +335,6 @@ class TrainConfig:
     bigram_weights: bool = setting(
         False, "start the embeddings and the output weights from counts of neighbouring tokens; needs unigram_bias=true"
     )
-    previous_token_heads: int = setting(
-        0,
-        "this many heads of the first block start with their attention on one earlier token each: the first head on the"
-        " token before, the second head on the one before that; needs bigram_weights=true",
-        minimum=0,
-    )
     softmax_candidates: int | None = setting(
         None,
         "compute the loss of a step among its targets and about this many drawn tokens, which takes less time; then"
@@ -615,8 +609,6 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from _fsdp2_problems(config)
     if config.bigram_weights and not config.unigram_bias:
         yield "bigram_weights=true: needs unigram_bias=true"
-    if config.previous_token_heads:
-        yield from _previous_token_problems(config)
     if config.bigram_weights and config.model.tie_embeddings:
         yield "bigram_weights=true: does not work with model.tie_embeddings=true; leave one of them out"
     if trainer.limit_val_batches == 0:
@@ -628,16 +620,6 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from without_effect(texts, names, "text_generator.", "text_generator.every_n_epochs=0")
     elif texts.prompts == []:
         yield "text_generator.prompts=[]: give a prompt, or text_generator.every_n_epochs=0"
-
-
-def _previous_token_problems(config: TrainConfig) -> Iterator[str]:
-    setting, model = f"previous_token_heads={config.previous_token_heads}", config.model
-    if not config.bigram_weights:
-        yield f"{setting}: needs bigram_weights=true"
-    if config.previous_token_heads > model.num_heads:
-        yield f"{setting}: model.num_heads is only {model.num_heads}; lower the first, or raise the second"
-    if 1 in (model.head_dim, model.embed_dim):
-        yield f"{setting}: needs model.head_dim and model.embed_dim of at least 2; raise them, or leave it out"
 
 
 def _fsdp2_problems(config: TrainConfig) -> Iterator[str]:

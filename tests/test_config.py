@@ -128,7 +128,6 @@ def test_what_needs_all_weights_in_one_process(override):
         settings("trainer.strategy=fsdp2", override)
 
 
-FROM_COUNTS = ("bigram_weights=true", "unigram_bias=true")
 TEXT = ("data=text", "data.path=my.txt")
 NO_TEXTS = "text_generator.every_n_epochs=0"
 CONFLICTS = [
@@ -172,9 +171,6 @@ def test_settings_without_effect_are_refused(command, overrides, refused):
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [
-        ("train", ["previous_token_heads=1"], "previous_token_heads=1: needs bigram_weights=true"),
-        ("train", [*FROM_COUNTS, "previous_token_heads=3"], "previous_token_heads=3: model.num_heads is only 2"),
-        ("train", [*FROM_COUNTS, "previous_token_heads=1", "model.head_dim=1"], "previous_token_heads=1: needs model.head_dim"),
         ("sample", ["show=probabilities", "format=markdown"], "show=probabilities: needs format=text"),
         ("sample", ["forced_words={a: cat}"], "forced_words={'a': 'cat'}: must be words by position"),
         ("sample", ["compare={}"], "compare={}: must be lists of values by setting"),
@@ -194,7 +190,7 @@ def test_settings_without_effect_are_refused(command, overrides, refused):
     ],
     ids=str,
 )
-def test_rules_for_several_settings(command, overrides, message):
+def test_the_rules_of_the_other_commands(command, overrides, message):
     with pytest.raises(InputError) as caught:
         app.to_settings(app.compose(command, overrides))
     assert [problem[: len(message)] for problem in caught.value.problems] == [message]

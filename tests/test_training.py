@@ -100,16 +100,6 @@ class TestLoss:
         squares = embeddings[first].square().mean(1)  # of the first token of each pair
         assert_close((squares * counts).sum() / counts.sum(), torch.tensor(0.1**2), atol=1e-4, rtol=0)
 
-    def test_previous_token_heads_start_with_their_attention_on_one_earlier_token(self, tiny_config):
-        options = ["trainer.max_steps=1", "optimizer.learning_rate=1e-30", "unigram_bias=true", "bigram_weights=true"]
-        config = tiny_config(*options, "model.num_heads=3", "model.head_dim=8", "previous_token_heads=2")
-        network = load(train(config) / "checkpoints" / "last.ckpt").network
-        [batch, *_] = _open_text(config, None).train_dataloader()
-        weights = network.blocks[0].attention.attention_weights(network.embed(batch.inputs)).mean(0)  # (H, L, L)
-        for head, distance in enumerate((1, 2)):
-            assert weights[head].diagonal(-distance).mean() > 0.7
-            assert weights[2].diagonal(-distance).mean() < 0.3, "the last head looks for no position"
-
     def test_pairs_do_not_cross_documents(self, tiny_config):
         """Whole documents are counted, and the sequences once more."""
         config = tiny_config("model.max_length=4", "data.validation_share=0")

@@ -226,7 +226,7 @@ def _build_module(config: TrainConfig, datamodule: TextDataModule, is_new: bool 
     if config.unigram_bias:
         module.model.output.bias.data.copy_(datamodule.target_shares().log())
     if config.bigram_weights and is_new:  # a checkpoint replaces all weights
-        start_from_counts(module.model, datamodule.pair_counts(), config.previous_token_heads)
+        start_from_counts(module.model, datamodule.pair_counts())
     if config.softmax_candidates is not None:
         module.target_shares = datamodule.target_shares()
     if config.trainer.compile:
