@@ -139,6 +139,11 @@ class TestPrompts:
         assert all(2 <= n <= 4 for n in lengths["short"]) and all(5 <= n <= 8 for n in lengths["medium"])
         assert min(lengths["long"]) > 8
 
+    def test_comments_and_a_number_sign_in_quotes(self, tmp_path):
+        text = "short:  # 2 words\n  # - no prompt\n  - 'movie #1 is'\n  - c# is\n  - \"the cat\"  # animals\n"
+        (tmp_path / "p.yaml").write_text(text)
+        assert read_prompts(tmp_path / "p.yaml") == [("short", text) for text in ("movie #1 is", "c# is", "the cat")]
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -146,6 +151,7 @@ class TestPrompts:
             ("- the cat", "must begin with a kind, such as short:"),
             ("short:\n  - a cat\nlong:\n  -the cat", "the kind long has no list of prompts; start each prompt with -"),
             ("short:\n  - movie #1 is", "line 2: the words after # do not count; write the prompt in single quotes"),
+            ("short:\n  - a cat\n  - #1 movie", "line 3: the words after # do not count; write the prompt in single"),
             ('short:\n  - "good" is not', "line 2: expected <block end>.*; write the prompt in single quotes"),
             ("short: []", "has no prompt"),
             ("short:\n  - the cat\n    - a dog", "'the cat - a dog' stands on several lines; start each - in the same"),

@@ -249,9 +249,9 @@ def open_run_corpus(folder: Path, tokenizer: Tokenizer, source: str | None) -> t
 
 
 def same_source(data: DataConfig, record: dict[str, Any]) -> DataConfig:
-    """Replace `data.source=auto` by what it took when the run of this record began.
+    """Settings with the source that the run of this record took, if they say `data.source=auto`.
 
-    The hub may answer now and not then, or the other way round.
+    Now `auto` could take another source: the hub may answer now although it did not then.
     """
     if isinstance(data, ImdbConfig) and data.source == "auto" and record.get("text"):
         return replace(data, source="packaged" if "packaged" in record["text"]["source"] else "hub")

@@ -63,7 +63,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     if repeated := [kind for kind in contents if kinds.count(kind) > 1]:
         raise InputError(f"prompts={path}: the kind {repeated[0]} occurs twice; put its prompts under one name")
     for number, line in enumerate(text.splitlines(), start=1):
-        if re.match(r"\s*- [^'\"#].*\s#", line):
+        if re.match(r"\s*-\s+([^'\"].*\s)?#", line):
             remedy = "write the prompt in single quotes, or the comment in a line of its own"
             raise InputError(f"prompts={path}: line {number}: the words after # do not count; {remedy}")
     prompts = [(kind, prompt) for kind, group in contents.items() for prompt in group]
