@@ -70,6 +70,10 @@ class ModelConfig:
     num_blocks: int = setting(1, "Transformer blocks; the notebook has one", minimum=1)
     dropout: float = setting(0.1, "dropout probability", minimum=0, below=1)
     tie_embeddings: bool = setting(False, "the output layer shares the weight of the token embedding")
+    token_shift: bool = setting(
+        False,
+        "half of the channels of keys and values come from the token before (RWKV, arXiv 2305.13048)",
+    )
 
 
 @dataclass

@@ -110,8 +110,13 @@ def write_keras(path: Path, network: MiniGPT) -> None:
     The notebook's model has two separate matrices for tied embeddings, so the file contains the matrix twice.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the notebook's model has no token shift, or the file cannot be written.
     """
+    if network.arguments.token_shift:
+        raise InputError(
+            f"to_keras={path}: the notebook's model has no token shift, and this run has model.token_shift=true;"
+            " convert another run"
+        )
     state = network.state_dict()
     attention: Any = network.blocks[0].attention
     sizes = {"H": attention.num_heads, "K": attention.head_dim, "F": len(state["blocks.0.feed_forward.0.bias"])}

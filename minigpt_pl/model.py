@@ -37,6 +37,7 @@ class MiniGPT(nn.Module):
         num_blocks: number of Transformer blocks; the notebook has one.
         dropout: probability of dropout after attention and feed-forward layers, in [0, 1).
         tie_embeddings: use the token embedding as the output layer's weight (arXiv 1608.05859).
+        token_shift: half of the channels of keys and values come from the token before; see `CausalSelfAttention`.
 
     Attributes:
         arguments: the arguments above. `head_dim` is a number here.
@@ -60,10 +61,11 @@ class MiniGPT(nn.Module):
         num_blocks: int = 1,
         dropout: float = 0.1,
         tie_embeddings: bool = False,
+        token_shift: bool = False,
     ):
         super().__init__()
         sizes = (vocab_size, max_length, embed_dim, num_heads, head_dim, feed_forward_dim, num_blocks)
-        self.arguments = ModelConfig(*sizes, dropout, tie_embeddings)
+        self.arguments = ModelConfig(*sizes, dropout, tie_embeddings, token_shift)
         if problems := [*range_problems(self.arguments)]:
             raise InputError(*problems)
         self.arguments.head_dim = head_dim = embed_dim if head_dim is None else head_dim
@@ -71,7 +73,7 @@ class MiniGPT(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_length, embed_dim)
         block_sizes = (embed_dim, num_heads, head_dim, feed_forward_dim)
-        blocks = nn.ModuleList(TransformerBlock(*block_sizes, dropout) for _ in range(num_blocks))
+        blocks = nn.ModuleList(TransformerBlock(*block_sizes, dropout, token_shift) for _ in range(num_blocks))
         self.blocks = cast(Sequence[TransformerBlock], blocks)
         self.output = nn.Linear(embed_dim, vocab_size)
         self.activation_checkpointing = False
@@ -145,9 +147,17 @@ class TransformerBlock(nn.Module):
     The norm comes last, as in the notebook and in "Attention Is All You Need" (arXiv 1706.03762). In GPT-2 it is first.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, feed_forward_dim: int, dropout: float):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        feed_forward_dim: int,
+        dropout: float,
+        token_shift: bool = False,
+    ):
         super().__init__()
-        self.attention = CausalSelfAttention(embed_dim, num_heads, head_dim)
+        self.attention = CausalSelfAttention(embed_dim, num_heads, head_dim, token_shift)
         self.feed_forward = nn.Sequential(
             nn.Linear(embed_dim, feed_forward_dim), nn.ReLU(), nn.Linear(feed_forward_dim, embed_dim)
         )
@@ -170,11 +180,20 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention. Each position attends to itself and earlier positions.
 
     It equals Keras's `MultiHeadAttention(H, key_dim=K)`. In `torch.nn.MultiheadAttention(D, H)`, K is D / H.
+
+    With `token_shift`, the first channels of each head's keys and values come from the token before (RWKV, arXiv
+    2305.13048). So a head can find the earlier places where the current token was the token before, and read which
+    token followed. Such induction heads need two blocks without a shift (arXiv 2209.11895). The first token has none
+    before it and keeps its own channels.
+
+    Attributes:
+        shifted: number of these channels in each head: half of K, rounded up, or 0.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, head_dim: int):
+    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, token_shift: bool = False):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
+        self.shifted = (head_dim + 1) // 2 if token_shift else 0
         self.query = nn.Linear(embed_dim, num_heads * head_dim)
         self.key = nn.Linear(embed_dim, num_heads * head_dim)
         self.value = nn.Linear(embed_dim, num_heads * head_dim)
@@ -182,7 +201,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        query, key, value = self.project(x)
+        query, *others = self.project(x)
+        key, value = map(self.shift, others)
         if x.device.type == "cpu" and query.dtype == torch.bfloat16 and x.shape[1] <= EXPLICIT_LENGTH:
             mixed = _attention_weights(query, key) @ value  # (B, H, L, L) @ (B, H, L, K)
         else:
@@ -190,9 +210,16 @@ class CausalSelfAttention(nn.Module):
         return self.merge_heads(mixed)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, L, D) -> queries, keys and values, (B, H, L, K) each."""
+        """(B, L, D) -> queries, keys and values, (B, H, L, K) each, before the token shift."""
         layers, heads = (self.query, self.key, self.value), (self.num_heads, self.head_dim)
         return tuple(layer(x).view(*x.shape[:2], *heads).transpose(1, 2) for layer in layers)
+
+    def shift(self, x: Tensor) -> Tensor:
+        """Token shift of keys or values, from the first token of a text on: (B, H, L, K) -> (B, H, L, K)."""
+        if self.shifted == 0:
+            return x
+        shifted, same = x[..., : self.shifted], x[..., self.shifted :]
+        return torch.cat([torch.cat([shifted[:, :, :1], shifted[:, :, :-1]], dim=2), same], dim=3)
 
     def merge_heads(self, mixed: Tensor) -> Tensor:
         """(B, H, L, K) -> (B, L, D)."""
@@ -202,7 +229,7 @@ class CausalSelfAttention(nn.Module):
     def attention_weights(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, H, L, L). Row i sums to 1 over the positions j <= i."""
         query, key, _ = self.project(x)
-        return _attention_weights(query, key)
+        return _attention_weights(query, self.shift(key))
 
 
 def _attention_weights(query: Tensor, key: Tensor) -> Tensor:

@@ -92,6 +92,12 @@ def test_weights_come_back_bit_by_bit(arguments, tmp_path):
     assert all(torch.equal(back.state_dict[name], weight) for name, weight in model.state_dict().items())
 
 
+def test_a_token_shift_has_no_place_in_a_keras_file(tmp_path):
+    model, path = network(token_shift=True), tmp_path / "a.weights.h5"
+    fails("to_keras=.*a.weights.h5: the notebook's model has no token shift", write_keras, path, model)
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_file_comes_back_bit_by_bit(keras_file, vocabulary, tmp_path):
     """From file to run folder to file: all arrays, and the words."""
     folder = run(tmp_path, from_keras=keras_file, vocabulary=vocabulary)

@@ -41,6 +41,7 @@ SIZES = {
         feed_forward_dim=30,
         num_blocks=3,
         tie_embeddings=True,
+        token_shift=True,
     ),
 }
 TOP_10 = """([contexts]) => contexts.map(ids => {
@@ -109,9 +110,9 @@ def engine(request, start):
     return model, start(model)
 
 
-@pytest.fixture(scope="module")
-def one_block(start):
-    model = random_model(**SIZES["one block"])
+@pytest.fixture(scope="module", params=[False, True], ids=["", "token shift"])
+def one_block(request, start):
+    model = random_model(**SIZES["one block"], token_shift=request.param)
     return model, start(model)
 
 
@@ -188,7 +189,8 @@ def derivatives(network, ids, word):
     attention = block.attention
     weights = attention.attention_weights(x[None])[0, :, -1].detach()  # (H, L)
     values = attention.value(x).view(len(ids), attention.num_heads, -1) * factors[:-1, None, None]  # (L, H, K)
-    attended = attention.output(torch.einsum("hl,lhk->hk", weights, values).flatten())  # (D,)
+    values = attention.shift(values.transpose(0, 1)[None])[0]  # (H, L, K)
+    attended = attention.output(torch.einsum("hl,hlk->hk", weights, values).flatten())  # (D,)
     middle = norm(block.attention_norm, x[-1] * factors[-1] + attended)
     hidden = block.feed_forward[0](middle)  # (F,)
     end = norm(block.feed_forward_norm, middle + block.feed_forward[2](hidden * (hidden > 0).detach()))

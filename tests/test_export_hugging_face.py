@@ -29,6 +29,7 @@ VARIANTS = {
     "notebook": dict(max_length=80),
     "several blocks": dict(max_length=13, num_blocks=3, num_heads=3, head_dim=5),
     "tied": dict(max_length=13, tie_embeddings=True, num_blocks=2, head_dim=3),
+    "token shift": dict(max_length=13, num_blocks=2, num_heads=3, head_dim=5, token_shift=True),
     "without an end": dict(max_length=10),
 }
 LENGTHS = {name: 200 if name == "notebook" else 40 for name in VARIANTS}  # new words

@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript", reason="no onnxscript: pip install 'minigpt_pl
 
 pytestmark = pytest.mark.slow  # imports transformers or onnx
 
-VARIANTS = ("notebook", "tied")  # tied: several blocks too
+VARIANTS = ("notebook", "tied", "token shift")  # the last two: several blocks too
 
 
 @pytest.fixture(scope="module")

@@ -63,9 +63,10 @@ def test_attention_weights_are_0_for_later_positions():
     assert (weights[0, 0] > 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
+@pytest.mark.parametrize("token_shift", [False, True])
 @pytest.mark.parametrize("num_blocks", [1, 3])
-def test_later_tokens_do_not_change_earlier_logits(ids, num_blocks):
-    model = MiniGPT(**SMALL, num_blocks=num_blocks).eval()
+def test_later_tokens_do_not_change_earlier_logits(ids, num_blocks, token_shift):
+    model = MiniGPT(**SMALL, num_blocks=num_blocks, token_shift=token_shift).eval()
     changed = ids.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 50
     before, after = model(ids)[0], model(changed)[0]
@@ -83,10 +84,26 @@ def test_fused_attention_equals_the_explicit_mask(ids):
     assert_close(attention(x), explicit, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("head_dim", "shifted"), [(8, 4), (5, 3), (1, 1)])
+def test_with_a_token_shift_half_of_the_channels_come_from_the_token_before(head_dim, shifted):
+    attention = MiniGPT(**SMALL | {"head_dim": head_dim}, token_shift=True).blocks[0].attention.double()
+    x = torch.randn(3, 12, 16, dtype=torch.float64)
+    query, *others = attention.project(x)
+    key, value = (states.clone() for states in others)
+    for states, own in zip((key, value), others, strict=True):
+        for position in range(1, 12):
+            states[:, :, position, :shifted] = own[:, :, position - 1, :shifted]
+    scores = query @ key.mT / math.sqrt(head_dim)
+    weights = scores.masked_fill(torch.ones(12, 12).triu(1).bool(), -math.inf).softmax(-1)
+    assert_close(attention.attention_weights(x), weights)
+    assert_close(attention(x), attention.merge_heads(weights @ value), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("token_shift", [False, True])
 @pytest.mark.parametrize("limit", [0, 256], ids=["fused", "explicit"])
-def test_attention_in_bf16_stays_within_its_rounding(monkeypatch, limit):
+def test_attention_in_bf16_stays_within_its_rounding(monkeypatch, limit, token_shift):
     monkeypatch.setattr("minigpt_pl.model.EXPLICIT_LENGTH", limit)
-    attention = MiniGPT(**SMALL).blocks[0].attention
+    attention = MiniGPT(**SMALL, token_shift=token_shift).blocks[0].attention
     x = torch.randn(3, 12, 16)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = attention(x)

@@ -31,6 +31,7 @@ SIZES = {
     "num_hidden_layers": "num_blocks",
     "hidden_dropout_prob": "dropout",
     "tie_word_embeddings": "tie_embeddings",
+    "token_shift": "token_shift",
 }
 USAGE = """\
 ```python
@@ -134,6 +135,7 @@ def read_model(folder: Path) -> TextModel:
         )
         if config["model_type"] != MODEL_TYPE:
             raise ValueError(f"model_type={config['model_type']}")
+        config = {"token_shift": False} | config  # older versions do not write it
         network = MiniGPT(**{argument: config[name] for name, argument in SIZES.items()})
         weights = load_file(folder / WEIGHTS)
         if network.arguments.tie_embeddings:

@@ -35,12 +35,14 @@ class MiniGPTConfig(PreTrainedConfig):
         hidden_dropout_prob: float = 0.1,
         layer_norm_eps: float = 1e-6,
         tie_word_embeddings: bool = False,
+        token_shift: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.num_attention_heads, self.head_dim = hidden_size, num_attention_heads, head_dim
         self.intermediate_size, self.num_hidden_layers = intermediate_size, num_hidden_layers
         self.hidden_dropout_prob, self.layer_norm_eps = hidden_dropout_prob, layer_norm_eps
+        self.token_shift = token_shift
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -113,15 +115,17 @@ class MiniGPTForCausalLM(PreTrainedModel, GenerationMixin):
         columns = torch.arange(total, device=input_ids.device)  # (T,)
         rows = columns[past:, None]  # (L, 1)
         mask, positions = rows >= columns if past else None, columns[past:]  # (L, T), (L,)
+        is_first = columns == 0  # (T,)
         if attention_mask is not None:
             # A padding token attends to itself: without any token, the softmax would be NaN.
             attends = (rows >= columns) & attention_mask.bool()[:, None] | (rows == columns)  # (B, L, T)
             mask = attends[:, None]  # (B, 1, L, T)
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]  # (B, L)
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+            is_first, positions = (positions == 0)[:, None], positions[:, past:]  # (B, 1, T), (B, L)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, L, D)
         states = [x]
         for block in self.blocks:
-            x = block(x, mask, cache)
+            x = block(x, mask, is_first, cache)
             states.append(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.output(x[:, kept])  # (B, L, V)
@@ -173,8 +177,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask, cache)))
+    def forward(self, x: Tensor, mask: Tensor | None, is_first: Tensor, cache: Cache | None) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask, is_first, cache)))
         output: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return output
 
@@ -188,15 +192,28 @@ class CausalSelfAttention(nn.Module):
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
         self.output = nn.Linear(inner, width)
+        self.shifted = (config.head_dim + 1) // 2 if config.token_shift else 0
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """(B, L, D) -> (B, L, D). `mask`, (L, T) or (B, 1, L, T), is true where a token attends; None for causal."""
+    def forward(self, x: Tensor, mask: Tensor | None, is_first: Tensor, cache: Cache | None) -> Tensor:
+        """(B, L, D) -> (B, L, D). `mask`, (L, T) or (B, 1, L, T), is true where a token attends; None for causal.
+
+        `is_first`, (T,) or (B, 1, T), is true at the first token of a text.
+        """
         layers = (self.query, self.key, self.value)
         query, key, value = (layer(x).unflatten(-1, self.heads).transpose(1, 2) for layer in layers)  # (B, H, L, K)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)  # (B, H, T, K)
+        if self.shifted:
+            key, value = (self._shift(states, is_first) for states in (key, value))
         if mask is not None:  # a static cache has room for later tokens
             mask = F.pad(mask, (0, key.shape[2] - mask.shape[-1]))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))  # (B, H, L, K) -> (B, L, H*K) -> (B, L, D)
         return output
+
+    def _shift(self, x: Tensor, is_first: Tensor) -> Tensor:
+        """The first channels come from the token before, if there is one: keys or values (B, H, T, K) -> the same."""
+        is_first = F.pad(is_first, (0, x.shape[2] - is_first.shape[-1]))  # a static cache is longer
+        shifted, same = x[..., : self.shifted], x[..., self.shifted :]
+        before = torch.cat([shifted[:, :, :1], shifted[:, :, :-1]], dim=2)
+        return torch.cat([torch.where(is_first[..., None], shifted, before), same], dim=3)

@@ -1,6 +1,7 @@
 """The hidden state of the newest token of each text, without a full forward pass per token.
 
-B texts, W max_length, D width, H heads, K head width. Both decoders have the same methods.
+B texts, W max_length, D width, H heads, K head width, P parts of a head (see `AbsorbedAttention`). Both decoders have
+the same methods.
 """
 
 import math
@@ -32,7 +33,7 @@ class OneBlockDecoder:
 
     def __init__(self, network: MiniGPT, attention: AbsorbedAttention, prompts: Sequence[Sequence[int]]):
         self.block, self.attention = network.blocks[0], attention
-        self.num_heads = network.blocks[0].attention.num_heads
+        self.num_heads, self.token_shift = network.arguments.num_heads, network.arguments.token_shift
         self.embedding, self.positions = network.token_embedding.weight, network.position_embedding.weight
         self.size, width = self.positions.shape  # W, D
         prompts = [prompt[-self.size :] for prompt in prompts]
@@ -66,24 +67,42 @@ class OneBlockDecoder:
         is_equal = self.shortest == self.longest
         positions = self.positions[length - 1] if is_equal else F.embedding(self.lengths - 1, self.positions)
         x = window[:, -1] + positions  # (B, D)
-        query = self.attention.query(x).view(len(x), self.num_heads, -1)  # (B, H, D + W)
-        query, by_position = query[..., :width], query[..., width : width + length]  # (B, H, D), (B, H, L)
+        query = self.attention.query(x).unflatten(1, (-1, width + self.size))  # (B, H*P, D + W)
+        query, by_position = query[..., :width], query[..., width : width + length]  # (B, H*P, D), (B, H*P, L)
         if not is_equal:
             # Slot s holds position s - (L - own length), which is s + own length modulo L. Earlier slots are empty.
             empty = (self.slots[:length] < length - self.lengths[:, None])[:, None]  # (B, 1, L)
             by_position = self._roll(by_position, self.lengths).masked_fill_(empty, -math.inf)
-        scores = torch.baddbmm(by_position, query, window.mT)  # (B, H, L) + (B, H, D) @ (B, D, L)
+        scores = torch.baddbmm(by_position, query, window.mT)  # (B, H*P, L) + (B, H*P, D) @ (B, D, L)
+        if self.token_shift:
+            first = 0 if is_equal else length - self.lengths[:, None, None]
+            is_first = self.slots[:length] == first  # (L,) or (B, 1, L)
+            scores = self._add_parts(scores, is_first)  # (B, H, L)
         weights = scores.softmax(dim=-1)
-        mixed = weights @ window  # (B, H, L) @ (B, L, D)
+        if self.token_shift:
+            weights = self._split_into_parts(weights, is_first)  # (B, H*P, L)
+        mixed = weights @ window  # (B, H*P, L) @ (B, L, D)
         if not is_equal:
             weights = self._roll(weights, -self.lengths)
         if length < self.size:
-            weights = F.pad(weights, (0, self.size - length))  # (B, H, W)
-        mixed = torch.cat([mixed, weights], dim=2)  # (B, H, D + W)
+            weights = F.pad(weights, (0, self.size - length))  # (B, H*P, W)
+        mixed = torch.cat([mixed, weights], dim=2)  # (B, H*P, D + W)
         return self.block.after_attention(x, self.attention.value(mixed.flatten(1)))
 
+    def _add_parts(self, scores: Tensor, is_first: Tensor) -> Tensor:
+        """Scores of both parts of each head (B, H*2, L) -> scores with the token shift (B, H, L)."""
+        shifted, same = scores[:, ::2], scores[:, 1::2]
+        before = torch.cat([shifted[..., :1], shifted[..., :-1]], dim=2)
+        return torch.where(is_first, shifted, before) + same
+
+    def _split_into_parts(self, weights: Tensor, is_first: Tensor) -> Tensor:
+        """Attention weights (B, H, L) -> for both parts, the weights of the tokens that they read (B, H*2, L)."""
+        of_first = weights * is_first
+        shifted = F.pad((weights - of_first)[..., 1:], (0, 1)) + of_first
+        return torch.stack([shifted, weights], dim=2).flatten(1, 2)
+
     def _roll(self, x: Tensor, shifts: Tensor) -> Tensor:
-        """Roll each row to the left, by its own number of slots: (B, H, L), (B,) -> (B, H, L)."""
+        """Roll each row to the left, by its own number of slots: (B, H*P, L), (B,) -> (B, H*P, L)."""
         length = x.shape[2]
         return x.gather(2, ((self.slots[:length] + shifts[:, None]) % length)[:, None].expand_as(x))
 
@@ -132,8 +151,9 @@ class KVCacheDecoder:
         x: Tensor = self.network.token_embedding(ids) + self.network.position_embedding(positions)  # (B, N, D)
         rows, visible = torch.arange(len(ids))[:, None], (self.slots <= positions[..., None])[:, None]  # (B, 1, N, W)
         for block, cache in zip(self.network.blocks, self.cache, strict=True):
-            query, *new = block.attention.project(x)  # (B, H, N, K) each
+            query, *new = block.attention.project(x)  # (B, H, N, K) each, before the token shift
             cache[:, rows, :, positions] = torch.stack(new).permute(1, 3, 0, 2, 4)  # (B, N, 2, H, K)
-            mixed = F.scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=visible)  # (B, H, N, K)
+            key, value = map(block.attention.shift, cache)  # (B, H, W, K)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)  # (B, H, N, K)
             x = block.after_attention(x, block.attention.merge_heads(mixed))
         return x

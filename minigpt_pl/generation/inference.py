@@ -81,9 +81,12 @@ class AbsorbedAttention:
     output is Wo Wv (sum over j of weight_j x_j) plus a constant. So the products of the matrices are computed once.
     DeepSeek-V2 calls this "absorbed" (arXiv 2405.04434).
 
+    With a token shift, each head has P = 2 parts: the channels of the token before, and the others. A part has its own
+    scores, and the head's score is their sum. Without a shift, P is 1.
+
     Attributes:
-        query: D -> H*(D + W) for W = max_length. For each head: q_i, then the scores of q_i for all W positions.
-        value: H*(D + W) -> D. For each head: the weighted sum of token embeddings, then the weights of all positions.
+        query: D -> H*P*(D + W) for W = max_length. For each part: q_i, then the scores of q_i for all W positions.
+        value: H*P*(D + W) -> D. For each part: the weighted sum of token embeddings, then the weights of all positions.
     """
 
     def __init__(self, network: MiniGPT):
@@ -91,14 +94,17 @@ class AbsorbedAttention:
         heads, scale = (attention.num_heads, attention.head_dim), 1 / math.sqrt(attention.head_dim)
         layers = (attention.query, attention.key, attention.value)
         query, key, value = (layer.weight.view(*heads, -1) for layer in layers)  # (H*K, D) -> (H, K, D)
+        shifted = attention.shifted
+        parts = (slice(shifted), slice(shifted, None)) if shifted else (slice(None),)  # of K
 
         def with_positions(x: Tensor) -> Tensor:  # (..., D) -> (..., D + W)
             return torch.cat([x, x @ positions.T], dim=-1)
 
-        weight = with_positions(query.mT @ key * scale)  # (H, D, D) -> (H, D, D + W)
-        bias = with_positions((attention.query.bias.view(heads)[:, None] @ key)[:, 0] * scale)  # (H, D + W)
-        self.query = PackedLinear(weight.transpose(1, 2).flatten(0, 1), bias.flatten())
-        product = attention.output.weight.view(-1, *heads).transpose(0, 1) @ value  # (H, D, K) @ (H, K, D)
-        weight = with_positions(product)  # (H, D, D) -> (H, D, D + W)
+        query = torch.cat([query, attention.query.bias.view(*heads, 1)], dim=2)  # (H, K, D + 1): with the bias
+        product = torch.stack([query[:, part].mT @ key[:, part] for part in parts], dim=1)  # (H, P, D + 1, D)
+        weight = with_positions(product * scale).transpose(2, 3).flatten(0, 2)  # (H*P*(D + W), D + 1)
+        self.query = PackedLinear(weight[:, :-1].contiguous(), weight[:, -1].contiguous())
+        output = attention.output.weight.view(-1, *heads).transpose(0, 1)  # (H, D, K)
+        product = torch.stack([output[..., part] @ value[:, part] for part in parts], dim=1)  # (H, P, D, D)
         bias = F.linear(attention.value.bias, attention.output.weight, attention.output.bias)  # (D,)
-        self.value = PackedLinear(weight.transpose(0, 1).flatten(1), bias)
+        self.value = PackedLinear(with_positions(product).permute(2, 0, 1, 3).flatten(1), bias)

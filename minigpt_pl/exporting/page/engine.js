@@ -224,29 +224,42 @@ const MiniGPT = (() => {
 
   // ------------------------------------------------------------------------------------------------ network
 
+  // Parts of the channels of a head: [first row, end, how many positions before their input is].
+  function partsOfHead(head, width, shifted) {
+    const first = head * width, middle = first + shifted;
+    return [[first, middle, 1], [middle, first + width, 0]].filter(([from, to]) => from < to);
+  }
+
   // One block at the last of these positions: inputs are L arrays (D,). The keys and values of the positions are never
   // computed, because the block needs them at one position only:
   //   query . (Wk x_j + bk) = (Wk.T query) . x_j + a number that is the same for all j, which the softmax ignores
   //   sum over j of weight_j (Wv x_j + bv) = Wv (sum over j of weight_j x_j) + bv
-  // So nothing has to be recomputed when the window slides and all positions change.
-  function runBlock(block, numHeads, inputs) {
+  // So nothing has to be recomputed when the window slides and all positions change. The first `shifted` channels of each
+  // head read the input before (the token shift of model.py). They have an absorbed query and a sum of their own.
+  function runBlock(block, numHeads, shifted, inputs) {
     const x = inputs[inputs.length - 1]; // (D,)
     const query = linear(block.query, x); // (H*K,)
     const width = query.length / numHeads; // K
     const values = new Float32Array(query.length); // (H*K,)
     const weights = [];
     for (let head = 0; head < numHeads; head++) {
-      const first = head * width;
-      const absorbed = transposed(block.key.weight, x.length, query.subarray(first, first + width), first); // (D,)
-      const scores = inputs.map((input) => dot(input, 0, absorbed) / Math.sqrt(width)); // L
+      const parts = partsOfHead(head, width, shifted);
+      const scores = new Float64Array(inputs.length); // (L,)
+      for (const [from, to, before] of parts) {
+        const absorbed = transposed(block.key.weight, x.length, query.subarray(from, to), from); // (D,)
+        const ofInputs = inputs.map((input) => dot(input, 0, absorbed) / Math.sqrt(width)); // L
+        scores.forEach((_, j) => (scores[j] += ofInputs[Math.max(j - before, 0)]));
+      }
       weights.push(softmax(scores)); // (L,)
-      const mixed = new Float32Array(x.length); // (D,)
-      inputs.forEach((input, j) => {
-        const weight = weights[head][j];
-        for (let i = 0; i < mixed.length; i++) mixed[i] += weight * input[i];
-      });
-      for (let row = first; row < first + width; row++) {
-        values[row] = block.value.bias[row] + dot(block.value.weight, row * x.length, mixed);
+      for (const [from, to, before] of parts) {
+        const mixed = new Float32Array(x.length); // (D,)
+        weights[head].forEach((weight, j) => {
+          const input = inputs[Math.max(j - before, 0)];
+          for (let i = 0; i < mixed.length; i++) mixed[i] += weight * input[i];
+        });
+        for (let row = from; row < to; row++) {
+          values[row] = block.value.bias[row] + dot(block.value.weight, row * x.length, mixed);
+        }
       }
     }
     const attended = linear(block.output, values); // (D,)
@@ -279,6 +292,7 @@ const MiniGPT = (() => {
       this.maxLength = data.network.max_length;
       this.numHeads = data.network.num_heads;
       this.numBlocks = data.network.num_blocks;
+      this.shifted = data.network.shifted; // channels of each head that read the input before
       this.paddingId = data.padding_id;
       this.unknownId = data.unknown_id;
       this.endId = data.end_id;
@@ -328,7 +342,7 @@ const MiniGPT = (() => {
         inputs[0][position] = sum(token, this.#positions.subarray(position * width, (position + 1) * width));
         this.#blocks.forEach((block, number) => {
           if (number + 1 < this.numBlocks || position + 1 === window.length) {
-            result = runBlock(block, this.numHeads, inputs[number].slice(0, position + 1));
+            result = runBlock(block, this.numHeads, this.shifted, inputs[number].slice(0, position + 1));
             if (number + 1 < this.numBlocks) inputs[number + 1][position] = result.output;
           }
         });
@@ -344,7 +358,8 @@ const MiniGPT = (() => {
     attention(ids) {
       this.#run(ids);
       const { inputs } = this.#seen;
-      return { weights: this.#blocks.map((block, number) => runBlock(block, this.numHeads, inputs[number]).weights) };
+      const run = (block, number) => runBlock(block, this.numHeads, this.shifted, inputs[number]);
+      return { weights: this.#blocks.map((block, number) => run(block, number).weights) };
     }
 
     // The logit is a sum over the positions if three things are fixed at their present values: the attention weights,
@@ -367,10 +382,15 @@ const MiniGPT = (() => {
       const width = ofValues.length / this.numHeads; // K
       const positions = new Float32Array(inputs.length);
       weights.forEach((ofPositions, head) => {
-        const values = ofValues.subarray(head * width, (head + 1) * width); // (K,)
-        const ofInput = transposed(block.value.weight, x.length, values, head * width); // (D,)
-        const constant = dot(block.value.bias, head * width, values);
-        inputs.forEach((input, j) => (positions[j] += ofPositions[j] * (dot(input, 0, ofInput) + constant)));
+        for (const [from, to, before] of partsOfHead(head, width, this.shifted)) {
+          const values = ofValues.subarray(from, to);
+          const ofInput = transposed(block.value.weight, x.length, values, from); // (D,)
+          const constant = dot(block.value.bias, from, values);
+          ofPositions.forEach((weight, j) => {
+            const source = Math.max(j - before, 0);
+            positions[source] += weight * (dot(inputs[source], 0, ofInput) + constant);
+          });
+        }
       });
       const bias =
         dot(block.output.bias, 0, gradient) +
