@@ -49,6 +49,7 @@ class Idea:
         embedding_size: root mean square of the embeddings from counts. The first predictions hardly depend on it.
         mix_before: add the embedding of the word before, times a learned vector.
         skip: add the embeddings to the block's output, times a learned vector.
+        token_shift: half of the channels of keys and values come from the word before (`model.token_shift`).
         value_embeddings: add a second embedding of the words to the input of the attention's values.
         muon: learning rate of Muon for the block's matrices; 0 means Adam.
         short: share of the steps, at the start, with only 40 words.
@@ -80,6 +81,7 @@ class Idea:
     embedding_size: float = 1.0
     mix_before: bool = False
     skip: bool = False
+    token_shift: bool = False
     value_embeddings: bool = False
     heads: int = 2
     head_dim: int = 256
@@ -143,6 +145,7 @@ IDEAS = {
     "later words first": replace(_BASE, later_words=0.6),
     "mix of the word before": replace(_BASE, mix_before=True),
     "skip": replace(_BASE, skip=True),
+    "token shift": replace(_BASE, token_shift=True),
     "value embeddings": replace(_BASE, value_embeddings=True),
     "pairs": _PAIRS,
     "pairs, 262,144": replace(_PAIRS, pairs=262_144),
@@ -222,7 +225,7 @@ class Network(nn.Module):
         super().__init__()
         self.idea, self.frequent = idea, None
         sizes = {"num_heads": idea.heads, "head_dim": idea.head_dim, "feed_forward_dim": idea.feed_forward_dim}
-        self.gpt = MiniGPT(V, L, D, dropout=0.0, **sizes)
+        self.gpt = MiniGPT(V, L, D, dropout=0.0, token_shift=idea.token_shift, **sizes)
         self.gpt.blocks[0].feed_forward[1] = idea.activation()
         self.before = nn.Parameter(torch.zeros(D)) if idea.mix_before else None
         self.skip = nn.Parameter(torch.zeros(D)) if idea.skip else None

@@ -181,19 +181,18 @@ class CausalSelfAttention(nn.Module):
 
     It equals Keras's `MultiHeadAttention(H, key_dim=K)`. In `torch.nn.MultiheadAttention(D, H)`, K is D / H.
 
-    With `token_shift`, the first channels of each head's keys and values come from the token before (RWKV, arXiv
-    2305.13048). So a head can find the earlier places where the current token was the token before, and read which
-    token followed. Such induction heads need two blocks without a shift (arXiv 2209.11895). The first token has none
-    before it and keeps its own channels.
+    With `token_shift`, the first channels of each head's keys and values come from the token before. So a head attends
+    to pairs of neighbouring tokens. The first token has none before it and keeps its own channels. The name is that of
+    RWKV (arXiv 2305.13048), which mixes the two tokens with learned shares.
 
     Attributes:
-        shifted: number of these channels in each head: half of K, rounded up, or 0.
+        shifted_channels: number of these channels in each head: half of K, rounded up, or 0.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int, token_shift: bool = False):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.shifted = (head_dim + 1) // 2 if token_shift else 0
+        self.shifted_channels = (head_dim + 1) // 2 if token_shift else 0
         self.query = nn.Linear(embed_dim, num_heads * head_dim)
         self.key = nn.Linear(embed_dim, num_heads * head_dim)
         self.value = nn.Linear(embed_dim, num_heads * head_dim)
@@ -216,9 +215,9 @@ class CausalSelfAttention(nn.Module):
 
     def shift(self, x: Tensor) -> Tensor:
         """Token shift of keys or values, from the first token of a text on: (B, H, L, K) -> (B, H, L, K)."""
-        if self.shifted == 0:
+        if self.shifted_channels == 0:
             return x
-        shifted, same = x[..., : self.shifted], x[..., self.shifted :]
+        shifted, same = x[..., : self.shifted_channels], x[..., self.shifted_channels :]
         return torch.cat([torch.cat([shifted[:, :, :1], shifted[:, :, :-1]], dim=2), same], dim=3)
 
     def merge_heads(self, mixed: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def page_data(model: TextModel, folder: Path) -> dict[str, Any]:
             "feed_forward_dim": network.blocks[0].feed_forward[0].out_features,
             "num_blocks": len(network.blocks),
             "tie_embeddings": network.output.weight is network.token_embedding.weight,
-            "shifted": attention.shifted,
+            "shifted_channels": attention.shifted_channels,
         },
         "tensors": tensors,
         "bytes": len(weights),

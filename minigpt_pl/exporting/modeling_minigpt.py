@@ -192,7 +192,7 @@ class CausalSelfAttention(nn.Module):
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
         self.output = nn.Linear(inner, width)
-        self.shifted = (config.head_dim + 1) // 2 if config.token_shift else 0
+        self.shifted_channels = (config.head_dim + 1) // 2 if config.token_shift else 0
 
     def forward(self, x: Tensor, mask: Tensor | None, is_first: Tensor, cache: Cache | None) -> Tensor:
         """(B, L, D) -> (B, L, D). `mask`, (L, T) or (B, 1, L, T), is true where a token attends; None for causal.
@@ -203,7 +203,7 @@ class CausalSelfAttention(nn.Module):
         query, key, value = (layer(x).unflatten(-1, self.heads).transpose(1, 2) for layer in layers)  # (B, H, L, K)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)  # (B, H, T, K)
-        if self.shifted:
+        if self.shifted_channels:
             key, value = (self._shift(states, is_first) for states in (key, value))
         if mask is not None:  # a static cache has room for later tokens
             mask = F.pad(mask, (0, key.shape[2] - mask.shape[-1]))
@@ -214,6 +214,6 @@ class CausalSelfAttention(nn.Module):
     def _shift(self, x: Tensor, is_first: Tensor) -> Tensor:
         """The first channels come from the token before, if there is one: keys or values (B, H, T, K) -> the same."""
         is_first = F.pad(is_first, (0, x.shape[2] - is_first.shape[-1]))  # a static cache is longer
-        shifted, same = x[..., : self.shifted], x[..., self.shifted :]
+        shifted, same = x[..., : self.shifted_channels], x[..., self.shifted_channels :]
         before = torch.cat([shifted[:, :, :1], shifted[:, :, :-1]], dim=2)
         return torch.cat([torch.where(is_first[..., None], shifted, before), same], dim=3)

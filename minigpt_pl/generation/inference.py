@@ -94,7 +94,7 @@ class AbsorbedAttention:
         heads, scale = (attention.num_heads, attention.head_dim), 1 / math.sqrt(attention.head_dim)
         layers = (attention.query, attention.key, attention.value)
         query, key, value = (layer.weight.view(*heads, -1) for layer in layers)  # (H*K, D) -> (H, K, D)
-        shifted = attention.shifted
+        shifted = attention.shifted_channels
         parts = (slice(shifted), slice(shifted, None)) if shifted else (slice(None),)  # of K
 
         def with_positions(x: Tensor) -> Tensor:  # (..., D) -> (..., D + W)

@@ -225,8 +225,8 @@ const MiniGPT = (() => {
   // ------------------------------------------------------------------------------------------------ network
 
   // Parts of the channels of a head: [first row, end, how many positions before their input is].
-  function partsOfHead(head, width, shifted) {
-    const first = head * width, middle = first + shifted;
+  function partsOfHead(head, width, shiftedChannels) {
+    const first = head * width, middle = first + shiftedChannels;
     return [[first, middle, 1], [middle, first + width, 0]].filter(([from, to]) => from < to);
   }
 
@@ -234,16 +234,16 @@ const MiniGPT = (() => {
   // computed, because the block needs them at one position only:
   //   query . (Wk x_j + bk) = (Wk.T query) . x_j + a number that is the same for all j, which the softmax ignores
   //   sum over j of weight_j (Wv x_j + bv) = Wv (sum over j of weight_j x_j) + bv
-  // So nothing has to be recomputed when the window slides and all positions change. The first `shifted` channels of each
-  // head read the input before (the token shift of model.py). They have an absorbed query and a sum of their own.
-  function runBlock(block, numHeads, shifted, inputs) {
+  // So nothing has to be recomputed when the window slides and all positions change.
+  // With a token shift (model.py), a head has two parts, each with its own Wk.T query and its own sum.
+  function runBlock(block, numHeads, shiftedChannels, inputs) {
     const x = inputs[inputs.length - 1]; // (D,)
     const query = linear(block.query, x); // (H*K,)
     const width = query.length / numHeads; // K
     const values = new Float32Array(query.length); // (H*K,)
     const weights = [];
     for (let head = 0; head < numHeads; head++) {
-      const parts = partsOfHead(head, width, shifted);
+      const parts = partsOfHead(head, width, shiftedChannels);
       const scores = new Float64Array(inputs.length); // (L,)
       for (const [from, to, before] of parts) {
         const absorbed = transposed(block.key.weight, x.length, query.subarray(from, to), from); // (D,)
@@ -292,7 +292,7 @@ const MiniGPT = (() => {
       this.maxLength = data.network.max_length;
       this.numHeads = data.network.num_heads;
       this.numBlocks = data.network.num_blocks;
-      this.shifted = data.network.shifted; // channels of each head that read the input before
+      this.shiftedChannels = data.network.shifted_channels; // channels of each head that read the input before
       this.paddingId = data.padding_id;
       this.unknownId = data.unknown_id;
       this.endId = data.end_id;
@@ -342,7 +342,7 @@ const MiniGPT = (() => {
         inputs[0][position] = sum(token, this.#positions.subarray(position * width, (position + 1) * width));
         this.#blocks.forEach((block, number) => {
           if (number + 1 < this.numBlocks || position + 1 === window.length) {
-            result = runBlock(block, this.numHeads, this.shifted, inputs[number].slice(0, position + 1));
+            result = runBlock(block, this.numHeads, this.shiftedChannels, inputs[number].slice(0, position + 1));
             if (number + 1 < this.numBlocks) inputs[number + 1][position] = result.output;
           }
         });
@@ -358,7 +358,7 @@ const MiniGPT = (() => {
     attention(ids) {
       this.#run(ids);
       const { inputs } = this.#seen;
-      const run = (block, number) => runBlock(block, this.numHeads, this.shifted, inputs[number]);
+      const run = (block, number) => runBlock(block, this.numHeads, this.shiftedChannels, inputs[number]);
       return { weights: this.#blocks.map((block, number) => run(block, number).weights) };
     }
 
@@ -382,7 +382,7 @@ const MiniGPT = (() => {
       const width = ofValues.length / this.numHeads; // K
       const positions = new Float32Array(inputs.length);
       weights.forEach((ofPositions, head) => {
-        for (const [from, to, before] of partsOfHead(head, width, this.shifted)) {
+        for (const [from, to, before] of partsOfHead(head, width, this.shiftedChannels)) {
           const values = ofValues.subarray(from, to);
           const ofInput = transposed(block.value.weight, x.length, values, from); // (D,)
           const constant = dot(block.value.bias, from, values);
