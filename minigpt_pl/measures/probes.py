@@ -95,7 +95,8 @@ def induction_losses(network: MiniGPT, texts: Tensor) -> dict[str, np.ndarray]:
 
     A network that can copy predicts a repeated half far better than its first occurrence. For this it needs an
     induction head, which finds an earlier occurrence of the current word and predicts the word after it. An induction
-    head takes two attention layers. A single block can only learn that a word makes another word more likely.
+    head takes two attention layers, or keys from the word before (`model.token_shift`). The notebook's block can only
+    learn that a word makes another word more likely.
 
     Args:
         texts: (B, L) ids of real text, with L at least 2 and at most half of `max_length`.
