@@ -1,5 +1,6 @@
 """The texts of an exploration: the grid of settings, and `samples.jsonl`, which grows while texts are generated."""
 
+import difflib
 import itertools
 import json
 import logging
@@ -48,7 +49,10 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         place = mark.line + 1 if mark else "unknown"
         raise InputError(f"prompts={path}: line {place}: {problem}; {remedy}") from error
     except FileNotFoundError as error:
-        raise InputError(f"prompts={path}: no such file ({path.absolute()}); write it, or go to its folder") from error
+        place = path.absolute()
+        names = {file.stem: file.name for file in place.parent.glob("*.y*ml")}
+        similar = "".join(f"did you mean {names[stem]}? " for stem in difflib.get_close_matches(path.stem, names, 1))
+        raise InputError(f"prompts={path}: no such file; {similar}write {place}, or go to its folder") from error
     except UnicodeDecodeError as error:
         raise InputError(f"prompts={path}: is not UTF-8 text; save it as UTF-8") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
