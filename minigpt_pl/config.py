@@ -72,7 +72,7 @@ class ModelConfig:
     tie_embeddings: bool = setting(False, "the output layer shares the weight of the token embedding")
     token_shift: bool = setting(
         False,
-        "token shift: half of each head's keys and values come from the token before, so it attends to pairs of tokens",
+        "token shift: half of the channels of keys and values come from the token before, so heads see pairs of tokens",
     )
 
 

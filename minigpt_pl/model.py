@@ -179,7 +179,8 @@ class TransformerBlock(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention. Each position attends to itself and earlier positions.
 
-    It equals Keras's `MultiHeadAttention(H, key_dim=K)`. In `torch.nn.MultiheadAttention(D, H)`, K is D / H.
+    Without `token_shift`, it equals Keras's `MultiHeadAttention(H, key_dim=K)`. In `torch.nn.MultiheadAttention(D, H)`,
+    K is D / H.
 
     With `token_shift`, the first channels of each head's keys and values come from the token before. So a head attends
     to pairs of neighbouring tokens. The first token has none before it and keeps its own channels. The name is that of
@@ -214,7 +215,7 @@ class CausalSelfAttention(nn.Module):
         return tuple(layer(x).view(*x.shape[:2], *heads).transpose(1, 2) for layer in layers)
 
     def shift(self, x: Tensor) -> Tensor:
-        """Token shift of keys or values, from the first token of a text on: (B, H, L, K) -> (B, H, L, K)."""
+        """Token shift of keys or values (B, H, L, K). They must begin with the first token of the text."""
         if self.shifted_channels == 0:
             return x
         shifted, same = x[..., : self.shifted_channels], x[..., self.shifted_channels :]

@@ -33,7 +33,7 @@ class OneBlockDecoder:
 
     def __init__(self, network: MiniGPT, attention: AbsorbedAttention, prompts: Sequence[Sequence[int]]):
         self.block, self.attention = network.blocks[0], attention
-        self.num_heads, self.token_shift = network.arguments.num_heads, network.arguments.token_shift
+        self.token_shift = network.arguments.token_shift
         self.embedding, self.positions = network.token_embedding.weight, network.position_embedding.weight
         self.size, width = self.positions.shape  # W, D
         prompts = [prompt[-self.size :] for prompt in prompts]

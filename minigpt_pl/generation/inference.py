@@ -81,8 +81,8 @@ class AbsorbedAttention:
     output is Wo Wv (sum over j of weight_j x_j) plus a constant. So the products of the matrices are computed once.
     DeepSeek-V2 calls this "absorbed" (arXiv 2405.04434).
 
-    With a token shift, each head has P = 2 parts: the channels of the token before, and the others. A part has its own
-    scores, and the head's score is their sum. Without a shift, P is 1.
+    With a token shift, each head has P = 2 parts: the channels that read the token before, and the others. A part has
+    its own scores, and the head's score is their sum. Without a shift, P is 1.
 
     Attributes:
         query: D -> H*P*(D + W) for W = max_length. For each part: q_i, then the scores of q_i for all W positions.
