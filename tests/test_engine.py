@@ -57,7 +57,9 @@ def generate_simply(model: MiniGPT, prompt: list[int], controls: Controls, seed:
 
 class TestDecoders:
     @pytest.mark.parametrize("changes", [{}, {"token_shift": True}, {"token_shift": True, "head_dim": 5}], ids=str)
-    @pytest.mark.parametrize("lengths", [(1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2), (4, 4)], ids=str)
+    @pytest.mark.parametrize(
+        "lengths", [(1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2), (1, 4, 2), (4, 4)], ids=str
+    )
     @pytest.mark.parametrize("num_heads", [1, 3])
     @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4])
     def test_equal_a_full_forward_pass_at_every_step(self, num_blocks, num_heads, lengths, changes, monkeypatch):

@@ -76,11 +76,13 @@ class OneBlockDecoder:
         scores = torch.baddbmm(by_position, query, window.mT)  # (B, H*P, L) + (B, H*P, D) @ (B, D, L)
         if self.token_shift:
             first = 0 if is_equal else length - self.lengths[:, None, None]
-            is_first = self.slots[:length] == first  # (L,) or (B, 1, L)
-            scores = self._add_parts(scores, is_first)  # (B, H, L)
+            before = (self.slots[:length] - 1).clamp(min=first)  # (L,) or (B, 1, L): the slot of the token before
+            before = before.expand(len(x), scores.shape[1] // 2, length)  # (B, H, L)
+            scores = scores[:, ::2].gather(2, before) + scores[:, 1::2]  # (B, H, L)
         weights = scores.softmax(dim=-1)
         if self.token_shift:
-            weights = self._split_into_parts(weights, is_first)  # (B, H*P, L)
+            of_before = torch.zeros_like(weights).scatter_add(2, before, weights)
+            weights = torch.stack([of_before, weights], dim=2).flatten(1, 2)  # (B, H*P, L)
         mixed = weights @ window  # (B, H*P, L) @ (B, L, D)
         if not is_equal:
             weights = self._roll(weights, -self.lengths)
@@ -88,18 +90,6 @@ class OneBlockDecoder:
             weights = F.pad(weights, (0, self.size - length))  # (B, H*P, W)
         mixed = torch.cat([mixed, weights], dim=2)  # (B, H*P, D + W)
         return self.block.after_attention(x, self.attention.value(mixed.flatten(1)))
-
-    def _add_parts(self, scores: Tensor, is_first: Tensor) -> Tensor:
-        """Scores of both parts of each head (B, H*2, L) -> scores with the token shift (B, H, L)."""
-        shifted, same = scores[:, ::2], scores[:, 1::2]
-        before = torch.cat([shifted[..., :1], shifted[..., :-1]], dim=2)
-        return torch.where(is_first, shifted, before) + same
-
-    def _split_into_parts(self, weights: Tensor, is_first: Tensor) -> Tensor:
-        """Attention weights (B, H, L) -> for both parts, the weights of the tokens that they read (B, H*2, L)."""
-        of_first = weights * is_first
-        shifted = F.pad((weights - of_first)[..., 1:], (0, 1)) + of_first
-        return torch.stack([shifted, weights], dim=2).flatten(1, 2)
 
     def _roll(self, x: Tensor, shifts: Tensor) -> Tensor:
         """Roll each row to the left, by its own number of slots: (B, H*P, L), (B,) -> (B, H*P, L)."""
